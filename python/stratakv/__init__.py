@@ -1,0 +1,50 @@
+"""A multi-tier KV cache for LLM serving.
+
+    with stratakv.open() as caches:
+        model = caches.register("llama-3.2-1b", geometry)
+        with model.match(tokens) as hit:
+            n = hit.load(kv)
+        model.put(tokens, kv)
+"""
+
+from stratakv._native import __version__
+from stratakv.cache import Explanation, Match, ModelCache, Stats, TierStats
+from stratakv.config import Config, Geometry, RamConfig, SsdConfig, StoreConfig
+from stratakv.errors import (
+    ClosedError,
+    ConfigError,
+    InputError,
+    ModelExistsError,
+    ModelNotFoundError,
+    StoreError,
+    StoreFormatError,
+    StoreLockedError,
+    StrataKVError,
+)
+from stratakv.manager import CacheManager, Status, open
+
+__all__ = [
+    "CacheManager",
+    "ClosedError",
+    "Config",
+    "ConfigError",
+    "Explanation",
+    "Geometry",
+    "InputError",
+    "Match",
+    "ModelCache",
+    "ModelExistsError",
+    "ModelNotFoundError",
+    "RamConfig",
+    "SsdConfig",
+    "Stats",
+    "Status",
+    "StoreConfig",
+    "StoreError",
+    "StoreFormatError",
+    "StoreLockedError",
+    "StrataKVError",
+    "TierStats",
+    "__version__",
+    "open",
+]

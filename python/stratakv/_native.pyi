@@ -1,0 +1,50 @@
+"""The native half of stratakv; use the package `stratakv` instead."""
+
+import os
+from typing import Any, final
+
+__version__: str
+
+@final
+class Store:
+    """A store of this process; `stratakv.CacheManager` wraps it."""
+
+    def __new__(
+        cls,
+        *,
+        ram_capacity_bytes: int | str,
+        ssd: tuple[str | os.PathLike[str] | None, int | str, int | str, str] | None,
+        secret: str | None,
+        threads: int,
+    ) -> Store: ...
+    def register(
+        self, name: str, weights_version: str, geometry: tuple[int, int, int, int, str, int], weight: int
+    ) -> Model: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+    def snapshot(self) -> dict[str, Any]: ...
+
+@final
+class Model:
+    """A registered model; `stratakv.ModelCache` wraps it."""
+
+    def match_prefix(self, tokens: object, adapter: str, tenant: str) -> Lease: ...
+    def put(
+        self, tokens: object, kv: object, layout: str, batch: int, pages: object, adapter: str, tenant: str
+    ) -> int: ...
+    def unregister(self) -> None: ...
+
+@final
+class Lease:
+    """A leased match; `stratakv.Match` wraps it."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def asked_tokens(self) -> int: ...
+    @property
+    def places(self) -> list[str]: ...
+    @property
+    def miss(self) -> str | None: ...
+    def load(self, kv: object, layout: str, batch: int, pages: object) -> tuple[int, list[str], str | None]: ...
+    def release(self) -> None: ...

@@ -1,0 +1,250 @@
+"""One model's cache: match, load, put.
+
+A match is leased until it is released: what it found stays. A cache problem never raises: the load ends earlier, and
+`Match.explain` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from stratakv import _native
+from stratakv.config import Geometry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierStats:
+    """One tier's share of the work.
+
+    In a load, every block is asked of RAM first; what RAM misses is asked of SSD. ``asked = hit + miss`` holds exactly.
+
+    Attributes:
+        asked_blocks: blocks asked of the tier.
+        hit_blocks: blocks it delivered.
+        miss_blocks: blocks it did not have, or could not deliver.
+        blocks: blocks it holds now.
+        used_bytes: bytes they take, headers and padding included.
+        evicted_blocks: blocks that had to leave.
+    """
+
+    asked_blocks: int
+    hit_blocks: int
+    miss_blocks: int
+    blocks: int
+    used_bytes: int
+    evicted_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Counters of one model, or of all, at one instant.
+
+    Attributes:
+        matches: matches made.
+        asked_blocks: whole blocks asked for by matches; ``asked = hit + miss`` holds exactly.
+        hit_blocks: blocks of them that were cached.
+        miss_blocks: blocks of them that were not.
+        loaded_tokens: tokens loaded, that is prefill saved.
+        loaded_bytes: payload bytes loaded.
+        put_blocks: blocks put that were new.
+        put_bytes: payload bytes of those.
+        put_refused_blocks: blocks of puts that found no room.
+        demoted_blocks: blocks written to SSD.
+        demotions_dropped_blocks: blocks that left RAM before they could be written to SSD.
+        promoted_blocks: blocks copied up from SSD to RAM.
+        corrupt_blocks: records that failed their checks.
+        io_errors: reads and writes of the SSD that failed.
+        tiers: per tier, by name.
+    """
+
+    matches: int
+    asked_blocks: int
+    hit_blocks: int
+    miss_blocks: int
+    loaded_tokens: int
+    loaded_bytes: int
+    put_blocks: int
+    put_bytes: int
+    put_refused_blocks: int
+    demoted_blocks: int
+    demotions_dropped_blocks: int
+    promoted_blocks: int
+    corrupt_blocks: int
+    io_errors: int
+    tiers: Mapping[str, TierStats]
+
+    @property
+    def hit_ratio(self) -> float:
+        """Blocks found over blocks asked for, 0..1; 0 before the first match."""
+        return self.hit_blocks / self.asked_blocks if self.asked_blocks else 0.0
+
+    @classmethod
+    def of(cls, counts: Mapping[str, Any]) -> Stats:
+        """The counters of a native snapshot."""
+        tiers = {name: TierStats(**row) for name, row in counts["tiers"].items()}
+        return cls(**{**counts, "tiers": tiers})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What a match found, what its load delivered, and why not more.
+
+    Attributes:
+        asked_tokens: tokens asked for.
+        matched_tokens: leading tokens found, whole blocks only.
+        loaded_tokens: tokens valid after the last load; ``None`` before one.
+        blocks: the tier of each block: after a load where it was read from, before it where it was found.
+        reason: why no more, as ``never_stored``, ``evicted``, ``corrupt``, ``io_error`` or ``closed``; ``None`` when
+            every whole block was found and loaded.
+    """
+
+    asked_tokens: int
+    matched_tokens: int
+    loaded_tokens: int | None
+    blocks: tuple[str, ...]
+    reason: str | None
+
+    def __str__(self) -> str:
+        """One sentence."""
+        places = ", ".join(f"{self.blocks.count(tier)} in {tier}" for tier in dict.fromkeys(self.blocks))
+        found = f"{self.matched_tokens} of {self.asked_tokens} tokens matched"
+        blocks = f" ({len(self.blocks)} blocks: {places})" if self.blocks else ""
+        loaded = "" if self.loaded_tokens is None else f", {self.loaded_tokens} loaded"
+        return found + blocks + loaded + (f"; no more because: {self.reason}" if self.reason else "")
+
+
+class Match:
+    """The longest cached prefix of some tokens, leased until exit or `release`."""
+
+    __slots__ = ("_lease", "_loaded")
+
+    def __init__(self, lease: _native.Lease) -> None:
+        """Wraps a native lease; `ModelCache.match` makes matches."""
+        self._lease = lease
+        self._loaded: tuple[int, list[str], str | None] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Matched tokens: whole blocks."""
+        return self._lease.tokens
+
+    def load(self, kv: object, *, layout: str = "BHND", batch: int = 0, pages: object = None) -> int:
+        """Copies the matched blocks into tensors: token i of the match to token i of the tensors.
+
+        Args:
+            kv: NumPy arrays, torch CPU tensors or DLPack producers, as `ModelCache.put` takes them; writable.
+            layout: axes of the tensors, see `ModelCache.put`.
+            batch: row to use where the layout has B.
+            pages: page table where the layout has P.
+
+        Returns:
+            Leading tokens that are valid in ``kv`` now. Fewer than `tokens` if a block failed on the way: then
+            `explain` has the reason, and what lies behind the valid tokens is undefined.
+
+        Raises:
+            InputError: the tensors do not fit the model, or have no room for the match.
+            ClosedError: the match was released.
+        """
+        self._loaded = self._lease.load(kv, layout, batch, pages)
+        return self._loaded[0]
+
+    def explain(self) -> Explanation:
+        """What was found, what was loaded, and why not more."""
+        lease = self._lease
+        loaded, places, reason = self._loaded or (None, lease.places, None)
+        return Explanation(
+            asked_tokens=lease.asked_tokens,
+            matched_tokens=lease.tokens,
+            loaded_tokens=loaded,
+            blocks=tuple(places),
+            reason=reason or lease.miss,
+        )
+
+    def release(self) -> None:
+        """Gives the blocks free; again does nothing."""
+        self._lease.release()
+
+    def __enter__(self) -> Match:
+        """The match itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Releases the match."""
+        self.release()
+
+
+class ModelCache:
+    """The cached prefixes of one model."""
+
+    __slots__ = ("_manager", "_model", "geometry", "name")
+
+    def __init__(self, manager: Any, name: str, geometry: Geometry, model: _native.Model) -> None:  # noqa: ANN401 - the manager stands above this module
+        """Wraps a native model; `CacheManager.register` makes caches."""
+        self._manager = manager
+        self._model = model
+        self.name = name
+        self.geometry = geometry
+
+    def match(self, tokens: object, *, adapter: str = "", tenant: str = "") -> Match:
+        """Finds the longest cached prefix and leases it.
+
+        Args:
+            tokens: token ids: a list, an array or a tensor, 1-d, integers from 0 to 2**32 - 1.
+            adapter: name of the LoRA adapter, or of whatever else alters keys and values.
+            tenant: salt of the tenant; nothing is shared across tenants.
+
+        Returns:
+            The match; of 0 tokens if nothing is cached.
+
+        Raises:
+            InputError: the tokens are no 1-d sequence of non-negative integers.
+            ClosedError: the store is closed.
+        """
+        return Match(self._model.match_prefix(tokens, adapter, tenant))
+
+    def put(
+        self,
+        tokens: object,
+        kv: object,
+        *,
+        layout: str = "BHND",
+        batch: int = 0,
+        pages: object = None,
+        adapter: str = "",
+        tenant: str = "",
+    ) -> int:
+        """Stores the keys and values of a prompt. Back as soon as they are in RAM; the SSD follows behind.
+
+        Only whole blocks are stored, and only those that are not cached yet; each byte is copied once.
+
+        Args:
+            tokens: token ids, as for `match`.
+            kv: keys and values of at least these tokens: NumPy arrays, torch CPU tensors or any DLPack producer.
+                Strides are free but for the last axis. What ``layout`` does not name is a sequence: of layers, and
+                within a layer of planes.
+            layout: axes of each tensor, outermost first: L layer, K plane (key, value), B batch, P page, H head,
+                N token (within its page), D dim. ``"BHND"`` fits ``[(keys, values), ...]`` of transformers;
+                ``"KPNHD"`` a paged cache with one tensor per layer; ``"LKHND"`` one array for all.
+            batch: row to use where the layout has B.
+            pages: page numbers in the order of the sequence, where the layout has P.
+            adapter: as for `match`.
+            tenant: as for `match`.
+
+        Returns:
+            Leading tokens that are cached now.
+
+        Raises:
+            InputError: the tensors do not fit the model or cover fewer tokens.
+            ClosedError: the store is closed.
+        """
+        return self._model.put(tokens, kv, layout, batch, pages, adapter, tenant)
+
+    def stats(self) -> Stats:
+        """Counters of this model."""
+        stats: Stats = self._manager.model_stats(self.name)
+        return stats

@@ -1,0 +1,243 @@
+"""Settings: frozen, keyword-only, valid once they exist.
+
+They come from one place, in this order: the defaults, a TOML file, the environment. A key of the file is
+``[section] field``; its environment variable is ``STRATAKV_SECTION_FIELD``. Sizes are bytes: an integer, or text such
+as ``"8GiB"`` or ``"500 MB"``. An unknown key is an error that names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from stratakv.errors import ConfigError, InputError
+
+Dtype = Literal["fp32", "fp16", "bf16", "uint8"]
+"""Element types of cached tensors; ``uint8`` carries either FP8 format."""
+
+Policy = Literal["write_back", "write_through"]
+"""When blocks are written to SSD: when RAM fills, or as soon as they are put."""
+
+_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("B", 1000), ("iB", 1024), ("", 1024))
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "uint8": 1}
+
+
+def parse_bytes(value: int | str, name: str) -> int:
+    """Reads a size in bytes.
+
+    Args:
+        value: bytes, or text such as ``"8GB"`` (powers of 1000), ``"8GiB"`` or ``"8G"`` (powers of 1024).
+        name: the setting, for the error.
+
+    Raises:
+        ConfigError: the text is no size, or the size is not positive.
+    """
+    parsed: float | None = None
+    if isinstance(value, int) and not isinstance(value, bool):
+        parsed = value
+    elif isinstance(value, str) and (found := _SIZE.fullmatch(value)):
+        units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+        factor = units.get(found[2].lower())
+        parsed = None if factor is None else float(found[1]) * factor
+    if parsed is None or parsed <= 0:
+        raise ConfigError(f'{name} is {value!r}, expected a positive size in bytes, as 8589934592, "8GiB" or "8GB"')
+    return int(parsed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """Shape of one block of a model.
+
+    Attributes:
+        layers: attention layers that have a cache.
+        kv_heads: key/value heads of a layer.
+        head_dim: elements of one head.
+        dtype: element type: ``fp32``, ``fp16``, ``bf16`` or ``uint8``.
+        block_tokens: tokens per block, the unit of everything; at most 4096.
+        planes: tensors per layer: 2 for K and V, 1 for a latent (MLA) plane.
+
+    Raises:
+        InputError: a size is not positive, or the dtype is not supported.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: Dtype
+    block_tokens: int = 16
+    planes: int = 2
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        limits = {"block_tokens": 4096, "planes": 2}
+        for name in ("layers", "kv_heads", "head_dim", "block_tokens", "planes"):
+            value, most = getattr(self, name), limits.get(name, 2**31 - 1)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise InputError(f"geometry: {name} is {value!r}, expected an integer from 1 to {most}")
+        if self.dtype not in get_args(Dtype):
+            raise InputError(f"geometry: dtype is {self.dtype!r}, expected one of {', '.join(get_args(Dtype))}")
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token over all layers and planes."""
+        return self.layers * self.planes * self.kv_heads * self.head_dim * _ITEM_BYTES[self.dtype]
+
+    @property
+    def block_bytes(self) -> int:
+        """Payload bytes of one block."""
+        return self.token_bytes * self.block_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RamConfig:
+    """The RAM tier.
+
+    Attributes:
+        capacity_bytes: size of its arena, headers of blocks included.
+    """
+
+    capacity_bytes: int | str = "2GiB"
+
+    def __post_init__(self) -> None:
+        """Turns the size into bytes."""
+        object.__setattr__(self, "capacity_bytes", parse_bytes(self.capacity_bytes, "ram.capacity_bytes"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SsdConfig:
+    """The SSD tier.
+
+    Attributes:
+        enabled: whether there is one.
+        path: its directory, used by one process at a time; ``None`` is ``stratakv`` in the user's cache folder.
+        capacity_bytes: cap on the bytes of all its files.
+        segment_bytes: bytes of one segment, the unit in which space is reserved and reused.
+        policy: ``write_back`` writes blocks when RAM fills, ``write_through`` as soon as they are put; both behind.
+    """
+
+    enabled: bool = True
+    path: str | os.PathLike[str] | None = None
+    capacity_bytes: int | str = "16GiB"
+    segment_bytes: int | str = "64MiB"
+    policy: Policy = "write_back"
+
+    def __post_init__(self) -> None:
+        """Checks every field and fills in the path."""
+        for name in ("capacity_bytes", "segment_bytes"):
+            object.__setattr__(self, name, parse_bytes(getattr(self, name), f"ssd.{name}"))
+        if not isinstance(self.enabled, bool):
+            raise ConfigError(f"ssd.enabled is {self.enabled!r}, expected true or false")
+        if self.policy not in get_args(Policy):
+            raise ConfigError(f"ssd.policy is {self.policy!r}, expected one of {', '.join(get_args(Policy))}")
+        object.__setattr__(self, "path", _cache_folder() if self.path is None else Path(self.path).expanduser())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig:
+    """What all tiers share.
+
+    Attributes:
+        secret: what block hashes are keyed with. ``None``: the SSD directory keeps a random one of its own.
+        threads: threads that copy and read, the caller's included; 0 is one per core.
+    """
+
+    secret: str | None = field(default=None, repr=False)
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        if self.secret is not None and (not isinstance(self.secret, str) or not self.secret):
+            raise ConfigError("store.secret is empty or not text, expected a passphrase, or no setting at all")
+        if not isinstance(self.threads, int) or isinstance(self.threads, bool) or not 0 <= self.threads <= 1024:
+            raise ConfigError(f"store.threads is {self.threads!r}, expected an integer from 0 to 1024")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All settings of a store.
+
+    Attributes:
+        ram: the RAM tier.
+        ssd: the SSD tier.
+        store: what all tiers share.
+    """
+
+    ram: RamConfig = field(default_factory=RamConfig)
+    ssd: SsdConfig = field(default_factory=SsdConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
+        """Reads a TOML file, if one is given, then the environment.
+
+        Args:
+            path: the file.
+            environ: where the ``STRATAKV_`` variables are read from.
+
+        Raises:
+            ConfigError: the file cannot be read, or a key or value makes no sense.
+        """
+        values: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
+        if path is not None:
+            for section, table in _read_toml(Path(path)).items():
+                if section not in _SECTIONS:
+                    raise _unknown("section", section, list(_SECTIONS), str(path))
+                if not isinstance(table, dict):
+                    raise ConfigError(f"{path}: {section} is {table!r}, expected a table [{section}]")
+                values[section].update(table)
+        for name, text in environ.items():
+            for section in _SECTIONS:
+                prefix = f"STRATAKV_{section.upper()}_"
+                if name.startswith(prefix):
+                    key = name.removeprefix(prefix).lower()
+                    values[section][key] = _from_text(section, key, text)
+        for section, table in values.items():
+            valid = [f.name for f in fields(_SECTIONS[section])]
+            for key in table:
+                if key not in valid:
+                    raise _unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in valid], "configuration")
+        return cls(**{section: _SECTIONS[section](**table) for section, table in values.items()})
+
+
+_SECTIONS: dict[str, type[Any]] = {"ram": RamConfig, "ssd": SsdConfig, "store": StoreConfig}
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stratakv" / "store"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from error
+
+
+def _from_text(section: str, key: str, text: str) -> object:
+    if (section, key) == ("ssd", "enabled"):
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ConfigError(f"STRATAKV_SSD_ENABLED is {text!r}, expected true or false")
+        return text.lower() in ("true", "1")
+    if (section, key) == ("store", "threads"):
+        if not text.isdecimal():
+            raise ConfigError(f"STRATAKV_STORE_THREADS is {text!r}, expected an integer from 0 to 1024")
+        return int(text)
+    return text
+
+
+def _unknown(kind: str, name: str, valid: list[str], where: str) -> ConfigError:
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0)
+    return ConfigError(f"{where}: unknown {kind} {name!r}; did you mean {near[0]!r}?")

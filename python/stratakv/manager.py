@@ -1,0 +1,193 @@
+"""The cache manager: opens the tiers, and divides them between models.
+
+Lock order: the manager's table of models, then the native store.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+from stratakv import _native
+from stratakv.cache import ModelCache, Stats
+from stratakv.config import Config, Geometry
+from stratakv.errors import InputError, ModelExistsError, ModelNotFoundError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """How the tiers run.
+
+    Attributes:
+        ram_capacity_bytes: size of the RAM tier.
+        ram_pages: ``huge`` or ``ordinary``: what the arena was granted.
+        ssd_capacity_bytes: cap of the SSD tier; 0 if it is off.
+        ssd_file_bytes: bytes its files take.
+        ssd_io: ``direct``, ``buffered`` or ``off``.
+        ssd_read_only: why the SSD takes no writes at present; ``None`` if it does.
+        index_blocks: blocks in the index.
+        threads: threads that copy and read.
+    """
+
+    ram_capacity_bytes: int
+    ram_pages: str
+    ssd_capacity_bytes: int
+    ssd_file_bytes: int
+    ssd_io: str
+    ssd_read_only: str | None
+    index_blocks: int
+    threads: int
+
+
+class CacheManager:
+    """All models' caches over the tiers of one store; `stratakv.open` makes one."""
+
+    def __init__(self, config: Config) -> None:
+        """Opens the tiers.
+
+        Raises:
+            StoreError: the SSD directory is locked, not writable, or of another format or secret.
+        """
+        self.config = config
+        ssd = config.ssd
+        tier = (ssd.path, ssd.capacity_bytes, ssd.segment_bytes, ssd.policy) if ssd.enabled else None
+        self._store = _native.Store(
+            ram_capacity_bytes=config.ram.capacity_bytes,
+            ssd=tier,
+            secret=config.store.secret,
+            threads=config.store.threads,
+        )
+        self._lock = threading.Lock()
+        self._models: dict[str, tuple[ModelCache, _native.Model, tuple[str, int]]] = {}
+
+    def register(
+        self, name: str, geometry: Geometry, *, weights_version: str = "", priority: int = 5
+    ) -> ModelCache:
+        """Registers a model, and finds again what the SSD holds of it. The same again returns the same cache.
+
+        Args:
+            name: name of the model.
+            geometry: shape of its blocks.
+            weights_version: names its weights; nothing is shared between versions.
+            priority: 1 to 10: its weight when tiers are full and are shared out. Idle shares are lent.
+
+        Raises:
+            InputError: a geometry, name or priority that makes no sense.
+            ModelExistsError: the name is registered with another geometry, version or priority.
+            ConfigError: a tier is smaller than one block.
+            StoreFormatError: the model's file is of another format version.
+        """
+        if not isinstance(geometry, Geometry):
+            raise InputError(f"geometry is {geometry!r}, expected a stratakv.Geometry")
+        if not isinstance(priority, int) or isinstance(priority, bool) or not 1 <= priority <= 10:
+            raise InputError(f"priority is {priority!r}, expected an integer from 1 to 10")
+        terms = (weights_version, priority)
+        with self._lock:
+            if name in self._models:
+                cache, _, registered = self._models[name]
+                if (cache.geometry, registered) == (geometry, terms):
+                    return cache
+                was = f"{cache.geometry}, weights_version={registered[0]!r}, priority={registered[1]}"
+                raise ModelExistsError(f"model {name!r} is registered already as {was}; unregister it first")
+            g = geometry
+            shape = (g.layers, g.planes, g.kv_heads, g.head_dim, g.dtype, g.block_tokens)
+            model = self._store.register(name, weights_version, shape, priority)
+            cache = ModelCache(self, name, geometry, model)
+            self._models[name] = (cache, model, terms)
+            return cache
+
+    def unregister(self, name: str) -> None:
+        """Frees everything of a model, on every tier. Its matches stay safe and load nothing more.
+
+        Raises:
+            ModelNotFoundError: no such model.
+        """
+        with self._lock:
+            self._entry(name)[1].unregister()
+            del self._models[name]
+
+    def __getitem__(self, name: str) -> ModelCache:
+        """The cache of a registered model.
+
+        Raises:
+            ModelNotFoundError: no such model.
+        """
+        with self._lock:
+            return self._entry(name)[0]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the registered models."""
+        with self._lock:
+            return iter(list(self._models))
+
+    def __len__(self) -> int:
+        """How many models are registered."""
+        return len(self._models)
+
+    def _entry(self, name: str) -> tuple[ModelCache, _native.Model, tuple[str, int]]:
+        if name not in self._models:
+            known = ", ".join(sorted(self._models)) or "none"
+            raise ModelNotFoundError(f"model {name!r} is not registered; registered: {known}")
+        return self._models[name]
+
+    def stats(self) -> Stats:
+        """Counters of all models together, the unregistered ones included."""
+        return Stats.of(self._store.snapshot()["total"])
+
+    def model_stats(self, name: str) -> Stats:
+        """Counters of one model.
+
+        Raises:
+            ModelNotFoundError: no such model.
+        """
+        models = self._store.snapshot()["models"]
+        if name not in models:
+            raise ModelNotFoundError(f"model {name!r} is not registered")
+        return Stats.of(models[name])
+
+    def status(self) -> Status:
+        """How the tiers run."""
+        snapshot = self._store.snapshot()
+        return Status(**{name: snapshot[name] for name in Status.__slots__})
+
+    def flush(self) -> None:
+        """Waits until every cached block is durable on SSD.
+
+        Raises:
+            StoreError: the SSD takes no writes, or not all of them.
+        """
+        self._store.flush()
+
+    def close(self) -> None:
+        """Writes what is not on SSD yet, and gives the directory free; again does nothing.
+
+        Raises:
+            StoreError: not everything could be written; the store is closed all the same.
+        """
+        self._store.close()
+
+    def __enter__(self) -> CacheManager:
+        """The manager itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Closes the store."""
+        self.close()
+
+
+def open(config: Config | str | os.PathLike[str] | None = None) -> CacheManager:
+    """Opens a store.
+
+    Args:
+        config: settings, or the path of a TOML file; the environment is applied to a file and to ``None``.
+
+    Raises:
+        ConfigError: a setting makes no sense.
+        StoreError: the SSD directory is locked, not writable, or of another format or secret.
+    """
+    return CacheManager(config if isinstance(config, Config) else Config.load(config))

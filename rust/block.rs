@@ -1,0 +1,426 @@
+//! Blocks: their geometry, their names, and who may share them.
+//!
+//! A block is `block_tokens` tokens of K and V of all layers. Its hash names the *whole prefix* up to its end:
+//!
+//! ```text
+//! K_0 = BLAKE3(secret; model | weights version | geometry | adapter | tenant salt)      the namespace's seed
+//! K_i = K_(i-1) * x^m + P(tokens of block i)                                            in GF(2^128)
+//! ```
+//!
+//! `P` reads four tokens as one field element and `x` is a secret point, so the chain is a polynomial hash of
+//! the prefix: two fixed different prefixes of n elements collide with probability n / 2^128 while `x` is secret
+//! (Carter-Wegman; the field and its reduction are those of GHASH without the bit reflection). For that reason a
+//! raw hash never leaves the process: [`Secret::seal`] encrypts it (AES-128, one block) for disk and network.
+
+use crate::error::{Result, input};
+use aes::Aes128;
+use aes::cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
+
+/// Element type of the stored tensors. The store moves their bits and never interprets them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Dtype {
+    /// IEEE binary32.
+    Fp32 = 1,
+    /// IEEE binary16.
+    Fp16 = 2,
+    /// bfloat16.
+    Bf16 = 3,
+    /// Eight bits: FP8 in either format, as opaque bytes.
+    Uint8 = 4,
+}
+
+impl Dtype {
+    /// All dtypes, in the order of their codes.
+    pub const ALL: [Self; 4] = [Self::Fp32, Self::Fp16, Self::Bf16, Self::Uint8];
+
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::Fp32 => 4,
+            Self::Fp16 | Self::Bf16 => 2,
+            Self::Uint8 => 1,
+        }
+    }
+
+    /// The name used in configuration and messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fp32 => "fp32",
+            Self::Fp16 => "fp16",
+            Self::Bf16 => "bf16",
+            Self::Uint8 => "uint8",
+        }
+    }
+
+    /// The dtype of that name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`](crate::ErrorKind::Input) when there is none.
+    pub fn parse(name: &str) -> Result<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|d| d.name() == name)
+            .ok_or_else(|| input(format!("dtype {name:?} is not supported: expected fp32, fp16, bf16 or uint8")))
+    }
+}
+
+/// Shape of one block of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Geometry {
+    /// Attention layers that have a cache.
+    pub layers: u32,
+    /// Tensors per layer: 2 for K and V, 1 for a latent (MLA) plane.
+    pub planes: u32,
+    /// Key/value heads.
+    pub kv_heads: u32,
+    /// Elements per head.
+    pub head_dim: u32,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Tokens per block.
+    pub block_tokens: u32,
+}
+
+/// Bytes of the fixed part of a record, before the token ids.
+pub const RECORD_HEADER_BYTES: usize = 256;
+/// The payload starts at a multiple of this within its record.
+pub const PAYLOAD_ALIGN: usize = 512;
+/// Records are padded to a multiple of this: the unit of direct I/O.
+pub const RECORD_ALIGN: usize = 4096;
+/// The largest block, in payload bytes.
+pub const MAX_BLOCK_BYTES: u64 = 1 << 30;
+/// The most tokens in a block.
+pub const MAX_BLOCK_TOKENS: u32 = 4096;
+
+impl Geometry {
+    /// Checks that every size is positive and that a block stays below [`MAX_BLOCK_BYTES`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`](crate::ErrorKind::Input) naming the field.
+    pub fn validate(&self) -> Result<()> {
+        let positive = [
+            ("layers", self.layers),
+            ("kv_heads", self.kv_heads),
+            ("head_dim", self.head_dim),
+            ("block_tokens", self.block_tokens),
+        ];
+        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(input(format!("geometry: {name} is 0, expected a positive number")));
+        }
+        if !(1..=2).contains(&self.planes) {
+            let planes = self.planes;
+            return Err(input(format!("geometry: planes is {planes}, expected 2 (K and V) or 1 (latent)")));
+        }
+        if self.block_tokens > MAX_BLOCK_TOKENS {
+            let n = self.block_tokens;
+            return Err(input(format!("geometry: block_tokens is {n}, expected at most {MAX_BLOCK_TOKENS}")));
+        }
+        let bytes = [self.layers, self.planes, self.kv_heads, self.head_dim, self.block_tokens]
+            .iter()
+            .try_fold(self.dtype.bytes() as u64, |product, &n| product.checked_mul(u64::from(n)));
+        match bytes {
+            Some(bytes) if bytes <= MAX_BLOCK_BYTES => Ok(()),
+            _ => Err(input(format!(
+                "geometry: a block is larger than {MAX_BLOCK_BYTES} bytes; lower block_tokens ({})",
+                self.block_tokens
+            ))),
+        }
+    }
+
+    /// Bytes of one token in one head of one plane: the contiguous run of every layout.
+    pub fn row_bytes(&self) -> usize {
+        self.head_dim as usize * self.dtype.bytes()
+    }
+
+    /// Planes of all layers.
+    pub fn plane_count(&self) -> usize {
+        self.layers as usize * self.planes as usize
+    }
+
+    /// Bytes of one token over all layers and planes.
+    pub fn token_bytes(&self) -> usize {
+        self.plane_count() * self.kv_heads as usize * self.row_bytes()
+    }
+
+    /// Payload bytes of one block.
+    pub fn block_bytes(&self) -> usize {
+        self.token_bytes() * self.block_tokens as usize
+    }
+
+    /// Where the payload starts in a record or slot.
+    pub fn payload_offset(&self) -> usize {
+        (RECORD_HEADER_BYTES + 4 * self.block_tokens as usize).next_multiple_of(PAYLOAD_ALIGN)
+    }
+
+    /// Bytes of one record with an unencoded payload, padding included; also the size of a slot.
+    pub fn record_bytes(&self) -> usize {
+        (self.payload_offset() + self.block_bytes()).next_multiple_of(RECORD_ALIGN)
+    }
+
+    /// The fields in a fixed order, for hashing and for the superblock.
+    pub(crate) fn words(&self) -> [u32; 6] {
+        [self.layers, self.planes, self.kv_heads, self.head_dim, self.dtype as u32, self.block_tokens]
+    }
+}
+
+/// Name of a whole prefix, up to the end of one block. Secret: see the page above.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BlockHash(pub(crate) u128);
+
+impl std::fmt::Debug for BlockHash {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("BlockHash(..)")
+    }
+}
+
+/// A block hash encrypted with the store's secret: what records carry.
+pub type Sealed = [u8; 16];
+
+/// The store's secret and what is derived from it.
+#[derive(Clone)]
+pub struct Secret {
+    key: [u8; 32],
+    point: u128,
+    cipher: Aes128,
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+impl Secret {
+    /// Derives the hash point and the seal from a passphrase or random bytes of any length.
+    pub fn new(bytes: &[u8]) -> Self {
+        let key = blake3::derive_key("stratakv 2026 store secret", bytes);
+        let point = blake3::keyed_hash(&key, b"hash point");
+        let seal = blake3::keyed_hash(&key, b"seal");
+        Self { key, point: first_128(&point).max(2), cipher: Aes128::new(&first_16(&seal).into()) }
+    }
+
+    /// A number that tells two secrets apart without telling either.
+    pub fn check_value(&self) -> [u8; 16] {
+        first_16(&blake3::keyed_hash(&self.key, b"check"))
+    }
+
+    /// Names one model's blocks: model, weights version and geometry.
+    pub fn fingerprint(&self, model: &str, weights_version: &str, geometry: &Geometry) -> [u8; 16] {
+        first_16(&self.hash_fields(b"model", &[model.as_bytes(), weights_version.as_bytes()], geometry))
+    }
+
+    /// Encrypts a hash for disk or network.
+    pub fn seal(&self, hash: BlockHash) -> Sealed {
+        let mut block = hash.0.to_le_bytes().into();
+        self.cipher.encrypt_block(&mut block);
+        block.into()
+    }
+
+    /// Decrypts what [`seal`](Self::seal) encrypted.
+    pub fn unseal(&self, sealed: Sealed) -> BlockHash {
+        let mut block = sealed.into();
+        self.cipher.decrypt_block(&mut block);
+        BlockHash(u128::from_le_bytes(block.into()))
+    }
+
+    // Each field is preceded by its length, so no two lists of fields read the same.
+    fn hash_fields(&self, purpose: &[u8], fields: &[&[u8]], geometry: &Geometry) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new_keyed(&self.key);
+        for field in [purpose].iter().chain(fields) {
+            hasher.update(&(field.len() as u64).to_le_bytes()).update(field);
+        }
+        for word in geometry.words() {
+            hasher.update(&word.to_le_bytes());
+        }
+        hasher.finalize()
+    }
+}
+
+fn first_16(hash: &blake3::Hash) -> [u8; 16] {
+    let mut out = [0; 16];
+    out.copy_from_slice(&hash.as_bytes()[..16]);
+    out
+}
+
+fn first_128(hash: &blake3::Hash) -> u128 {
+    u128::from_le_bytes(first_16(hash))
+}
+
+/// Hashes the tokens of one namespace, block by block.
+#[derive(Clone, Debug)]
+pub struct Hasher {
+    block_tokens: usize,
+    seed: BlockHash,
+    // powers[j] = x^(j+1); the last one, x^m, moves the chain on.
+    powers: Vec<u128>,
+}
+
+impl Hasher {
+    /// The hasher of a namespace: model, weights version, geometry, adapter and tenant salt.
+    pub fn new(
+        secret: &Secret,
+        model: &str,
+        weights_version: &str,
+        geometry: &Geometry,
+        adapter: &str,
+        tenant: &str,
+    ) -> Self {
+        let fields = [model, weights_version, adapter, tenant].map(str::as_bytes);
+        let seed = BlockHash(first_128(&secret.hash_fields(b"namespace", &fields, geometry)));
+        let block_tokens = geometry.block_tokens as usize;
+        let mut powers = vec![secret.point];
+        for _ in 1..block_tokens.div_ceil(4) {
+            powers.push(gf_mul(powers[powers.len() - 1], secret.point));
+        }
+        Self { block_tokens, seed, powers }
+    }
+
+    /// Hashes of all whole blocks of `tokens`; a partial block at the end has none.
+    pub fn hashes(&self, tokens: &[u32]) -> Vec<BlockHash> {
+        let mut previous = self.seed;
+        tokens
+            .chunks_exact(self.block_tokens)
+            .map(|block| {
+                previous = self.extend(previous, block);
+                previous
+            })
+            .collect()
+    }
+
+    /// The hash of the prefix that ends with `block`, given that of the prefix before it.
+    fn extend(&self, previous: BlockHash, block: &[u32]) -> BlockHash {
+        let degree = self.powers.len();
+        let chain = (previous.0, self.powers[degree - 1]);
+        let elements = block.chunks(4).enumerate().map(|(j, four)| {
+            let mut lanes = [0u32; 4];
+            lanes[..four.len()].copy_from_slice(four);
+            let element = lanes.iter().rev().fold(0u128, |acc, &lane| acc << 32 | u128::from(lane));
+            (element, self.powers[degree - 1 - j])
+        });
+        BlockHash(gf_dot(std::iter::once(chain).chain(elements)))
+    }
+}
+
+/// Sum of products in GF(2^128) modulo x^128 + x^7 + x^2 + x + 1.
+fn gf_dot(terms: impl Iterator<Item = (u128, u128)>) -> u128 {
+    #[cfg(target_arch = "x86_64")]
+    if std::is_x86_feature_detected!("pclmulqdq") {
+        // SAFETY: PCLMULQDQ was detected on the line above; SSE2 is part of x86-64.
+        return unsafe { gf_dot_clmul(terms) };
+    }
+    terms.fold(0, |sum, (a, b)| sum ^ gf_mul(a, b))
+}
+
+/// Bit by bit: the definition that the fast path equals.
+fn gf_mul(mut a: u128, b: u128) -> u128 {
+    let mut product = 0;
+    for i in 0..128 {
+        if b >> i & 1 == 1 {
+            product ^= a;
+        }
+        a = if a >> 127 == 1 { a << 1 ^ 0x87 } else { a << 1 };
+    }
+    product
+}
+
+/// Carry-less products summed unreduced, then reduced once.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "pclmulqdq")]
+fn gf_dot_clmul(terms: impl Iterator<Item = (u128, u128)>) -> u128 {
+    use std::arch::x86_64::{__m128i, _mm_clmulepi64_si128, _mm_cvtsi128_si64, _mm_set_epi64x, _mm_unpackhi_epi64};
+
+    #[target_feature(enable = "pclmulqdq")]
+    fn load(v: u128) -> __m128i {
+        _mm_set_epi64x((v >> 64) as i64, v as i64)
+    }
+    #[target_feature(enable = "pclmulqdq")]
+    fn store(v: __m128i) -> u128 {
+        let high = _mm_cvtsi128_si64(_mm_unpackhi_epi64(v, v)) as u64;
+        u128::from(high) << 64 | u128::from(_mm_cvtsi128_si64(v) as u64)
+    }
+
+    let (mut low, mut middle, mut high) = (0u128, 0u128, 0u128);
+    for (a, b) in terms {
+        let (a, b) = (load(a), load(b));
+        low ^= store(_mm_clmulepi64_si128::<0x00>(a, b));
+        high ^= store(_mm_clmulepi64_si128::<0x11>(a, b));
+        middle ^= store(_mm_clmulepi64_si128::<0x01>(a, b)) ^ store(_mm_clmulepi64_si128::<0x10>(a, b));
+    }
+    low ^= middle << 64;
+    high ^= middle >> 64;
+    // high * x^128 = high * 0x87: at most 135 bits, so the part above 128 folds once more.
+    let reduction = load(0x87);
+    let folded_low = store(_mm_clmulepi64_si128::<0x00>(load(high), reduction));
+    let folded_high = store(_mm_clmulepi64_si128::<0x01>(load(high), reduction));
+    let overflow = store(_mm_clmulepi64_si128::<0x00>(load(folded_high >> 64), reduction));
+    low ^ folded_low ^ folded_high << 64 ^ overflow
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn geometry() -> Geometry {
+        Geometry { layers: 2, planes: 2, kv_heads: 2, head_dim: 8, dtype: Dtype::Fp16, block_tokens: 16 }
+    }
+
+    fn hasher(secret: &str, model: &str, version: &str, adapter: &str, tenant: &str) -> Hasher {
+        Hasher::new(&Secret::new(secret.as_bytes()), model, version, &geometry(), adapter, tenant)
+    }
+
+    proptest! {
+        #[test]
+        fn the_fast_product_equals_the_bitwise_definition(terms in prop::collection::vec((any::<u128>(), any::<u128>()), 0..9)) {
+            let slow = terms.iter().fold(0, |sum, &(a, b)| sum ^ gf_mul(a, b));
+            prop_assert_eq!(gf_dot(terms.into_iter()), slow);
+        }
+
+        #[test]
+        fn a_hash_depends_on_every_token_before_it(
+            tokens in prop::collection::vec(any::<u32>(), 64), at in 0usize..64, bit in 0u32..32,
+        ) {
+            let h = hasher("s", "m", "", "", "");
+            let mut other = tokens.clone();
+            other[at] ^= 1 << bit;
+            let (a, b) = (h.hashes(&tokens), h.hashes(&other));
+            for i in 0..4 {
+                prop_assert_eq!(a[i] == b[i], i < at / 16);
+            }
+        }
+
+        #[test]
+        fn unsealing_gives_back_what_was_sealed(hash in any::<u128>()) {
+            let secret = Secret::new(b"s");
+            prop_assert_eq!(secret.unseal(secret.seal(BlockHash(hash))), BlockHash(hash));
+        }
+    }
+
+    #[test]
+    fn every_part_of_a_namespace_changes_every_hash() {
+        let tokens: Vec<u32> = (0..16).collect();
+        let variants = [
+            ("s", "m", "v", "a", "t"),
+            ("S", "m", "v", "a", "t"),
+            ("s", "M", "v", "a", "t"),
+            ("s", "m", "V", "a", "t"),
+            ("s", "m", "v", "A", "t"),
+            ("s", "m", "v", "a", "T"),
+            ("s", "mv", "", "a", "t"),
+            ("s", "m", "v", "at", ""),
+        ];
+        let all: std::collections::HashSet<_> =
+            variants.iter().map(|(s, m, v, a, t)| hasher(s, m, v, a, t).hashes(&tokens)[0]).collect();
+        assert_eq!(all.len(), variants.len());
+    }
+
+    #[test]
+    fn geometry_names_the_field_that_makes_no_sense() {
+        let message = |g: Geometry| g.validate().expect_err("must be refused").to_string();
+        assert!(message(Geometry { layers: 0, ..geometry() }).contains("layers"));
+        assert!(message(Geometry { planes: 3, ..geometry() }).contains("planes"));
+        assert!(message(Geometry { block_tokens: 5000, ..geometry() }).contains("block_tokens"));
+        assert!(message(Geometry { head_dim: u32::MAX, ..geometry() }).contains("larger than"));
+    }
+}

@@ -1,0 +1,361 @@
+//! Gather and scatter between an engine's strided tensors and a block's payload, over all cores.
+//!
+//! The payload's order is `[layer][plane][head][token][dim]`. A tensor may have any strides but the last: a row (one
+//! token of one head) is contiguous. Tokens of a paged cache are found through its page table. Each byte is copied
+//! once; gathers use non-temporal stores, since a stored block is not read again soon and its lines need not be
+//! fetched to be overwritten.
+
+use crate::block::Geometry;
+use crate::error::{Result, input};
+use crate::sync::{AtomicUsize, Ordering};
+
+/// Where one plane of one layer lies in the caller's memory. Strides are in bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct PlaneView {
+    /// Address of head 0 of token 0 (of page 0).
+    pub base: *mut u8,
+    /// From one head to the next.
+    pub head_stride: isize,
+    /// From one token to the next, within a page.
+    pub token_stride: isize,
+    /// From one page to the next.
+    pub page_stride: isize,
+}
+
+/// Which page holds which tokens of a sequence.
+#[derive(Debug, Clone)]
+pub struct PageTable {
+    /// Page numbers, in the order of the sequence.
+    pub pages: Vec<u32>,
+    /// Tokens per page.
+    pub page_tokens: usize,
+}
+
+/// A sequence's keys and values in the caller's memory.
+#[derive(Debug, Clone)]
+pub struct KvView {
+    planes: Vec<PlaneView>,
+    pages: Option<PageTable>,
+    tokens: usize,
+}
+
+// SAFETY: the view only carries addresses. Whoever builds one promises (see `new`) that the memory stays valid while
+// a call uses it; threads of one call touch disjoint rows.
+unsafe impl Send for KvView {}
+// SAFETY: as above.
+unsafe impl Sync for KvView {}
+
+impl KvView {
+    /// A view of `tokens` tokens; `planes` holds one plane per layer and K/V, layer by layer.
+    ///
+    /// # Safety
+    /// Every row that the planes, their strides and the page table name must be valid memory of the geometry that the
+    /// view is used with, writable if it is loaded into, and not written by others during a call.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`](crate::ErrorKind::Input) when the page table covers fewer tokens.
+    pub unsafe fn new(planes: Vec<PlaneView>, pages: Option<PageTable>, tokens: usize) -> Result<Self> {
+        if let Some(table) = &pages {
+            let covered = table.pages.len() * table.page_tokens;
+            if covered < tokens {
+                return Err(input(format!("pages: {covered} tokens covered, expected at least {tokens}")));
+            }
+        }
+        Ok(Self { planes, pages, tokens })
+    }
+
+    /// Tokens that the view covers.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Planes of all layers.
+    pub fn plane_count(&self) -> usize {
+        self.planes.len()
+    }
+
+    // Address of the first row of `token`, and how many tokens from there lie at one stride.
+    fn run(&self, plane: usize, token: usize, want: usize) -> (*mut u8, usize) {
+        let view = &self.planes[plane];
+        let (page, within, length) = match &self.pages {
+            None => (0, token, want),
+            Some(table) => {
+                let within = token % table.page_tokens;
+                (table.pages[token / table.page_tokens], within, want.min(table.page_tokens - within))
+            }
+        };
+        let offset = page as isize * view.page_stride + within as isize * view.token_stride;
+        // `new`'s caller promised that every named row is valid, so the address stays inside its tensor.
+        (view.base.wrapping_offset(offset), length)
+    }
+}
+
+/// One block's copy: its payload, and its first token in the view.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BlockCopy {
+    pub(crate) payload: *mut u8,
+    pub(crate) first_token: usize,
+}
+
+// SAFETY: a block's payload is handed to one copy at a time (gather) or is read only (scatter).
+unsafe impl Send for BlockCopy {}
+// SAFETY: as above.
+unsafe impl Sync for BlockCopy {}
+
+/// Direction of a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// From the caller's tensors into payloads.
+    Gather,
+    /// From payloads into the caller's tensors.
+    Scatter,
+}
+
+/// Below this many bytes one thread is faster than waking another.
+const SPLIT_BYTES: usize = 512 << 10;
+/// Work is handed out in pieces of about this many bytes.
+const PIECE_BYTES: usize = 128 << 10;
+
+/// Threads for copies and reads; the calling thread is one of them.
+#[derive(Debug)]
+pub(crate) struct Workers {
+    pool: Option<rayon::ThreadPool>,
+    threads: usize,
+}
+
+impl Workers {
+    /// `threads` in all; 0 means one per core.
+    pub(crate) fn new(threads: usize) -> Result<Self> {
+        let threads = match threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            n => n,
+        };
+        let build = || {
+            rayon::ThreadPoolBuilder::new().num_threads(threads - 1).thread_name(|i| format!("stratakv-{i}")).build()
+        };
+        let pool =
+            if threads > 1 {
+                Some(build().map_err(|e| {
+                    crate::Error::io(format!("cannot start {threads} threads"), std::io::Error::other(e))
+                })?)
+            } else {
+                None
+            };
+        Ok(Self { pool, threads })
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Runs `work(0..count)` over all threads, the caller's included.
+    pub(crate) fn each(&self, count: usize, work: impl Fn(usize) + Sync) {
+        let next = AtomicUsize::new(0);
+        // Relaxed: the counter only hands out numbers; the scope's end orders the work itself.
+        let drain = || {
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                if i >= count {
+                    break;
+                }
+                work(i);
+            }
+        };
+        match &self.pool {
+            Some(pool) if count > 1 => pool.in_place_scope(|scope| {
+                for _ in 1..self.threads.min(count) {
+                    scope.spawn(|_| drain());
+                }
+                drain();
+            }),
+            _ => drain(),
+        }
+    }
+
+    /// Copies whole blocks in one direction.
+    pub(crate) fn copy(&self, geometry: &Geometry, view: &KvView, blocks: &[BlockCopy], direction: Direction) {
+        let planes = geometry.plane_count();
+        let plane_bytes = geometry.block_bytes() / planes;
+        if blocks.len() * geometry.block_bytes() < SPLIT_BYTES {
+            for block in blocks {
+                copy_planes(geometry, view, *block, 0..planes, direction);
+            }
+            return;
+        }
+        let group = (PIECE_BYTES / plane_bytes).clamp(1, planes);
+        let groups = planes.div_ceil(group);
+        self.each(blocks.len() * groups, |i| {
+            let first = i % groups * group;
+            copy_planes(geometry, view, blocks[i / groups], first..(first + group).min(planes), direction);
+        });
+    }
+}
+
+/// Copies some planes of one block.
+pub(crate) fn copy_planes(
+    geometry: &Geometry,
+    view: &KvView,
+    block: BlockCopy,
+    planes: std::ops::Range<usize>,
+    direction: Direction,
+) {
+    let row = geometry.row_bytes();
+    let tokens = geometry.block_tokens as usize;
+    let heads = geometry.kv_heads as usize;
+    for plane in planes {
+        let strides = view.planes[plane];
+        let mut done = 0;
+        while done < tokens {
+            let (start, run) = view.run(plane, block.first_token + done, tokens - done);
+            for head in 0..heads {
+                let inner = ((plane * heads + head) * tokens + done) * row;
+                // SAFETY: the payload has `block_bytes` bytes, of which `inner` names the row of this plane, head, token.
+                let stored = unsafe { block.payload.add(inner) };
+                let theirs = start.wrapping_offset(head as isize * strides.head_stride);
+                if strides.token_stride == row as isize {
+                    // SAFETY: both sides are `run` neighbouring rows, valid by the contract of `KvView::new`.
+                    unsafe { copy_bytes(stored, theirs, run * row, direction) };
+                } else {
+                    for token in 0..run {
+                        let theirs = theirs.wrapping_offset(token as isize * strides.token_stride);
+                        // SAFETY: one row on both sides, valid by the contract of `KvView::new`.
+                        unsafe { copy_bytes(stored.add(token * row), theirs, row, direction) };
+                    }
+                }
+            }
+            done += run;
+        }
+    }
+    if direction == Direction::Gather {
+        fence();
+    }
+}
+
+/// # Safety
+/// `bytes` bytes must be valid at both addresses and not overlap.
+#[inline]
+unsafe fn copy_bytes(stored: *mut u8, theirs: *mut u8, bytes: usize, direction: Direction) {
+    match direction {
+        // SAFETY: the caller's contract.
+        Direction::Scatter => unsafe { std::ptr::copy_nonoverlapping(stored, theirs, bytes) },
+        // SAFETY: the caller's contract.
+        Direction::Gather => unsafe { copy_streaming(stored, theirs, bytes) },
+    }
+}
+
+/// # Safety
+/// As for [`copy_bytes`].
+#[cfg(target_arch = "x86_64")]
+#[inline]
+unsafe fn copy_streaming(to: *mut u8, from: *const u8, bytes: usize) {
+    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
+    if !(to as usize).is_multiple_of(16) || !bytes.is_multiple_of(64) {
+        // SAFETY: the caller's contract.
+        return unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
+    }
+    for at in (0..bytes).step_by(64) {
+        // SAFETY: `at + 64 <= bytes`, and `to` is 16-byte aligned; SSE2 is part of x86-64. Four stores fill one
+        // write-combining line.
+        unsafe {
+            let (from, to) = (from.add(at).cast::<__m128i>(), to.add(at).cast::<__m128i>());
+            let lines = [0, 1, 2, 3].map(|i| _mm_loadu_si128(from.add(i)));
+            for (i, line) in lines.into_iter().enumerate() {
+                _mm_stream_si128(to.add(i), line);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As for [`copy_bytes`].
+#[cfg(not(target_arch = "x86_64"))]
+#[inline]
+unsafe fn copy_streaming(to: *mut u8, from: *const u8, bytes: usize) {
+    // SAFETY: the caller's contract.
+    unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
+}
+
+// Streaming stores are weakly ordered: they must be visible before the block is published.
+fn fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::Dtype;
+    use proptest::prelude::*;
+
+    // Every byte tells where it belongs, so a byte in the wrong place cannot go unseen.
+    fn byte(plane: usize, head: usize, token: usize, i: usize) -> u8 {
+        (plane * 131 + head * 31 + token * 7 + i * 3) as u8
+    }
+
+    proptest! {
+        #[test]
+        fn gather_then_scatter_moves_every_byte_to_its_place_in_any_layout(
+            layers in 1u32..4, heads in 1u32..4, dim in 1u32..40, block in 1u32..9, blocks in 1usize..4,
+            token_major: bool, paged: bool, page in 1usize..7, pad in 0usize..3,
+        ) {
+            let g = Geometry { layers, planes: 2, kv_heads: heads, head_dim: dim, dtype: Dtype::Fp16, block_tokens: block };
+            let tokens = blocks * block as usize + pad;
+            let row = g.row_bytes();
+            let page = if paged { page } else { tokens };
+            let page_count = tokens.div_ceil(page);
+            let table: Vec<u32> = (0..page_count as u32).rev().collect();
+            let plane_bytes = page_count * page * heads as usize * row;
+            let (head_stride, token_stride) =
+                if token_major { (row, row * heads as usize) } else { (row * page, row) };
+            let page_stride = page * heads as usize * row;
+            let at = |head: usize, token: usize| {
+                table[token / page] as usize * page_stride + head * head_stride + token % page * token_stride
+            };
+            let mut source = vec![vec![0u8; plane_bytes]; g.plane_count()];
+            let mut target = vec![vec![0u8; plane_bytes]; g.plane_count()];
+            for (p, plane) in source.iter_mut().enumerate() {
+                for h in 0..heads as usize { for t in 0..tokens { for i in 0..row {
+                    plane[at(h, t) + i] = byte(p, h, t, i);
+                } } }
+            }
+            let view = |planes: &mut Vec<Vec<u8>>| {
+                let planes = planes.iter_mut().map(|p| PlaneView {
+                    base: p.as_mut_ptr(), head_stride: head_stride as isize, token_stride: token_stride as isize,
+                    page_stride: page_stride as isize,
+                }).collect();
+                let pages = Some(PageTable { pages: table.clone(), page_tokens: page });
+                // SAFETY: the vectors hold every row of the geometry and outlive the copies below.
+                unsafe { KvView::new(planes, pages, tokens) }.expect("the table covers the tokens")
+            };
+            let workers = Workers::new(2).expect("threads start");
+            let mut payloads = vec![vec![0u8; g.block_bytes()]; blocks];
+            let copies: Vec<_> = payloads.iter_mut().enumerate()
+                .map(|(i, p)| BlockCopy { payload: p.as_mut_ptr(), first_token: i * block as usize }).collect();
+            workers.copy(&g, &view(&mut source), &copies, Direction::Gather);
+            workers.copy(&g, &view(&mut target), &copies, Direction::Scatter);
+            for (b, payload) in payloads.iter().enumerate() {
+                for p in 0..g.plane_count() { for h in 0..heads as usize { for t in 0..block as usize { for i in 0..row {
+                    let inner = ((p * heads as usize + h) * block as usize + t) * row + i;
+                    prop_assert_eq!(payload[inner], byte(p, h, b * block as usize + t, i));
+                } } } }
+            }
+            for (p, plane) in target.iter().enumerate() {
+                for h in 0..heads as usize { for t in 0..tokens { for i in 0..row {
+                    let expected = if t < blocks * block as usize { byte(p, h, t, i) } else { 0 };
+                    prop_assert_eq!(plane[at(h, t) + i], expected);
+                } } }
+            }
+        }
+    }
+
+    #[test]
+    fn a_page_table_that_is_too_short_is_refused() {
+        let table = PageTable { pages: vec![0, 1], page_tokens: 4 };
+        // SAFETY: the view is refused, and never read.
+        let refused = unsafe { KvView::new(Vec::new(), Some(table), 9) };
+        assert!(refused.expect_err("9 tokens need three pages").to_string().contains("8 tokens covered"));
+    }
+}

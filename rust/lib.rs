@@ -1,0 +1,31 @@
+//! The core of stratakv: a multi-tier cache for the attention keys and values of prompt prefixes.
+//!
+//! Floors, imports point down only:
+//! ```text
+//! py  →  store  →  trie ram ssd  →  block evict pool copy stats  →  error sync
+//! ```
+//! Only `py/` knows Python. [`Store`] ties the parts: it names blocks ([`block`]), finds them (`trie`), keeps them
+//! in memory (`pool`, `ram`) and on disk (`ssd`), and counts what it did ([`stats`]).
+
+pub mod block;
+mod copy;
+mod error;
+mod evict;
+mod pool;
+mod ram;
+mod ssd;
+pub mod stats;
+mod store;
+mod sync;
+mod trie;
+
+#[cfg(feature = "python")]
+mod py;
+
+pub use block::{Dtype, Geometry, Secret};
+pub use copy::{KvView, PageTable, PlaneView};
+pub use error::{Error, ErrorKind, Result};
+pub use pool::PageKind;
+pub use ssd::SsdOptions;
+pub use ssd::io::{FileIo, Io, IoFile};
+pub use store::{Lease, LoadOutcome, Model, ModelSpec, Options, PutOutcome, Store, WritePolicy};

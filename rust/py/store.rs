@@ -1,0 +1,247 @@
+//! `Store`, `Model` and `Lease` for Python.
+
+use super::tensor::{Placement, Tensor, integers, view};
+use super::{OrRaise, raise};
+use crate::block::{Dtype, Geometry};
+use crate::error::input;
+use crate::stats::{Counts, Tier, TierCounts};
+use crate::{ModelSpec, Options, SsdOptions, WritePolicy};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+use std::sync::Arc;
+
+/// A store of this process; `stratakv.CacheManager` wraps it.
+#[pyclass(frozen, module = "stratakv._native")]
+pub(super) struct Store {
+    store: Arc<crate::Store>,
+}
+
+#[pymethods]
+impl Store {
+    /// Opens a store. `ssd` is `(path, capacity_bytes, segment_bytes, policy)` or `None`.
+    #[new]
+    #[pyo3(signature = (*, ram_capacity_bytes, ssd, secret, threads))]
+    fn new(
+        py: Python<'_>,
+        ram_capacity_bytes: u64,
+        ssd: Option<(std::path::PathBuf, u64, u64, String)>,
+        secret: Option<String>,
+        threads: usize,
+    ) -> PyResult<Self> {
+        let mut policy = WritePolicy::default();
+        let mut tier = None;
+        if let Some((path, capacity_bytes, segment_bytes, name)) = ssd {
+            policy = match name.as_str() {
+                "write_back" => WritePolicy::WriteBack,
+                "write_through" => WritePolicy::WriteThrough,
+                _ => {
+                    let message = format!("ssd.policy {name:?}: expected write_back or write_through");
+                    return Err(input(message)).or_raise(py);
+                }
+            };
+            tier = Some(SsdOptions { path, capacity_bytes, segment_bytes });
+        }
+        let options = Options { ram_capacity_bytes, ssd: tier, policy, secret, threads };
+        let store = py.detach(|| crate::Store::open(options)).or_raise(py)?;
+        Ok(Self { store: Arc::new(store) })
+    }
+
+    /// Registers a model; geometry is `(layers, planes, kv_heads, head_dim, dtype, block_tokens)`.
+    #[pyo3(signature = (name, weights_version, geometry, weight))]
+    fn register(
+        &self,
+        py: Python<'_>,
+        name: String,
+        weights_version: String,
+        geometry: (u32, u32, u32, u32, String, u32),
+        weight: u32,
+    ) -> PyResult<Model> {
+        let (layers, planes, kv_heads, head_dim, dtype, block_tokens) = geometry;
+        let dtype = Dtype::parse(&dtype).or_raise(py)?;
+        let geometry = Geometry { layers, planes, kv_heads, head_dim, dtype, block_tokens };
+        let spec = ModelSpec { name, weights_version, geometry, weight };
+        let model = py.detach(|| self.store.register(spec)).or_raise(py)?;
+        Ok(Model { store: self.store.clone(), model })
+    }
+
+    /// Waits until every block is durable on SSD.
+    fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.store.flush()).or_raise(py)
+    }
+
+    /// Drains, seals and closes.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.store.close()).or_raise(py)
+    }
+
+    /// All counters at one instant.
+    fn snapshot<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let snapshot = py.detach(|| self.store.snapshot());
+        let models = PyDict::new(py);
+        for (name, counts) in &snapshot.models {
+            models.set_item(name, counts_dict(py, counts)?)?;
+        }
+        let out = PyDict::new(py);
+        out.set_item("total", counts_dict(py, &snapshot.total)?)?;
+        out.set_item("models", models)?;
+        out.set_item("ram_capacity_bytes", snapshot.ram_capacity_bytes)?;
+        out.set_item("ram_pages", snapshot.ram_pages)?;
+        out.set_item("ssd_capacity_bytes", snapshot.ssd_capacity_bytes)?;
+        out.set_item("ssd_file_bytes", snapshot.ssd_file_bytes)?;
+        out.set_item("ssd_io", snapshot.ssd_io)?;
+        out.set_item("ssd_read_only", snapshot.ssd_read_only)?;
+        out.set_item("index_blocks", snapshot.index_blocks)?;
+        out.set_item("threads", self.store.threads())?;
+        Ok(out)
+    }
+}
+
+fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyDict>> {
+    let out = PyDict::new(py);
+    let fields = [
+        ("matches", counts.matches),
+        ("asked_blocks", counts.asked),
+        ("hit_blocks", counts.hit),
+        ("miss_blocks", counts.miss),
+        ("loaded_tokens", counts.loaded_tokens),
+        ("loaded_bytes", counts.loaded_bytes),
+        ("put_blocks", counts.put_blocks),
+        ("put_bytes", counts.put_bytes),
+        ("put_refused_blocks", counts.put_refused),
+        ("demoted_blocks", counts.demoted),
+        ("demotions_dropped_blocks", counts.demotions_dropped),
+        ("promoted_blocks", counts.promoted),
+        ("corrupt_blocks", counts.corrupt),
+        ("io_errors", counts.io_errors),
+    ];
+    for (name, value) in fields {
+        out.set_item(name, value)?;
+    }
+    let tiers = PyDict::new(py);
+    for tier in Tier::ALL {
+        let TierCounts { asked, hit, miss, blocks, used_bytes, evicted } = counts.tiers[tier as usize];
+        let row = PyDict::new(py);
+        let fields = [
+            ("asked_blocks", asked),
+            ("hit_blocks", hit),
+            ("miss_blocks", miss),
+            ("blocks", blocks),
+            ("used_bytes", used_bytes),
+            ("evicted_blocks", evicted),
+        ];
+        for (name, value) in fields {
+            row.set_item(name, value)?;
+        }
+        tiers.set_item(tier.name(), row)?;
+    }
+    out.set_item("tiers", tiers)?;
+    Ok(out)
+}
+
+/// A registered model; `stratakv.ModelCache` wraps it.
+#[pyclass(frozen, module = "stratakv._native")]
+pub(super) struct Model {
+    store: Arc<crate::Store>,
+    model: Arc<crate::Model>,
+}
+
+#[pymethods]
+impl Model {
+    /// Finds and leases the longest cached prefix.
+    #[pyo3(signature = (tokens, adapter, tenant))]
+    fn match_prefix(&self, tokens: &Bound<'_, PyAny>, adapter: &str, tenant: &str) -> PyResult<Lease> {
+        let py = tokens.py();
+        let tokens = integers(tokens, "tokens")?;
+        let lease = py.detach(|| self.store.match_prefix(&self.model, &tokens, adapter, tenant)).or_raise(py)?;
+        Ok(Lease { lease })
+    }
+
+    /// Stores what is not cached yet; returns how many leading tokens are cached now.
+    #[pyo3(signature = (tokens, kv, layout, batch, pages, adapter, tenant))]
+    #[expect(clippy::too_many_arguments, reason = "one crossing carries the whole request; Python names them")]
+    fn put<'py>(
+        &self,
+        tokens: &Bound<'py, PyAny>,
+        kv: &Bound<'py, PyAny>,
+        layout: &str,
+        batch: usize,
+        pages: Option<&Bound<'py, PyAny>>,
+        adapter: &str,
+        tenant: &str,
+    ) -> PyResult<usize> {
+        let py = tokens.py();
+        let ids = integers(tokens, "tokens")?;
+        let placement = Placement { layout, batch, pages };
+        let (view, tensors) = view(kv, &self.model.spec().geometry, &placement, false)?;
+        let outcome = py.detach(|| self.store.put(&self.model, &ids, adapter, tenant, &view));
+        keep_alive(tensors);
+        Ok(outcome.or_raise(py)?.tokens)
+    }
+
+    /// Frees everything of the model.
+    fn unregister(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.store.unregister(&self.model)).or_raise(py)
+    }
+}
+
+// The tensors' memory is used by a detached call; this marks where that ends.
+fn keep_alive(tensors: Vec<Tensor<'_>>) {
+    drop(tensors);
+}
+
+/// A leased match; `stratakv.Match` wraps it.
+#[pyclass(frozen, module = "stratakv._native")]
+pub(super) struct Lease {
+    lease: crate::Lease,
+}
+
+#[pymethods]
+impl Lease {
+    /// Matched tokens.
+    #[getter]
+    fn tokens(&self) -> usize {
+        self.lease.tokens()
+    }
+
+    /// Tokens asked for.
+    #[getter]
+    fn asked_tokens(&self) -> usize {
+        self.lease.asked_tokens()
+    }
+
+    /// The cheapest tier of each matched block.
+    #[getter]
+    fn places<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        PyList::new(py, self.lease.places().iter().map(|t| t.name()))
+    }
+
+    /// Why the match is not longer.
+    #[getter]
+    fn miss(&self) -> Option<&'static str> {
+        self.lease.miss().map(|m| m.name())
+    }
+
+    /// Copies the match into `kv`; returns `(tokens, places, reason)`.
+    #[pyo3(signature = (kv, layout, batch, pages))]
+    fn load<'py>(
+        &self,
+        kv: &Bound<'py, PyAny>,
+        layout: &str,
+        batch: usize,
+        pages: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<(usize, Vec<&'static str>, Option<&'static str>)> {
+        let py = kv.py();
+        let placement = Placement { layout, batch, pages };
+        let (view, tensors) = view(kv, self.lease.geometry(), &placement, true)?;
+        let outcome = py.detach(|| self.lease.load(&view));
+        keep_alive(tensors);
+        let outcome = outcome.map_err(|e| raise(py, &e))?;
+        let places = outcome.places.iter().map(|t| t.name()).collect();
+        Ok((outcome.tokens, places, outcome.miss.map(|m| m.name())))
+    }
+
+    /// Gives the blocks free.
+    fn release(&self, py: Python<'_>) {
+        py.detach(|| self.lease.release());
+    }
+}

@@ -1,0 +1,471 @@
+//! Tensors of other libraries, read in place: NumPy's array interface, else DLPack (versioned or legacy).
+//!
+//! The producer is kept alive for the call; nothing is copied or taken over. A `layout` names the axes of the leaf
+//! tensors, outermost first; what it does not name is a Python sequence:
+//!
+//! | letter | axis |
+//! |---|---|
+//! | `L` | layer (absent: a sequence of layers) |
+//! | `K` | plane, key or value (absent: a sequence of planes per layer) |
+//! | `B` | batch; one row is used |
+//! | `P` | page |
+//! | `H` | head |
+//! | `N` | token (within its page) |
+//! | `D` | dim, contiguous |
+
+use super::OrRaise;
+use crate::block::{Dtype, Geometry};
+use crate::copy::{KvView, PageTable, PlaneView};
+use crate::error::{Result, input};
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::{PyCapsule, PyDict, PyTuple};
+use std::ffi::{CStr, c_void};
+
+/// Bytes of memory with axes. Strides are in bytes.
+pub(super) struct Tensor<'py> {
+    base: *mut u8,
+    shape: Vec<i64>,
+    strides: Vec<isize>,
+    kind: Kind,
+    read_only: bool,
+    // Keeps the memory alive; it is only dropped.
+    _owner: Bound<'py, PyAny>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Int(u8),
+    Uint(u8),
+    Float(u8),
+    Bfloat16,
+    Float8,
+}
+
+impl Kind {
+    fn bytes(self) -> usize {
+        match self {
+            Self::Int(bits) | Self::Uint(bits) | Self::Float(bits) => usize::from(bits) / 8,
+            Self::Bfloat16 => 2,
+            Self::Float8 => 1,
+        }
+    }
+
+    fn holds(self, dtype: Dtype) -> bool {
+        match dtype {
+            Dtype::Fp32 => self == Self::Float(32),
+            Dtype::Fp16 => self == Self::Float(16),
+            Dtype::Bf16 => self == Self::Bfloat16,
+            Dtype::Uint8 => matches!(self, Self::Uint(8) | Self::Float8),
+        }
+    }
+
+    fn name(self) -> String {
+        match self {
+            Self::Int(bits) => format!("int{bits}"),
+            Self::Uint(bits) => format!("uint{bits}"),
+            Self::Float(bits) => format!("float{bits}"),
+            Self::Bfloat16 => "bfloat16".into(),
+            Self::Float8 => "float8".into(),
+        }
+    }
+}
+
+#[repr(C)]
+struct DlTensor {
+    data: *mut c_void,
+    device_type: i32,
+    device_id: i32,
+    ndim: i32,
+    code: u8,
+    bits: u8,
+    lanes: u16,
+    shape: *const i64,
+    strides: *const i64,
+    byte_offset: u64,
+}
+
+#[repr(C)]
+struct DlManagedVersioned {
+    major: u32,
+    minor: u32,
+    context: *mut c_void,
+    deleter: *const c_void,
+    flags: u64,
+    tensor: DlTensor,
+}
+
+const LEGACY: &CStr = c"dltensor";
+const VERSIONED: &CStr = c"dltensor_versioned";
+const READ_ONLY: u64 = 1;
+const CPU: i32 = 1;
+
+impl<'py> Tensor<'py> {
+    /// Reads any tensor in CPU memory. `what` names the argument in errors.
+    pub(super) fn read(object: &Bound<'py, PyAny>, what: &str) -> PyResult<Self> {
+        let py = object.py();
+        if let Ok(interface) = object.getattr("__array_interface__") {
+            return Self::from_array_interface(object, interface.cast_into::<PyDict>()?, what);
+        }
+        let Ok(export) = object.getattr("__dlpack__") else {
+            let kind = object.get_type().name()?;
+            let message = format!("{what}: {kind} is no tensor; expected a NumPy array, a torch CPU tensor or DLPack");
+            return Err(input(message)).or_raise(py);
+        };
+        if let Ok(device) = object.call_method0("__dlpack_device__") {
+            let (device_type, _): (i32, i32) = device.extract()?;
+            if device_type != CPU {
+                let message = format!("{what}: DLPack device type {device_type}, expected {CPU} (CPU); copy it first");
+                return Err(input(message)).or_raise(py);
+            }
+        }
+        let versioned = PyDict::new(py);
+        versioned.set_item("max_version", (1, 0))?;
+        let capsule = match export.call((), Some(&versioned)) {
+            // Producers of before DLPack 1.0 know no keyword.
+            Err(e) if e.is_instance_of::<PyTypeError>(py) => export.call0(),
+            other => other,
+        };
+        let capsule = match capsule {
+            Ok(capsule) => capsule.cast_into::<PyCapsule>()?,
+            Err(e) => return Err(input(format!("{what}: DLPack export refused: {}", e.value(py)))).or_raise(py),
+        };
+        Self::from_capsule(object, &capsule, what)
+    }
+
+    fn from_array_interface(object: &Bound<'py, PyAny>, interface: Bound<'py, PyDict>, what: &str) -> PyResult<Self> {
+        let py = object.py();
+        let item = |name: &str| -> PyResult<Bound<'py, PyAny>> {
+            interface
+                .get_item(name)?
+                .ok_or_else(|| PyTypeError::new_err(format!("{what}: array interface lacks {name}")))
+        };
+        let code: String = item("typestr")?.extract()?;
+        let (data, read_only): (usize, bool) = item("data")?.extract()?;
+        let shape: Vec<i64> = item("shape")?.extract()?;
+        let bits = code.get(2..).and_then(|n| n.parse::<u8>().ok()).map(|bytes| bytes.wrapping_mul(8));
+        let swapped = code.starts_with('>') && bits != Some(8);
+        let kind = match (code.as_bytes().get(1), bits) {
+            (Some(b'i'), Some(bits)) => Some(Kind::Int(bits)),
+            (Some(b'u'), Some(bits)) => Some(Kind::Uint(bits)),
+            (Some(b'f'), Some(bits)) => Some(Kind::Float(bits)),
+            // Extension types, such as those of ml_dtypes, show as raw bytes.
+            (Some(b'V'), Some(_)) => match object.getattr("dtype")?.str()?.to_string().as_str() {
+                "bfloat16" => Some(Kind::Bfloat16),
+                name if name.starts_with("float8") => Some(Kind::Float8),
+                _ => None,
+            },
+            _ => None,
+        };
+        let Some(kind) = kind.filter(|_| !swapped) else {
+            return Err(input(format!("{what}: dtype {code:?} is not supported"))).or_raise(py);
+        };
+        let strides: Option<Vec<isize>> = interface.get_item("strides")?.map_or(Ok(None), |s| s.extract())?;
+        let strides = strides.unwrap_or_else(|| dense_strides(&shape, kind.bytes()));
+        Ok(Self { base: data as *mut u8, shape, strides, kind, read_only, _owner: object.clone() })
+    }
+
+    fn from_capsule(object: &Bound<'py, PyAny>, capsule: &Bound<'py, PyCapsule>, what: &str) -> PyResult<Self> {
+        let py = object.py();
+        let (pointer, read_only) = if let Ok(pointer) = capsule.pointer_checked(Some(VERSIONED)) {
+            let managed = pointer.cast::<DlManagedVersioned>();
+            // SAFETY: a capsule of that name holds that struct, by the DLPack specification, while the capsule lives.
+            let (major, flags) = unsafe { ((*managed.as_ptr()).major, (*managed.as_ptr()).flags) };
+            if major != 1 {
+                return Err(input(format!("{what}: DLPack version {major}, expected 1"))).or_raise(py);
+            }
+            // SAFETY: as above.
+            (unsafe { &raw const (*managed.as_ptr()).tensor }, flags & READ_ONLY != 0)
+        } else {
+            (capsule.pointer_checked(Some(LEGACY))?.as_ptr().cast::<DlTensor>().cast_const(), false)
+        };
+        // SAFETY: both structs hold a `DLTensor`, at their start or behind the flags, while the capsule lives.
+        let tensor = unsafe { &*pointer };
+        if tensor.device_type != CPU {
+            let device = tensor.device_type;
+            return Err(input(format!("{what}: DLPack device type {device}, expected {CPU} (CPU)"))).or_raise(py);
+        }
+        let kind = match (tensor.code, tensor.bits, tensor.lanes) {
+            (0, bits, 1) => Kind::Int(bits),
+            (1, bits, 1) => Kind::Uint(bits),
+            (2, bits, 1) => Kind::Float(bits),
+            (4, 16, 1) => Kind::Bfloat16,
+            (7..=14, 8, 1) => Kind::Float8,
+            (code, bits, lanes) => {
+                let message = format!("{what}: DLPack dtype ({code}, {bits}, {lanes}) is not supported");
+                return Err(input(message)).or_raise(py);
+            }
+        };
+        let axes = usize::try_from(tensor.ndim).unwrap_or(0);
+        let list = |pointer: *const i64| -> Vec<i64> {
+            // SAFETY: shape and strides have `ndim` items each; a tensor without axes may have null pointers.
+            if axes == 0 { Vec::new() } else { unsafe { std::slice::from_raw_parts(pointer, axes) }.to_vec() }
+        };
+        let shape = list(tensor.shape);
+        let strides = if tensor.strides.is_null() {
+            dense_strides(&shape, kind.bytes())
+        } else {
+            list(tensor.strides).iter().map(|s| *s as isize * kind.bytes() as isize).collect()
+        };
+        let base = tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize);
+        Ok(Self { base, shape, strides, kind, read_only, _owner: capsule.clone().into_any() })
+    }
+}
+
+fn dense_strides(shape: &[i64], item: usize) -> Vec<isize> {
+    let mut strides = vec![item as isize; shape.len()];
+    for axis in (1..shape.len()).rev() {
+        strides[axis - 1] = strides[axis] * shape[axis] as isize;
+    }
+    strides
+}
+
+/// Token ids (or page numbers) from a list or any 1-d integer tensor.
+pub(super) fn integers(object: &Bound<'_, PyAny>, what: &str) -> PyResult<Vec<u32>> {
+    let py = object.py();
+    let expected = |found: String| input(format!("{what}: {found}; expected a 1-d sequence of non-negative integers"));
+    if let Ok(items) = object.cast::<pyo3::types::PyList>() {
+        return items.iter().map(|item| one_integer(&item, what)).collect();
+    }
+    if let Ok(items) = object.cast::<PyTuple>() {
+        return items.iter().map(|item| one_integer(&item, what)).collect();
+    }
+    let is_tensor = object.hasattr("__array_interface__")? || object.hasattr("__dlpack__")?;
+    let held = if is_tensor { object.clone() } else { py.import("numpy")?.call_method1("asarray", (object,))? };
+    let tensor = Tensor::read(&held, what)?;
+    if tensor.shape.len() != 1 {
+        return Err(expected(format!("{} dimensions", tensor.shape.len()))).or_raise(py);
+    }
+    let (length, stride) = (tensor.shape[0] as usize, tensor.strides[0]);
+    let at = |i: usize| tensor.base.wrapping_offset(i as isize * stride);
+    // SAFETY: the producer promises `length` items at that stride, of the kind that each arm reads, alive with `tensor`.
+    let value = |i: usize| -> Option<i128> {
+        unsafe {
+            Some(match tensor.kind {
+                Kind::Int(64) => at(i).cast::<i64>().read_unaligned().into(),
+                Kind::Int(32) => at(i).cast::<i32>().read_unaligned().into(),
+                Kind::Int(16) => at(i).cast::<i16>().read_unaligned().into(),
+                Kind::Uint(64) => at(i).cast::<u64>().read_unaligned().into(),
+                Kind::Uint(32) => at(i).cast::<u32>().read_unaligned().into(),
+                Kind::Uint(16) => at(i).cast::<u16>().read_unaligned().into(),
+                _ => return None,
+            })
+        }
+    };
+    let mut out = Vec::with_capacity(length);
+    for i in 0..length {
+        let Some(v) = value(i) else { return Err(expected(format!("dtype {}", tensor.kind.name()))).or_raise(py) };
+        match u32::try_from(v) {
+            Ok(v) => out.push(v),
+            Err(_) => return Err(expected(format!("{v} at position {i}"))).or_raise(py),
+        }
+    }
+    // An empty float array names no token, but shows a mistake.
+    if length == 0 && !matches!(tensor.kind, Kind::Int(_) | Kind::Uint(_)) && is_tensor {
+        return Err(expected(format!("dtype {}", tensor.kind.name()))).or_raise(py);
+    }
+    Ok(out)
+}
+
+fn one_integer(item: &Bound<'_, PyAny>, what: &str) -> PyResult<u32> {
+    item.extract::<u32>().or_else(|_| {
+        let message = format!("{what}: {}; expected non-negative integers below 2^32", item.repr()?);
+        Err(input(message)).or_raise(item.py())
+    })
+}
+
+/// How the caller's tensors lie: see the page above.
+pub(super) struct Placement<'a, 'py> {
+    pub(super) layout: &'a str,
+    pub(super) batch: usize,
+    pub(super) pages: Option<&'a Bound<'py, PyAny>>,
+}
+
+/// A view of the caller's tensors, and what keeps them alive.
+pub(super) fn view<'py>(
+    kv: &Bound<'py, PyAny>,
+    geometry: &Geometry,
+    placement: &Placement<'_, 'py>,
+    writable: bool,
+) -> PyResult<(KvView, Vec<Tensor<'py>>)> {
+    let py = kv.py();
+    let axes = Axes::parse(placement.layout).or_raise(py)?;
+    let pages = match (axes.page, placement.pages) {
+        (Some(_), Some(pages)) => Some(integers(pages, "pages")?),
+        (None, None) => None,
+        (Some(_), None) => return Err(input("pages: the layout has P, expected a page table")).or_raise(py),
+        (None, Some(_)) => {
+            let message = format!("pages: given, but layout {:?} has no P", placement.layout);
+            return Err(input(message)).or_raise(py);
+        }
+    };
+    let leaves = leaves(kv, geometry, &axes)?;
+    let mut tensors = Vec::with_capacity(leaves.len());
+    let mut planes = Vec::with_capacity(geometry.plane_count());
+    let mut tokens = usize::MAX;
+    let mut page_tokens = 1;
+    for (n, leaf) in leaves.iter().enumerate() {
+        let name = if leaves.len() == 1 { "kv".to_owned() } else { format!("kv tensor {n}") };
+        let tensor = Tensor::read(leaf, &name)?;
+        let leaf = Leaf { tensor: &tensor, axes: &axes, geometry, name: &name };
+        leaf.check(placement.batch, writable).or_raise(py)?;
+        let (covered, in_page) = leaf.tokens(pages.as_deref()).or_raise(py)?;
+        if n > 0 && page_tokens != in_page {
+            return Err(input(format!("{name}: pages of {in_page} tokens, expected {page_tokens}"))).or_raise(py);
+        }
+        (tokens, page_tokens) = (tokens.min(covered), in_page);
+        leaf.planes(placement.batch, &mut planes);
+        tensors.push(tensor);
+    }
+    let table = pages.map(|pages| PageTable { pages, page_tokens });
+    // SAFETY: every axis was checked against the geometry, every page against its tensor; `tensors` keeps the memory.
+    let view = unsafe { KvView::new(planes, table, tokens) }.or_raise(py)?;
+    Ok((view, tensors))
+}
+
+// The leaf tensors, layer by layer.
+fn leaves<'py>(kv: &Bound<'py, PyAny>, geometry: &Geometry, axes: &Axes) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    let py = kv.py();
+    let items = |object: &Bound<'py, PyAny>, what: &str, count: u32| -> PyResult<Vec<Bound<'py, PyAny>>> {
+        let list: Vec<_> = object.try_iter()?.collect::<PyResult<_>>()?;
+        if list.len() == count as usize {
+            return Ok(list);
+        }
+        let message = format!("kv has {} {what}, expected {count} by the model's geometry", list.len());
+        Err(input(message)).or_raise(py)
+    };
+    let layers = match axes.layer {
+        Some(_) => vec![kv.clone()],
+        None => items(kv, "layers", geometry.layers)?,
+    };
+    if axes.plane.is_some()
+        || axes.layer.is_some()
+        || geometry.planes == 1 && axes.layer.is_none() && is_leaf(&layers[0])
+    {
+        return Ok(layers);
+    }
+    let mut leaves = Vec::with_capacity(geometry.plane_count());
+    for layer in &layers {
+        leaves.extend(items(layer, "planes in a layer", geometry.planes)?);
+    }
+    Ok(leaves)
+}
+
+fn is_leaf(object: &Bound<'_, PyAny>) -> bool {
+    [c"__array_interface__", c"__dlpack__"].iter().any(|n| n.to_str().is_ok_and(|n| object.hasattr(n).unwrap_or(false)))
+}
+
+/// Where each axis stands in a leaf tensor.
+struct Axes {
+    count: usize,
+    layer: Option<usize>,
+    plane: Option<usize>,
+    batch: Option<usize>,
+    page: Option<usize>,
+    head: usize,
+    token: usize,
+    dim: usize,
+}
+
+impl Axes {
+    fn parse(layout: &str) -> Result<Self> {
+        let wrong = || {
+            input(format!(
+                "layout {layout:?}: expected each of H, N and D once and L, K, B, P at most once, D last; as \"BHND\""
+            ))
+        };
+        let at = |letter: char| layout.find(letter);
+        let known = layout.chars().all(|c| "LKBPHND".contains(c));
+        let unique = layout.chars().all(|c| layout.matches(c).count() == 1);
+        let (Some(head), Some(token), Some(dim)) = (at('H'), at('N'), at('D')) else { return Err(wrong()) };
+        // Without its layers in the tensor, a plane axis belongs to one layer's tensor; the reverse has no meaning.
+        let nested = at('L').is_none() || at('K').is_some();
+        if !known || !unique || !nested || dim + 1 != layout.len() {
+            return Err(wrong());
+        }
+        let (layer, plane, batch, page) = (at('L'), at('K'), at('B'), at('P'));
+        Ok(Self { count: layout.len(), layer, plane, batch, page, head, token, dim })
+    }
+}
+
+struct Leaf<'a, 'py> {
+    tensor: &'a Tensor<'py>,
+    axes: &'a Axes,
+    geometry: &'a Geometry,
+    name: &'a str,
+}
+
+impl Leaf<'_, '_> {
+    fn check(&self, batch: usize, writable: bool) -> Result<()> {
+        let Self { tensor, axes, geometry, name } = self;
+        if tensor.shape.len() != axes.count {
+            let shape = &tensor.shape;
+            return Err(input(format!("{name}: shape {shape:?}, expected {} axes by the layout", axes.count)));
+        }
+        if !tensor.kind.holds(geometry.dtype) {
+            let (found, expected) = (tensor.kind.name(), geometry.dtype.name());
+            return Err(input(format!("{name}: dtype {found}, expected {expected} by the model's geometry")));
+        }
+        let expected = [
+            ("heads", Some(axes.head), geometry.kv_heads),
+            ("dim", Some(axes.dim), geometry.head_dim),
+            ("layers", axes.layer, geometry.layers),
+            ("planes", axes.plane, geometry.planes),
+        ];
+        for (what, axis, size) in expected {
+            if let Some(found) = axis.map(|a| tensor.shape[a]).filter(|&found| found != i64::from(size)) {
+                return Err(input(format!("{name}: {found} {what}, expected {size} by the model's geometry")));
+            }
+        }
+        if let Some(rows) = axes.batch.map(|a| tensor.shape[a]).filter(|&rows| batch as i64 >= rows) {
+            return Err(input(format!("batch is {batch}, expected below {rows}, the rows of {name}")));
+        }
+        if tensor.strides[axes.dim] != tensor.kind.bytes() as isize && geometry.head_dim > 1 {
+            return Err(input(format!("{name}: the last axis is not contiguous; pass a tensor whose dim is")));
+        }
+        if writable && tensor.read_only {
+            return Err(input(format!("{name}: is read-only, expected memory to load into")));
+        }
+        Ok(())
+    }
+
+    // Tokens covered, and tokens per page.
+    fn tokens(&self, pages: Option<&[u32]>) -> Result<(usize, usize)> {
+        let size = self.tensor.shape[self.axes.token].max(0) as usize;
+        match (self.axes.page, pages) {
+            (Some(axis), Some(pages)) => {
+                let count = self.tensor.shape[axis];
+                if let Some(page) = pages.iter().find(|&&p| i64::from(p) >= count) {
+                    return Err(input(format!(
+                        "pages: page {page}, expected below {count}, the pages of {}",
+                        self.name
+                    )));
+                }
+                if size == 0 {
+                    return Err(input(format!("{}: pages of 0 tokens", self.name)));
+                }
+                Ok((pages.len() * size, size))
+            }
+            _ => Ok((size, size)),
+        }
+    }
+
+    fn planes(&self, batch: usize, out: &mut Vec<PlaneView>) {
+        let Self { tensor, axes, geometry, .. } = self;
+        let stride = |axis: Option<usize>| axis.map_or(0, |a| tensor.strides[a]);
+        let count = |axis: Option<usize>, n: u32| if axis.is_some() { n } else { 1 };
+        for layer in 0..count(axes.layer, geometry.layers) {
+            for plane in 0..count(axes.plane, geometry.planes) {
+                let offset = layer as isize * stride(axes.layer)
+                    + plane as isize * stride(axes.plane)
+                    + batch as isize * stride(axes.batch);
+                out.push(PlaneView {
+                    base: tensor.base.wrapping_offset(offset),
+                    head_stride: tensor.strides[axes.head],
+                    token_stride: tensor.strides[axes.token],
+                    page_stride: stride(axes.page),
+                });
+            }
+        }
+    }
+}

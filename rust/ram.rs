@@ -1,0 +1,61 @@
+//! The RAM tier's books: who holds which slot, and which blocks of a model may leave it.
+//!
+//! A model's evictable blocks stand in two lists: *clean* ones, whose bytes are on SSD too, and *dirty* ones, which
+//! leaving would lose. Clean ones go first.
+
+use crate::evict::Lru;
+use crate::pool::{Pool, Slot};
+use crate::trie::NodeId;
+use std::collections::HashMap;
+
+/// Evictable blocks of one model.
+#[derive(Debug, Default)]
+pub(crate) struct Evictable {
+    clean: Lru,
+    dirty: Lru,
+}
+
+impl Evictable {
+    pub(crate) fn list(&mut self, clean: bool) -> &mut Lru {
+        if clean { &mut self.clean } else { &mut self.dirty }
+    }
+
+    /// The block that leaves next.
+    pub(crate) fn victim(&self, may_lose: bool) -> Option<NodeId> {
+        let dirty = || if may_lose { self.dirty.coldest() } else { None };
+        self.clean.coldest().or_else(dirty)
+    }
+}
+
+/// Slots, their holders and the evictable blocks of every model.
+#[derive(Debug)]
+pub(crate) struct Ram {
+    pub(crate) pool: Pool,
+    holders: HashMap<Slot, NodeId>,
+    evictable: HashMap<u32, Evictable>,
+}
+
+impl Ram {
+    pub(crate) fn new(capacity: usize) -> Self {
+        Self { pool: Pool::new(capacity), holders: HashMap::new(), evictable: HashMap::new() }
+    }
+
+    pub(crate) fn evictable(&mut self, model: u32) -> &mut Evictable {
+        self.evictable.entry(model).or_default()
+    }
+
+    pub(crate) fn hold(&mut self, slot: Slot, node: NodeId) {
+        self.holders.insert(slot, node);
+    }
+
+    pub(crate) fn release(&mut self, slot: Slot) {
+        self.holders.remove(&slot);
+        self.pool.free(slot);
+    }
+
+    /// Blocks of each span of a model; `None` where a slot is being filled and belongs to no block yet.
+    pub(crate) fn spans_of(&self, model: u32) -> Vec<Vec<Option<NodeId>>> {
+        let spans = self.pool.spans_of(model);
+        spans.into_iter().map(|slots| slots.iter().map(|s| self.holders.get(s).copied()).collect()).collect()
+    }
+}

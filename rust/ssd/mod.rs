@@ -1,0 +1,486 @@
+//! The SSD tier: append-only segments, one file per model, in one exclusively locked directory.
+//!
+//! ```text
+//! directory   lock  secret  store  <fingerprint>.kv ...
+//! model file  superblock x2 | segment 0 | segment 1 | ...
+//! segment     header page | record | record | ... | footer           empty ─▶ open ─▶ sealed ─▶ (reused or empty)
+//! ```
+//! A segment is preallocated whole, so a record that was promised a place gets it. The footer is the journal: recovery
+//! reads headers and footers, and walks the records of a segment that has no valid footer. A segment is reused under a
+//! new epoch, which invalidates every byte of its earlier life. What leaves is the segment that was used longest ago.
+
+pub(crate) mod io;
+pub(crate) mod record;
+
+use crate::block::{Geometry, Secret};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pool::Arena;
+use crate::sync::{Arc, Mutex};
+use io::{DirectoryLock, Io, IoFile};
+use record::{
+    Entry, Id, ModelIdentity, PAGE, SEGMENTS_OFFSET, SegmentIdentity, SegmentLayout, StoreIdentity, Superblock,
+};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+/// What the lock, the secret and the store's superblock take.
+const CONTROL_BYTES: u64 = 64 << 10;
+
+/// Settings of the SSD tier.
+#[derive(Debug, Clone)]
+pub struct SsdOptions {
+    /// Directory of the store; created if absent.
+    pub path: PathBuf,
+    /// Cap on the bytes of all its files.
+    pub capacity_bytes: u64,
+    /// Bytes of one segment.
+    pub segment_bytes: u64,
+}
+
+/// Where a record lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) segment: u32,
+    /// Offset within the segment.
+    pub(crate) offset: u64,
+}
+
+/// An open store directory.
+#[derive(Debug)]
+pub(crate) struct Ssd {
+    io: Arc<dyn Io>,
+    directory: PathBuf,
+    uuid: Id,
+    capacity_bytes: u64,
+    segment_bytes: u64,
+    scratch: Mutex<Vec<Buffer>>,
+    lock: Mutex<Option<DirectoryLock>>,
+}
+
+impl Ssd {
+    /// Takes the directory, creating it and its secret if they are new.
+    pub(crate) fn open(options: &SsdOptions, io: Arc<dyn Io>, secret: Option<&str>) -> Result<(Self, Secret)> {
+        let directory = options.path.clone();
+        let shown = directory.display();
+        let unusable = |e| Error::io(format!("cannot use directory {shown}; make it writable or set ssd.path"), e);
+        std::fs::create_dir_all(&directory).map_err(unusable)?;
+        let lock = DirectoryLock::take(&directory).map_err(|e| match e.kind() {
+            std::io::ErrorKind::WouldBlock => Error::new(
+                ErrorKind::Locked,
+                format!("directory {shown} is in use by another process; close it there or set another ssd.path"),
+            ),
+            _ => unusable(e),
+        })?;
+        let secret = match secret {
+            Some(given) => Secret::new(given.as_bytes()),
+            None => Secret::new(&own_secret(&directory).map_err(unusable)?),
+        };
+        let uuid = Self::identify(&directory, io.as_ref(), &secret)?;
+        let ssd = Self {
+            io,
+            directory,
+            uuid,
+            capacity_bytes: options.capacity_bytes,
+            segment_bytes: options.segment_bytes,
+            scratch: Mutex::default(),
+            lock: Mutex::new(Some(lock)),
+        };
+        Ok((ssd, secret))
+    }
+
+    // Reads the store's superblock, or writes it into a new directory.
+    fn identify(directory: &Path, io: &dyn Io, secret: &Secret) -> Result<Id> {
+        let path = directory.join("store");
+        let shown = path.display();
+        let failed = |e| Error::io(format!("cannot read or write {shown}"), e);
+        let new = !path.exists();
+        let file = io.open(&path, true).map_err(failed)?;
+        let mut pages = Buffer::new(2 * PAGE)?;
+        let length = file.read_at(&mut pages, 0).map_err(failed)?;
+        if new || length == 0 {
+            let mut uuid = [0; 16];
+            getrandom::fill(&mut uuid).map_err(|e| failed(e.into()))?;
+            let identity = StoreIdentity { uuid, secret_check: secret.check_value() };
+            let (first, second) = pages.split_at_mut(PAGE);
+            identity.write(first);
+            identity.write(second);
+            file.write_at(&[&pages], 0).and_then(|()| file.sync()).map_err(failed)?;
+            return Ok(uuid);
+        }
+        match StoreIdentity::read(&pages) {
+            Superblock::Valid(identity) if identity.secret_check == secret.check_value() => Ok(identity.uuid),
+            Superblock::Valid(_) => Err(Error::new(
+                ErrorKind::Format,
+                format!("{shown} was written with another secret; set the old store.secret or another ssd.path"),
+            )),
+            Superblock::OtherVersion(version) => Err(Error::new(
+                ErrorKind::Format,
+                format!(
+                    "{shown} has format version {version}, expected {}; use the release that wrote it or another ssd.path",
+                    record::FORMAT_VERSION
+                ),
+            )),
+            Superblock::Damaged => Err(Error::new(
+                ErrorKind::Format,
+                format!("{shown} is not a superblock, or both its copies are damaged; move the directory away"),
+            )),
+        }
+    }
+
+    pub(crate) fn capacity_bytes(&self) -> u64 {
+        self.capacity_bytes
+    }
+
+    /// Lets another process have the directory.
+    pub(crate) fn unlock(&self) {
+        *self.lock.lock() = None;
+    }
+
+    fn path_of(&self, fingerprint: Id) -> PathBuf {
+        let name: String = fingerprint.iter().map(|b| format!("{b:02x}")).collect();
+        self.directory.join(name + ".kv")
+    }
+
+    /// Files of models that are not registered now, oldest first.
+    pub(crate) fn stale_files(&self) -> Result<Vec<Stale>> {
+        let failed = |e| Error::io(format!("cannot list {}", self.directory.display()), e);
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(&self.directory).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            if path.extension().is_some_and(|e| e == "kv") {
+                let meta = std::fs::metadata(&path).map_err(failed)?;
+                found.push((meta.modified().map_err(failed)?, path));
+            }
+        }
+        found.sort();
+        let measured = found.into_iter().map(|(_, path)| {
+            let bytes = self.io.open(&path, false).and_then(|f| f.allocated()).map_err(failed)?;
+            Ok(Stale { path, bytes })
+        });
+        measured.collect()
+    }
+
+    /// Makes an unregistered model's file smaller by dropping its oldest segments; returns the bytes it still takes.
+    pub(crate) fn shrink(&self, path: &Path, goal_bytes: u64) -> std::io::Result<u64> {
+        let file = self.io.open(path, false)?;
+        let mut pages = Buffer::new(2 * PAGE).map_err(std::io::Error::other)?;
+        file.read_at(&mut pages, 0)?;
+        let Superblock::Valid(identity) = ModelIdentity::read(&pages) else {
+            self.io.remove(path)?;
+            return Ok(0);
+        };
+        let segment_bytes = identity.layout.segment_bytes.max(PAGE as u64);
+        let count = file.len()?.saturating_sub(SEGMENTS_OFFSET).div_ceil(segment_bytes);
+        let mut segments = Vec::new();
+        for index in 0..count {
+            file.read_at(&mut pages[..PAGE], SEGMENTS_OFFSET + index * segment_bytes)?;
+            let header = SegmentIdentity::read(&pages[..PAGE], self.uuid, identity.fingerprint, index);
+            segments.push((header.map_or(0, |h| h.epoch), index));
+        }
+        segments.sort_unstable();
+        for (_, index) in segments {
+            if file.allocated()? <= goal_bytes {
+                break;
+            }
+            file.punch(SEGMENTS_OFFSET + index * segment_bytes, segment_bytes)?;
+        }
+        file.allocated()
+    }
+
+    /// Opens or creates a model's file. A file that cannot be told to be this model's is started anew.
+    pub(crate) fn open_model(
+        &self,
+        fingerprint: Id,
+        geometry: Geometry,
+        model: &str,
+        weights_version: &str,
+    ) -> Result<ModelFile> {
+        let path = self.path_of(fingerprint);
+        let failed = |e| Error::io(format!("cannot open {}", path.display()), e);
+        let mut file = self.io.open(&path, true).map_err(failed)?;
+        let mut pages = Buffer::new(2 * PAGE)?;
+        let length = file.read_at(&mut pages, 0).map_err(failed)?;
+        let mut identity = ModelIdentity {
+            uuid: self.uuid,
+            fingerprint,
+            geometry: geometry.words(),
+            layout: self.layout(&geometry)?,
+            model: model.to_owned(),
+            weights_version: weights_version.to_owned(),
+        };
+        match ModelIdentity::read(&pages) {
+            Superblock::Valid(found)
+                if found.layout.segment_bytes.is_multiple_of(PAGE as u64)
+                    && found.layout.room_for(geometry.record_bytes()) > 0
+                    && found == (ModelIdentity { layout: found.layout, ..identity.clone() }) =>
+            {
+                identity = found;
+            }
+            Superblock::OtherVersion(version) => {
+                return Err(Error::new(
+                    ErrorKind::Format,
+                    format!("{} has format version {version}, expected {}", path.display(), record::FORMAT_VERSION),
+                ));
+            }
+            Superblock::Valid(_) | Superblock::Damaged => {
+                if length > 0 {
+                    self.io.remove(&path).map_err(failed)?;
+                    file = self.io.open(&path, true).map_err(failed)?;
+                }
+                let (first, second) = pages.split_at_mut(PAGE);
+                identity.write(first);
+                identity.write(second);
+                // A disk with no room for these pages shows again at the first segment; until then all is a miss.
+                let written = file.write_at(&[&pages], 0).and_then(|()| file.sync());
+                written.map_err(failed)?;
+            }
+        }
+        Ok(ModelFile { file, path, uuid: self.uuid, fingerprint, geometry, layout: identity.layout })
+    }
+
+    // Segments shrink with the cap, so that even a small one has several.
+    fn layout(&self, geometry: &Geometry) -> Result<SegmentLayout> {
+        let record = geometry.record_bytes() as u64;
+        let usable = self.capacity_bytes.saturating_sub(CONTROL_BYTES + SEGMENTS_OFFSET);
+        let page = PAGE as u64;
+        let wanted = self.segment_bytes.max(4 * record + (64 << 10)).next_multiple_of(page);
+        let layout = SegmentLayout::new(geometry, wanted.min(usable / 4 / page * page));
+        if layout.room_for(geometry.record_bytes()) == 0 {
+            return Err(Error::new(
+                ErrorKind::Config,
+                format!(
+                    "ssd.capacity_bytes is {}, too small for blocks of {record} bytes: expected at least {}",
+                    self.capacity_bytes,
+                    CONTROL_BYTES + SEGMENTS_OFFSET + 4 * (2 * record + 2 * page)
+                ),
+            ));
+        }
+        Ok(layout)
+    }
+
+    pub(crate) fn remove_model(&self, file: &ModelFile) -> std::io::Result<()> {
+        self.io.remove(&file.path)
+    }
+
+    /// A buffer of at least `bytes`, returned by [`give_back`](Self::give_back).
+    pub(crate) fn scratch(&self, bytes: usize) -> Result<Buffer> {
+        let mut free = self.scratch.lock();
+        match free.iter().position(|b| b.len() >= bytes) {
+            Some(i) => Ok(free.swap_remove(i)),
+            None => {
+                drop(free);
+                Buffer::new(bytes)
+            }
+        }
+    }
+
+    pub(crate) fn give_back(&self, buffer: Buffer) {
+        let mut free = self.scratch.lock();
+        if free.len() < 16 {
+            free.push(buffer);
+        }
+    }
+}
+
+fn own_secret(directory: &Path) -> std::io::Result<Vec<u8>> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let path = directory.join("secret");
+    match std::fs::read(&path) {
+        Ok(bytes) if bytes.len() == 32 => return Ok(bytes),
+        Ok(_) => {
+            let message = format!("{} does not hold 32 bytes; restore it or set store.secret", path.display());
+            return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, message));
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) => return Err(e),
+    }
+    let mut bytes = vec![0; 32];
+    getrandom::fill(&mut bytes)?;
+    // Written aside and renamed, so that a crash leaves no half secret.
+    let aside = directory.join("secret.new");
+    let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
+    file.write_all(&bytes)?;
+    file.sync_all()?;
+    std::fs::rename(aside, path)?;
+    Ok(bytes)
+}
+
+/// A file of a model that is not registered.
+#[derive(Debug)]
+pub(crate) struct Stale {
+    pub(crate) path: PathBuf,
+    pub(crate) bytes: u64,
+}
+
+/// A page-aligned, huge-page-backed buffer.
+#[derive(Debug)]
+pub(crate) struct Buffer {
+    arena: Arena,
+    bytes: usize,
+}
+
+impl Buffer {
+    pub(crate) fn new(bytes: usize) -> Result<Self> {
+        Ok(Self { arena: Arena::new(bytes)?, bytes })
+    }
+}
+
+impl std::ops::Deref for Buffer {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.arena.as_slice()[..self.bytes]
+    }
+}
+
+impl std::ops::DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.arena.as_mut_slice()[..self.bytes]
+    }
+}
+
+/// One model's file.
+#[derive(Debug)]
+pub(crate) struct ModelFile {
+    file: Box<dyn IoFile>,
+    path: PathBuf,
+    uuid: Id,
+    fingerprint: Id,
+    geometry: Geometry,
+    pub(crate) layout: SegmentLayout,
+}
+
+/// A segment as recovery found it.
+#[derive(Debug)]
+pub(crate) struct Recovered {
+    pub(crate) epoch: u64,
+    pub(crate) entries: Vec<Entry>,
+}
+
+impl ModelFile {
+    pub(crate) fn direct(&self) -> bool {
+        self.file.direct()
+    }
+
+    pub(crate) fn is_at(&self, path: &Path) -> bool {
+        self.path == path
+    }
+
+    pub(crate) fn identity(&self, epoch: u64) -> SegmentIdentity {
+        SegmentIdentity { uuid: self.uuid, fingerprint: self.fingerprint, epoch }
+    }
+
+    fn offset(&self, segment: u32) -> u64 {
+        SEGMENTS_OFFSET + u64::from(segment) * self.layout.segment_bytes
+    }
+
+    /// Reads what the file holds: one item per segment, `None` where there is none that is valid.
+    pub(crate) fn recover(&self) -> Result<Vec<Option<Recovered>>> {
+        let failed = |e| Error::io(format!("cannot read {}", self.path.display()), e);
+        let length = self.file.len().map_err(failed)?;
+        let count = length.saturating_sub(SEGMENTS_OFFSET).div_ceil(self.layout.segment_bytes);
+        let mut buffer = Buffer::new((self.layout.footer_bytes() as usize).max(self.geometry.record_bytes()))?;
+        // An unreadable segment is one that is lost, not a reason to refuse the others.
+        Ok((0..count as u32).map(|index| self.recover_segment(index, &mut buffer).ok().flatten()).collect())
+    }
+
+    fn recover_segment(&self, index: u32, buffer: &mut [u8]) -> std::io::Result<Option<Recovered>> {
+        let read = |buffer: &mut [u8], offset: u64| self.file.read_at(buffer, self.offset(index) + offset);
+        let length = read(&mut buffer[..PAGE], 0)?;
+        let Some(header) = SegmentIdentity::read(&buffer[..length], self.uuid, self.fingerprint, u64::from(index))
+        else {
+            return Ok(None);
+        };
+        let footer_bytes = self.layout.footer_bytes() as usize;
+        let length = read(&mut buffer[..footer_bytes], self.layout.footer_offset())?;
+        if let Some(entries) = record::read_footer(&buffer[..length], &header, &self.layout) {
+            return Ok(Some(Recovered { epoch: header.epoch, entries }));
+        }
+        let mut entries = Vec::new();
+        let bytes = self.geometry.record_bytes();
+        let mut offset = SegmentLayout::RECORDS_OFFSET;
+        while offset + bytes as u64 <= self.layout.footer_offset() {
+            let length = read(&mut buffer[..PAGE], offset)?;
+            let mut next = offset + PAGE as u64;
+            if record::read_record_head(&buffer[..length], &self.geometry, &header).is_some() {
+                let length = read(&mut buffer[..bytes], offset)?;
+                if let Some(block) = record::read_record(&buffer[..length], &self.geometry, &header) {
+                    entries.push(Entry { block, offset, bytes: bytes as u64 });
+                    next = offset + bytes as u64;
+                }
+            }
+            offset = next;
+        }
+        Ok(Some(Recovered { epoch: header.epoch, entries }))
+    }
+
+    /// Reserves a segment on disk, if it is not yet, and writes its header.
+    pub(crate) fn start_segment(&self, index: u32, epoch: u64) -> std::io::Result<()> {
+        self.file.allocate(self.offset(index), self.layout.segment_bytes)?;
+        let mut page = Buffer::new(PAGE).map_err(std::io::Error::other)?;
+        self.identity(epoch).write(u64::from(index), &mut page[..PAGE]);
+        self.file.write_at(&[&page[..PAGE]], self.offset(index))
+    }
+
+    pub(crate) fn write_records(&self, place: Place, records: &[&[u8]]) -> std::io::Result<()> {
+        self.file.write_at(records, self.offset(place.segment) + place.offset)
+    }
+
+    pub(crate) fn write_footer(&self, index: u32, epoch: u64, entries: &[Entry]) -> std::io::Result<()> {
+        let bytes = record::write_footer(entries, &self.identity(epoch), &self.layout);
+        let mut aligned = Buffer::new(bytes.len()).map_err(std::io::Error::other)?;
+        aligned[..bytes.len()].copy_from_slice(&bytes);
+        self.file.write_at(&[&aligned[..bytes.len()]], self.offset(index) + self.layout.footer_offset())
+    }
+
+    /// Gives a segment's disk blocks back.
+    pub(crate) fn punch(&self, index: u32) -> std::io::Result<()> {
+        self.file.punch(self.offset(index), self.layout.segment_bytes)
+    }
+
+    pub(crate) fn read_record(&self, place: Place, record: &mut [u8]) -> std::io::Result<usize> {
+        self.file.read_at(record, self.offset(place.segment) + place.offset)
+    }
+
+    pub(crate) fn sync(&self) -> std::io::Result<()> {
+        self.file.sync()
+    }
+}
+
+/// Life of one segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// No disk blocks, no records.
+    Empty,
+    /// Takes records.
+    Open,
+    /// Full; may be reused.
+    Sealed,
+    /// A write failed: readable, never written again.
+    Retired,
+}
+
+/// One segment's books.
+#[derive(Debug)]
+pub(crate) struct Segment {
+    pub(crate) phase: Phase,
+    pub(crate) epoch: u64,
+    pub(crate) tail: u64,
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) blocks: Vec<crate::block::BlockHash>,
+    pub(crate) last_use: u64,
+}
+
+impl Segment {
+    pub(crate) fn empty() -> Self {
+        Self { phase: Phase::Empty, epoch: 0, tail: 0, entries: Vec::new(), blocks: Vec::new(), last_use: 0 }
+    }
+
+    pub(crate) fn start(&mut self, epoch: u64, last_use: u64) {
+        *self = Self { phase: Phase::Open, epoch, tail: SegmentLayout::RECORDS_OFFSET, last_use, ..Self::empty() };
+    }
+}
+
+/// Disk bytes that a store takes beside its model files.
+pub(crate) const fn control_bytes() -> u64 {
+    CONTROL_BYTES
+}

@@ -1,0 +1,173 @@
+//! Counters, and the one snapshot in which they leave the store.
+//!
+//! Every counter moves under its owner's lock, so a snapshot is one instant: `asked = hit + miss` holds in it exactly,
+//! per tier and in total, and the sum over models equals the total.
+
+/// The tiers of this process, fastest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Tier {
+    /// Slots of the arena.
+    Ram,
+    /// Segments on disk.
+    Ssd,
+}
+
+impl Tier {
+    /// All tiers, in the order in which they are asked.
+    pub const ALL: [Self; 2] = [Self::Ram, Self::Ssd];
+
+    /// The name used in configuration, statistics and explanations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ram => "ram",
+            Self::Ssd => "ssd",
+        }
+    }
+}
+
+/// Why a block was not served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Miss {
+    /// The block was never put, or so long ago that its eviction is forgotten.
+    NeverStored,
+    /// It was cached and had to make room.
+    Evicted,
+    /// Its bytes on disk do not agree with their checksum, their name or their tokens.
+    Corrupt,
+    /// Its bytes could not be read.
+    Io,
+    /// The model was unregistered, or the store closed, while the match was held.
+    Closed,
+}
+
+impl Miss {
+    /// All reasons.
+    pub const ALL: [Self; 5] = [Self::NeverStored, Self::Evicted, Self::Corrupt, Self::Io, Self::Closed];
+
+    /// The name used in statistics and explanations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NeverStored => "never_stored",
+            Self::Evicted => "evicted",
+            Self::Corrupt => "corrupt",
+            Self::Io => "io_error",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+/// What one tier was asked while loading, and what it holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TierCounts {
+    /// Blocks asked of the tier.
+    pub asked: u64,
+    /// Blocks it delivered.
+    pub hit: u64,
+    /// Blocks it did not have, or could not deliver.
+    pub miss: u64,
+    /// Blocks it holds.
+    pub blocks: u64,
+    /// Bytes those occupy, headers and padding included.
+    pub used_bytes: u64,
+    /// Blocks that had to leave.
+    pub evicted: u64,
+}
+
+/// Counters of one model, or of all together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Matches made.
+    pub matches: u64,
+    /// Whole blocks asked for by matches.
+    pub asked: u64,
+    /// Blocks of them that were cached.
+    pub hit: u64,
+    /// Blocks of them that were not.
+    pub miss: u64,
+    /// Tokens loaded: prefill that was saved.
+    pub loaded_tokens: u64,
+    /// Payload bytes loaded.
+    pub loaded_bytes: u64,
+    /// Blocks put that were new.
+    pub put_blocks: u64,
+    /// Payload bytes of those.
+    pub put_bytes: u64,
+    /// Blocks of a put that found no room, and were not stored.
+    pub put_refused: u64,
+    /// Blocks written to SSD.
+    pub demoted: u64,
+    /// Blocks that left RAM before they could be written to SSD.
+    pub demotions_dropped: u64,
+    /// Blocks copied up from SSD to RAM.
+    pub promoted: u64,
+    /// Records on SSD that failed their checks.
+    pub corrupt: u64,
+    /// Reads and writes of the SSD that failed.
+    pub io_errors: u64,
+    /// Per tier, in the order of [`Tier::ALL`].
+    pub tiers: [TierCounts; 2],
+}
+
+impl Counts {
+    /// The counters of one tier.
+    pub fn tier(&mut self, tier: Tier) -> &mut TierCounts {
+        &mut self.tiers[tier as usize]
+    }
+
+    /// Notes that a tier was asked for a block.
+    pub(crate) fn asked_tier(&mut self, tier: Tier, delivered: bool) {
+        let counts = self.tier(tier);
+        counts.asked += 1;
+        counts.hit += u64::from(delivered);
+        counts.miss += u64::from(!delivered);
+    }
+
+    /// Adds another model's counters.
+    pub fn add(&mut self, other: &Self) {
+        self.matches += other.matches;
+        self.asked += other.asked;
+        self.hit += other.hit;
+        self.miss += other.miss;
+        self.loaded_tokens += other.loaded_tokens;
+        self.loaded_bytes += other.loaded_bytes;
+        self.put_blocks += other.put_blocks;
+        self.put_bytes += other.put_bytes;
+        self.put_refused += other.put_refused;
+        self.demoted += other.demoted;
+        self.demotions_dropped += other.demotions_dropped;
+        self.promoted += other.promoted;
+        self.corrupt += other.corrupt;
+        self.io_errors += other.io_errors;
+        for (mine, theirs) in self.tiers.iter_mut().zip(&other.tiers) {
+            mine.asked += theirs.asked;
+            mine.hit += theirs.hit;
+            mine.miss += theirs.miss;
+            mine.blocks += theirs.blocks;
+            mine.used_bytes += theirs.used_bytes;
+            mine.evicted += theirs.evicted;
+        }
+    }
+}
+
+/// The store at one instant.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    /// All models together, the unregistered ones included.
+    pub total: Counts,
+    /// Registered models by name.
+    pub models: Vec<(String, Counts)>,
+    /// Bytes of the RAM tier's arena.
+    pub ram_capacity_bytes: u64,
+    /// What backs it: `huge` or `ordinary` pages.
+    pub ram_pages: &'static str,
+    /// The SSD tier's cap; 0 when there is none.
+    pub ssd_capacity_bytes: u64,
+    /// Bytes its files take, counted as allocated.
+    pub ssd_file_bytes: u64,
+    /// `direct`, `buffered`, or `off`.
+    pub ssd_io: &'static str,
+    /// Why the SSD tier takes no writes at present, if so.
+    pub ssd_read_only: Option<String>,
+    /// Nodes of the index.
+    pub index_blocks: u64,
+}

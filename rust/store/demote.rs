@@ -1,0 +1,246 @@
+//! Demotion: one thread writes blocks from RAM to SSD, behind the requests.
+//!
+//! Blocks are taken in the order in which they were put, parents before children, and written from their slots in runs
+//! to the open segment. A block stays in RAM, held, while it is written; afterwards it is *clean* and may leave RAM at
+//! once. With `write_back` the thread keeps a quarter of RAM clean or free, with `write_through` everything. Nothing
+//! waits for it: a block that has to leave RAM before its turn is lost, and counted.
+
+use super::state::{Clearing, State};
+use super::{Shared, WritePolicy};
+use crate::block::{BlockHash, Geometry};
+use crate::pool::Slot;
+use crate::ssd::record::{Entry, RecordIdentity, write_record};
+use crate::ssd::{ModelFile, Phase, Place};
+use crate::sync::Arc;
+use crate::trie::NodeId;
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// A run is at most this long, unless one record is longer.
+const RUN_BYTES: usize = 8 << 20;
+/// A disk that takes no writes is asked again after this long.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Records to write to one place, all of one model.
+struct Run {
+    model: u32,
+    file: Arc<ModelFile>,
+    geometry: Geometry,
+    place: Place,
+    epoch: u64,
+    blocks: Vec<(NodeId, Slot, RecordIdentity)>,
+    /// Set when the segment is new.
+    opening: Option<Clearing>,
+    /// Set when the run fills the segment before it: its footer.
+    sealing: Option<Footer>,
+}
+
+/// A segment's footer, ready to be written.
+pub(super) struct Footer {
+    pub(super) file: Arc<ModelFile>,
+    pub(super) segment: u32,
+    pub(super) epoch: u64,
+    pub(super) entries: Vec<Entry>,
+}
+
+impl Footer {
+    pub(super) fn write(&self) -> std::io::Result<()> {
+        self.file.write_footer(self.segment, self.epoch, &self.entries)
+    }
+}
+
+impl Shared {
+    /// Body of the demotion thread; ends when the store closes.
+    pub(super) fn demote_until_closed(&self) {
+        let mut state = self.state.lock();
+        while !state.closed {
+            let due = state.dirty_limit(self.policy) < state.dirty_bytes || state.flushing > 0;
+            if let Some(since) = state.ssd_read_only.as_ref().map(|(_, since)| *since) {
+                self.idle.notify_all();
+                if since.elapsed() < RETRY {
+                    state = self.work.wait_timeout(state, RETRY);
+                    continue;
+                }
+                state.ssd_read_only = None;
+            }
+            let Some(run) = due.then(|| self.next_run(&mut state)).flatten() else {
+                self.idle.notify_all();
+                state = self.work.wait(state);
+                continue;
+            };
+            state.writing = true;
+            drop(state);
+            let written = self.write(&run);
+            state = self.state.lock();
+            state.writing = false;
+            commit(&mut state, run, written);
+        }
+    }
+
+    fn next_run(&self, state: &mut State) -> Option<Run> {
+        let secret = &self.secret;
+        let (first, first_hash) = next_dirty(state)?;
+        let model = state.trie[first].model;
+        let geometry = state.models.get(&model)?.geometry;
+        let bytes = geometry.record_bytes();
+        let (index, opening, sealing) = match open_place(state, model, bytes) {
+            Some(index) => (index, None, None),
+            None => {
+                let sealing = seal_open_segment(state, model);
+                let Some((index, clearing)) = state.open_segment(model) else {
+                    state.dirty.push_front(first_hash);
+                    state.ssd_read_only = Some(("leased blocks hold every segment".into(), Instant::now()));
+                    return None;
+                };
+                (index, Some(clearing), sealing)
+            }
+        };
+        let file = state.models.get(&model)?.disk.as_ref()?.file.clone();
+        let segment = state.segment(model, index)?;
+        let (epoch, place) = (segment.epoch, Place { segment: index, offset: segment.tail });
+        let room = (file.layout.footer_offset() - segment.tail) as usize / bytes;
+        let room = room.min(file.layout.max_records as usize - segment.entries.len());
+        let most = room.min((RUN_BYTES / bytes).max(1));
+        let mut blocks: Vec<(NodeId, Slot, RecordIdentity)> = Vec::new();
+        let mut next = Some((first, first_hash));
+        while let Some((id, hash)) = next {
+            let node = &state.trie[id];
+            if node.model != model || blocks.len() == most {
+                state.dirty.push_front(hash);
+                break;
+            }
+            let block = RecordIdentity {
+                hash: secret.seal(hash),
+                parent: node.parent.map_or([0; 16], |p| secret.seal(state.trie[p].hash)),
+                depth: node.depth,
+            };
+            let Some(slot) = node.ram else { break };
+            blocks.push((id, slot, block));
+            state.lease(&[id]);
+            next = next_dirty(state);
+        }
+        if let Some(segment) = state.segment(model, index) {
+            segment.tail += (blocks.len() * bytes) as u64;
+        }
+        Some(Run { model, file, geometry, place, epoch, blocks, opening, sealing })
+    }
+
+    fn write(&self, run: &Run) -> std::io::Result<()> {
+        if let Some(footer) = &run.sealing {
+            // Without its footer the segment is recovered by walking its records.
+            footer.write()?;
+        }
+        if let Some(clearing) = &run.opening {
+            for (file, index) in &clearing.punch {
+                file.punch(*index)?;
+            }
+            if let (Some((stale, keep)), Some(ssd)) = (&clearing.shrink, &self.ssd) {
+                ssd.shrink(&stale.path, *keep)?;
+            }
+            run.file.start_segment(run.place.segment, run.epoch)?;
+        }
+        let bytes = run.geometry.record_bytes();
+        let segment = run.file.identity(run.epoch);
+        let records: Vec<&[u8]> = run
+            .blocks
+            .iter()
+            .map(|(_, slot, block)| {
+                // SAFETY: the slot is held by the run's lease, `bytes` long, and published. Its header and padding are
+                // written by this thread only; readers touch the tokens and the payload, which stay as they are.
+                let record = unsafe { std::slice::from_raw_parts_mut(self.arena.at(*slot), bytes) };
+                write_record(record, &run.geometry, &segment, block);
+                &*record
+            })
+            .collect();
+        run.file.write_records(run.place, &records)
+    }
+}
+
+impl State {
+    // How many bytes may be in RAM only before demotion begins.
+    fn dirty_limit(&self, policy: WritePolicy) -> u64 {
+        match policy {
+            WritePolicy::WriteBack => self.ram_bytes / 4 * 3,
+            WritePolicy::WriteThrough => 0,
+        }
+    }
+
+    /// Notes a block that is in RAM only.
+    pub(super) fn enqueue_dirty(&mut self, hash: BlockHash) {
+        self.dirty.push_back(hash);
+        if self.dirty.len() > 1024 + 4 * self.trie.len() {
+            let live = std::mem::take(&mut self.dirty);
+            self.dirty = live.into_iter().filter(|&h| dirty_node(self, h).is_some()).collect::<VecDeque<_>>();
+        }
+    }
+}
+
+fn dirty_node(state: &State, hash: BlockHash) -> Option<NodeId> {
+    state.trie.find(hash).filter(|&id| state.trie[id].ram.is_some() && state.trie[id].ssd.is_none())
+}
+
+fn next_dirty(state: &mut State) -> Option<(NodeId, BlockHash)> {
+    while let Some(hash) = state.dirty.pop_front() {
+        if let Some(id) = dirty_node(state, hash)
+            && state.models.get(&state.trie[id].model).is_some_and(|m| m.disk.is_some())
+        {
+            return Some((id, hash));
+        }
+    }
+    None
+}
+
+// The open segment of a model, if it has room for one more record.
+fn open_place(state: &State, model: u32, bytes: usize) -> Option<u32> {
+    let disk = state.models.get(&model)?.disk.as_ref()?;
+    let index = disk.segments.iter().position(|s| s.phase == Phase::Open)?;
+    let segment = &disk.segments[index];
+    let layout = &disk.file.layout;
+    let fits =
+        segment.tail + bytes as u64 <= layout.footer_offset() && segment.entries.len() < layout.max_records as usize;
+    fits.then_some(index as u32)
+}
+
+/// Ends the life of a model's open segment; the caller writes the footer.
+pub(super) fn seal_open_segment(state: &mut State, model: u32) -> Option<Footer> {
+    let disk = state.models.get_mut(&model)?.disk.as_mut()?;
+    let index = disk.segments.iter().position(|s| s.phase == Phase::Open)?;
+    let segment = &mut disk.segments[index];
+    segment.phase = Phase::Sealed;
+    let entries = std::mem::take(&mut segment.entries);
+    Some(Footer { file: disk.file.clone(), segment: index as u32, epoch: segment.epoch, entries })
+}
+
+fn commit(state: &mut State, run: Run, written: std::io::Result<()>) {
+    let bytes = run.geometry.record_bytes() as u64;
+    match written {
+        Ok(()) => {
+            for (n, (id, _, block)) in run.blocks.iter().enumerate() {
+                let place = Place { offset: run.place.offset + n as u64 * bytes, ..run.place };
+                if !state.trie[*id].doomed {
+                    state.place_on_ssd(*id, place, Entry { block: *block, offset: place.offset, bytes });
+                }
+            }
+        }
+        Err(error) => {
+            state.counts(run.model).io_errors += 1;
+            for (id, _, _) in run.blocks.iter().rev() {
+                let node = &state.trie[*id];
+                if !node.doomed {
+                    state.dirty.push_front(node.hash);
+                }
+            }
+            if let Some(segment) = state.segment(run.model, run.place.segment) {
+                // What was written before stays readable; nothing is appended after a failed write.
+                if run.opening.is_some() {
+                    *segment = crate::ssd::Segment::empty();
+                } else {
+                    segment.phase = Phase::Retired;
+                }
+            }
+            state.ssd_read_only = Some((error.to_string(), Instant::now()));
+        }
+    }
+    let ids: Vec<NodeId> = run.blocks.iter().map(|(id, _, _)| *id).collect();
+    state.release(&ids);
+}

@@ -1,0 +1,220 @@
+//! Loading a match: per block, from the cheapest tier that has it, straight into the caller's tensors.
+//!
+//! RAM blocks are scattered from their slots; SSD records are read into a buffer, checked and scattered from there,
+//! in parallel. A block read from SSD for the second time is read into a slot instead, and stays in RAM. The first
+//! block that fails ends the load: everything before it is valid, nothing after it is.
+
+use super::{Lease, Shared, check_view};
+use crate::block::{Geometry, Sealed};
+use crate::copy::{BlockCopy, Direction, KvView, copy_planes};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pool::Slot;
+use crate::ssd::record::{read_record, tokens_of};
+use crate::ssd::{ModelFile, Place};
+use crate::stats::{Miss, Tier};
+use crate::sync::{Arc, Mutex, Ordering};
+
+/// What a load did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadOutcome {
+    /// Tokens now valid in the caller's tensors.
+    pub tokens: usize,
+    /// Where each loaded block came from.
+    pub places: Vec<Tier>,
+    /// Why the load ended before the match did.
+    pub miss: Option<Miss>,
+}
+
+// Where one block will be read from.
+enum Source {
+    Ram(Slot),
+    Ssd { file: Arc<ModelFile>, hash: Sealed, place: Place, epoch: u64, promote: Option<Slot> },
+    Gone(Miss),
+}
+
+impl Lease {
+    /// Copies the matched blocks into `view`: token i of the match to token i of the view.
+    ///
+    /// # Errors
+    /// The view does not fit the model or covers fewer tokens than the match, or the lease was released.
+    pub fn load(&self, view: &KvView) -> Result<LoadOutcome> {
+        let geometry = self.model.spec().geometry;
+        check_view(&geometry, view, self.tokens.len())?;
+        if self.released.load(Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::Closed, "the match was released before this load; match again"));
+        }
+        let sources = self.plan();
+        let results: Vec<Mutex<std::result::Result<Tier, Miss>>> =
+            sources.iter().map(|_| Mutex::new(Err(Miss::Closed))).collect();
+        self.copy_from_ram(&geometry, view, &sources, &results);
+        let below: Vec<usize> = (0..sources.len()).filter(|&n| !matches!(sources[n], Source::Ram(_))).collect();
+        self.shared.workers.each(below.len(), |i| {
+            let n = below[i];
+            let result = self.shared.read_one(&geometry, view, &sources[n], n, self.expected(n));
+            *results[n].lock() = result;
+        });
+        let results: Vec<_> = results.iter().map(|r| *r.lock()).collect();
+        Ok(self.settle(&geometry, &sources, &results))
+    }
+
+    // The token ids that block `n` must carry.
+    fn expected(&self, n: usize) -> &[u32] {
+        let size = self.model.spec().geometry.block_tokens as usize;
+        &self.tokens[n * size..(n + 1) * size]
+    }
+
+    fn plan(&self) -> Vec<Source> {
+        let mut state = self.shared.state.lock();
+        let alive = !state.closed && state.models.contains_key(&self.model.id);
+        let mut sources = Vec::with_capacity(self.path.len());
+        for &id in &self.path {
+            let node = &state.trie[id];
+            let source = match (node.ram, node.ssd) {
+                _ if !alive => Source::Gone(Miss::Closed),
+                (Some(slot), _) => Source::Ram(slot),
+                (None, Some(place)) => {
+                    let disk = state.models.get(&self.model.id).and_then(|m| m.disk.as_ref());
+                    match disk.map(|d| (d.file.clone(), d.segments[place.segment as usize].epoch)) {
+                        Some((file, epoch)) => {
+                            let hash = self.shared.secret.seal(node.hash);
+                            let again = state.alter(id, |node| {
+                                node.ssd_reads += 1;
+                                node.ssd_reads > 1
+                            });
+                            let promote = if again { state.allocate(self.model.id, false) } else { None };
+                            Source::Ssd { file, hash, place, epoch, promote }
+                        }
+                        None => Source::Gone(Miss::Evicted),
+                    }
+                }
+                (None, None) => Source::Gone(Miss::Evicted),
+            };
+            sources.push(source);
+        }
+        sources
+    }
+
+    fn copy_from_ram(
+        &self,
+        geometry: &Geometry,
+        view: &KvView,
+        sources: &[Source],
+        results: &[Mutex<std::result::Result<Tier, Miss>>],
+    ) {
+        let mut blocks = Vec::new();
+        for (n, source) in sources.iter().enumerate() {
+            let Source::Ram(slot) = source else { continue };
+            let at = self.shared.arena.at(*slot);
+            // SAFETY: the slot is published and held by this lease; its tokens do not change.
+            let head = unsafe { std::slice::from_raw_parts(at, geometry.payload_offset()) };
+            if !tokens_of(head, geometry).eq(self.expected(n).iter().copied()) {
+                *results[n].lock() = Err(Miss::Corrupt);
+                continue;
+            }
+            *results[n].lock() = Ok(Tier::Ram);
+            // SAFETY: the payload lies within the slot.
+            let payload = unsafe { at.add(geometry.payload_offset()) };
+            blocks.push(BlockCopy { payload, first_token: n * geometry.block_tokens as usize });
+        }
+        self.shared.workers.copy(geometry, view, &blocks, Direction::Scatter);
+    }
+
+    // Books what happened, promotes what was read again, and forgets what proved bad.
+    fn settle(
+        &self,
+        geometry: &Geometry,
+        sources: &[Source],
+        results: &[std::result::Result<Tier, Miss>],
+    ) -> LoadOutcome {
+        let good = results.iter().take_while(|r| r.is_ok()).count();
+        let model = self.model.id;
+        let mut state = self.shared.state.lock();
+        for (n, (source, result)) in sources.iter().zip(results).enumerate() {
+            let id = self.path[n];
+            if let Source::Ssd { promote: Some(slot), .. } = source {
+                let wanted = result.is_ok() && state.trie[id].ram.is_none() && !state.trie[id].doomed;
+                if wanted {
+                    state.place_in_ram(id, *slot);
+                    state.counts(model).promoted += 1;
+                } else {
+                    state.ram.pool.free(*slot);
+                }
+            }
+            if n > good {
+                continue;
+            }
+            let counts = state.counts(model);
+            match (source, result) {
+                (Source::Ram(_), _) => counts.asked_tier(Tier::Ram, result.is_ok()),
+                (Source::Ssd { .. }, _) => {
+                    counts.asked_tier(Tier::Ram, false);
+                    counts.asked_tier(Tier::Ssd, result.is_ok());
+                }
+                (Source::Gone(_), _) => {
+                    counts.asked_tier(Tier::Ram, false);
+                    counts.asked_tier(Tier::Ssd, false);
+                }
+            }
+            if let Err(miss) = result {
+                counts.corrupt += u64::from(*miss == Miss::Corrupt);
+                counts.io_errors += u64::from(*miss == Miss::Io);
+                if !matches!(source, Source::Gone(_)) && !state.trie[id].doomed {
+                    state.drop_subtree(id);
+                }
+            }
+        }
+        let tokens = good * geometry.block_tokens as usize;
+        let counts = state.counts(model);
+        counts.loaded_tokens += tokens as u64;
+        counts.loaded_bytes += (good * geometry.block_bytes()) as u64;
+        let places = results[..good].iter().filter_map(|r| r.ok()).collect();
+        LoadOutcome { tokens, places, miss: results.get(good).and_then(|r| r.err()) }
+    }
+}
+
+impl Shared {
+    fn read_one(
+        &self,
+        geometry: &Geometry,
+        view: &KvView,
+        source: &Source,
+        n: usize,
+        expected: &[u32],
+    ) -> std::result::Result<Tier, Miss> {
+        let (file, hash, place, epoch, promote) = match source {
+            Source::Ssd { file, hash, place, epoch, promote } => (file, *hash, *place, *epoch, *promote),
+            Source::Gone(miss) => return Err(*miss),
+            Source::Ram(_) => return Err(Miss::Closed),
+        };
+        let bytes = geometry.record_bytes();
+        let first_token = n * geometry.block_tokens as usize;
+        let check_and_copy = |record: &mut [u8]| {
+            let length = file.read_record(place, record).map_err(|_| Miss::Io)?;
+            read_record(&record[..length], geometry, &file.identity(epoch))
+                .filter(|block| block.hash == hash && tokens_of(record, geometry).eq(expected.iter().copied()))
+                .ok_or(Miss::Corrupt)?;
+            let payload = record[geometry.payload_offset()..].as_mut_ptr();
+            copy_planes(
+                geometry,
+                view,
+                BlockCopy { payload, first_token },
+                0..geometry.plane_count(),
+                Direction::Scatter,
+            );
+            Ok(Tier::Ssd)
+        };
+        match promote {
+            Some(slot) => {
+                // SAFETY: the slot was allocated for this read and is not published: this thread alone has it.
+                check_and_copy(unsafe { std::slice::from_raw_parts_mut(self.arena.at(slot), bytes) })
+            }
+            None => {
+                let ssd = self.ssd.as_ref().ok_or(Miss::Io)?;
+                let mut buffer = ssd.scratch(bytes).map_err(|_| Miss::Io)?;
+                let result = check_and_copy(&mut buffer[..bytes]);
+                ssd.give_back(buffer);
+                result
+            }
+        }
+    }
+}

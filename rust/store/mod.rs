@@ -1,0 +1,646 @@
+//! The store: what a request calls.
+//!
+//! ```text
+//!            match ─▶ Lease ─▶ load ─▶ tokens valid in the caller's tensors, and why not more
+//!  tokens ──▶│
+//!            put ─▶ slots in RAM, findable ─ ─ ─(behind)─ ─ ─▶ records on SSD
+//! ```
+//! The lock is held for bookkeeping only: hashing, copying, reading and writing happen outside of it. A block is
+//! published after its bytes are complete, and its bytes never change afterwards. Lock order: the store's state, then
+//! a scratch list; nothing else is taken while the state is held.
+
+mod demote;
+mod load;
+mod state;
+
+pub use load::LoadOutcome;
+
+use crate::block::{BlockHash, Geometry, Hasher, Secret};
+use crate::copy::{BlockCopy, Direction, KvView, Workers};
+use crate::error::{Error, ErrorKind, Result, input};
+use crate::pool::{Arena, Slot};
+use crate::ssd::io::{FileIo, Io};
+use crate::ssd::record::{MAX_NAME_BYTES, write_tokens};
+use crate::ssd::{ModelFile, Phase, Place, Recovered, Segment, Ssd, SsdOptions};
+use crate::stats::{Counts, Miss, Snapshot, Tier};
+use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
+use crate::trie::NodeId;
+use state::{Disk, ModelState, State};
+use std::collections::HashMap;
+use std::thread::JoinHandle;
+
+/// When blocks are written to SSD.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WritePolicy {
+    /// When RAM runs out of blocks that may leave it.
+    #[default]
+    WriteBack,
+    /// As soon as they are put, behind the request.
+    WriteThrough,
+}
+
+/// Settings of a store.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Bytes of the RAM tier.
+    pub ram_capacity_bytes: u64,
+    /// The SSD tier, if there is one.
+    pub ssd: Option<SsdOptions>,
+    /// When blocks go to SSD.
+    pub policy: WritePolicy,
+    /// What block hashes are keyed with. Without one the SSD directory's own is used, or a random one.
+    pub secret: Option<String>,
+    /// Threads for copies and reads, the caller's included; 0 means one per core.
+    pub threads: usize,
+}
+
+/// What a model is registered with.
+#[derive(Debug, Clone)]
+pub struct ModelSpec {
+    /// Name of the model.
+    pub name: String,
+    /// Version of its weights; another version shares nothing with this one.
+    pub weights_version: String,
+    /// Shape of its blocks.
+    pub geometry: Geometry,
+    /// Weight of its share of every tier.
+    pub weight: u32,
+}
+
+/// Hashers of the adapters and tenants of one model that are kept ready.
+const HASHERS: usize = 1024;
+
+/// A registered model.
+#[derive(Debug)]
+pub struct Model {
+    id: u32,
+    spec: ModelSpec,
+    hashers: Mutex<HashMap<(String, String), Arc<Hasher>>>,
+}
+
+impl Model {
+    /// What the model was registered with.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    fn hashes(&self, secret: &Secret, tokens: &[u32], adapter: &str, tenant: &str) -> Vec<BlockHash> {
+        let key = (adapter.to_owned(), tenant.to_owned());
+        let known = self.hashers.lock().get(&key).cloned();
+        let hasher = known.unwrap_or_else(|| {
+            let ModelSpec { name, weights_version, geometry, .. } = &self.spec;
+            let new = Arc::new(Hasher::new(secret, name, weights_version, geometry, adapter, tenant));
+            let mut hashers = self.hashers.lock();
+            if hashers.len() >= HASHERS {
+                hashers.clear();
+            }
+            hashers.insert(key, new.clone());
+            new
+        });
+        hasher.hashes(tokens)
+    }
+}
+
+/// What the threads of a store share.
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    /// Wakes the demotion thread.
+    work: Condvar,
+    /// Wakes those who wait for it.
+    idle: Condvar,
+    arena: Arena,
+    ssd: Option<Ssd>,
+    secret: Secret,
+    policy: WritePolicy,
+    workers: Workers,
+    pid: u32,
+}
+
+/// A multi-tier KV cache of one process.
+#[derive(Debug)]
+pub struct Store {
+    shared: Arc<Shared>,
+    demoter: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What a put did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PutOutcome {
+    /// Leading tokens that are cached now.
+    pub tokens: usize,
+    /// Blocks that were new.
+    pub new_blocks: usize,
+}
+
+/// A match: the longest cached prefix of some tokens, held until this is released or dropped.
+#[derive(Debug)]
+pub struct Lease {
+    shared: Arc<Shared>,
+    model: Arc<Model>,
+    path: Vec<NodeId>,
+    tokens: Vec<u32>,
+    asked_tokens: usize,
+    miss: Option<Miss>,
+    places: Vec<Tier>,
+    released: AtomicBool,
+}
+
+impl Store {
+    /// Opens a store on the real file system.
+    ///
+    /// # Errors
+    /// The directory is locked, not writable, of another version or secret; or memory cannot be had.
+    pub fn open(options: Options) -> Result<Self> {
+        Self::open_on(options, Arc::new(FileIo))
+    }
+
+    /// Opens a store on any file system.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_on(options: Options, io: Arc<dyn Io>) -> Result<Self> {
+        let given = options.secret.as_deref();
+        let (ssd, secret) = match &options.ssd {
+            Some(ssd) => {
+                let (ssd, secret) = Ssd::open(ssd, io, given)?;
+                (Some(ssd), secret)
+            }
+            None => (None, Secret::new(&given.map_or_else(random_bytes, |s| Ok(s.as_bytes().to_vec()))?)),
+        };
+        let stale = ssd.as_ref().map_or_else(|| Ok(Vec::new()), Ssd::stale_files)?;
+        let arena = Arena::new(usize::try_from(options.ram_capacity_bytes).unwrap_or(usize::MAX / 2))?;
+        let mut state = State::new(arena.bytes(), ssd.as_ref(), stale);
+        if let Some(ssd) = &ssd {
+            fit_stale_files(&mut state, ssd)?;
+        }
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            work: Condvar::default(),
+            idle: Condvar::default(),
+            arena,
+            ssd,
+            secret,
+            policy: options.policy,
+            workers: Workers::new(options.threads)?,
+            pid: std::process::id(),
+        });
+        let demoter = match shared.ssd {
+            Some(_) => {
+                let shared = shared.clone();
+                let thread = std::thread::Builder::new().name("stratakv-demote".into());
+                let spawned = thread.spawn(move || shared.demote_until_closed());
+                Some(spawned.map_err(|e| Error::io("cannot start the demotion thread", e))?)
+            }
+            None => None,
+        };
+        Ok(Self { shared, demoter: Mutex::new(demoter) })
+    }
+
+    /// Registers a model and recovers what its file holds.
+    ///
+    /// # Errors
+    /// A geometry or name that makes no sense, a tier smaller than one block, a name that is taken, or a file of
+    /// another format version.
+    pub fn register(&self, spec: ModelSpec) -> Result<Arc<Model>> {
+        let ModelSpec { name, weights_version, geometry, weight } = &spec;
+        geometry.validate()?;
+        if name.is_empty() || name.len() > MAX_NAME_BYTES || weights_version.len() > MAX_NAME_BYTES {
+            return Err(input(format!(
+                "model name {name:?}: expected 1 to {MAX_NAME_BYTES} bytes, as for its version"
+            )));
+        }
+        let fingerprint = self.shared.secret.fingerprint(name, weights_version, geometry);
+        let mut state = self.shared.open_state()?;
+        if state.models.values().any(|m| &m.name == name) {
+            return Err(Error::new(ErrorKind::ModelExists, format!("model {name:?} is registered already")));
+        }
+        if !state.ram.pool.fits(geometry.record_bytes()) {
+            return Err(Error::new(
+                ErrorKind::Config,
+                format!(
+                    "ram.capacity_bytes is {}, below one block of model {name:?}: expected at least {}",
+                    self.shared.arena.bytes(),
+                    geometry.record_bytes()
+                ),
+            ));
+        }
+        let id = state.next_model;
+        state.next_model += 1;
+        // The name is taken from here on; the file is read without the lock.
+        state.models.insert(
+            id,
+            ModelState {
+                name: name.clone(),
+                geometry: *geometry,
+                weight: u64::from((*weight).max(1)),
+                counts: Counts::default(),
+                disk: None,
+            },
+        );
+        drop(state);
+        let recovered = self.shared.ssd.as_ref().map(|ssd| {
+            let file = ssd.open_model(fingerprint, *geometry, name, weights_version)?;
+            let segments = file.recover()?;
+            Ok((Arc::new(file), segments))
+        });
+        let mut state = self.shared.state.lock();
+        match recovered {
+            Some(Ok((file, segments))) => {
+                state.stale.retain(|s| !file.is_at(&s.path));
+                state.adopt(id, file, segments, &self.shared.secret);
+                let over = state.trim_to_cap(id);
+                drop(state);
+                for (file, index) in over {
+                    file.punch(index).map_err(|e| Error::io("cannot shrink the SSD tier to its cap", e))?;
+                }
+            }
+            Some(Err(e)) => {
+                state.models.remove(&id);
+                return Err(e);
+            }
+            None => {}
+        }
+        Ok(Arc::new(Model { id, spec, hashers: Mutex::default() }))
+    }
+
+    /// Forgets a model: its blocks, its share and its file. Its leases stay safe, and load nothing more.
+    ///
+    /// # Errors
+    /// The model is not registered, or its file cannot be removed.
+    pub fn unregister(&self, model: &Model) -> Result<()> {
+        let mut state = self.shared.open_state()?;
+        let Some(disk) = state.models.get_mut(&model.id).map(|m| m.disk.take()) else {
+            let name = &model.spec.name;
+            return Err(Error::new(ErrorKind::ModelNotFound, format!("model {name:?} is not registered")));
+        };
+        for hash in state.trie.of_model(model.id) {
+            // Dropping a block takes those below it along.
+            if let Some(id) = state.trie.find(hash) {
+                state.drop_subtree(id);
+            }
+        }
+        if let Some(mut gone) = state.models.remove(&model.id) {
+            for tier in &mut gone.counts.tiers {
+                (tier.blocks, tier.used_bytes) = (0, 0);
+            }
+            state.retired.add(&gone.counts);
+        }
+        drop(state);
+        match (&self.shared.ssd, disk) {
+            (Some(ssd), Some(disk)) => {
+                ssd.remove_model(&disk.file).map_err(|e| Error::io("cannot remove the model's file", e))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Finds the longest cached prefix of `tokens` and holds it. Counts every whole block as asked.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn match_prefix(&self, model: &Arc<Model>, tokens: &[u32], adapter: &str, tenant: &str) -> Result<Lease> {
+        let hashes = model.hashes(&self.shared.secret, tokens, adapter, tenant);
+        let mut state = self.shared.open_state()?;
+        let path = state.trie.longest_prefix(&hashes);
+        state.touch(&path);
+        state.lease(&path);
+        let miss = hashes.get(path.len()).map(|&hash| match state.models.contains_key(&model.id) {
+            true => state.miss_reason(hash),
+            false => Miss::Closed,
+        });
+        let counts = state.counts(model.id);
+        counts.matches += 1;
+        counts.asked += hashes.len() as u64;
+        counts.hit += path.len() as u64;
+        counts.miss += (hashes.len() - path.len()) as u64;
+        let tier = |&id: &NodeId| if state.trie[id].ram.is_some() { Tier::Ram } else { Tier::Ssd };
+        let places = path.iter().map(tier).collect();
+        drop(state);
+        let matched = path.len() * model.spec.geometry.block_tokens as usize;
+        Ok(Lease {
+            shared: self.shared.clone(),
+            model: model.clone(),
+            path,
+            tokens: tokens[..matched].to_vec(),
+            asked_tokens: tokens.len(),
+            miss,
+            places,
+            released: AtomicBool::new(false),
+        })
+    }
+
+    /// Stores the blocks of `tokens` that are not cached yet, and makes them findable. The SSD follows behind.
+    ///
+    /// # Errors
+    /// The view does not fit the model, or covers fewer tokens; the store is closed.
+    pub fn put(&self, model: &Model, tokens: &[u32], adapter: &str, tenant: &str, view: &KvView) -> Result<PutOutcome> {
+        let geometry = model.spec.geometry;
+        check_view(&geometry, view, tokens.len())?;
+        let block_tokens = geometry.block_tokens as usize;
+        let hashes = model.hashes(&self.shared.secret, tokens, adapter, tenant);
+        let mut state = self.shared.open_state()?;
+        let known = state.trie.longest_prefix(&hashes);
+        state.touch(&known);
+        state.lease(&known);
+        let slots: Vec<Slot> = (known.len()..hashes.len()).map_while(|_| state.allocate(model.id, true)).collect();
+        drop(state);
+
+        let blocks: Vec<BlockCopy> = slots
+            .iter()
+            .enumerate()
+            .map(|(n, &slot)| {
+                let first_token = (known.len() + n) * block_tokens;
+                let at = self.shared.arena.at(slot);
+                // SAFETY: the slot was allocated above and is not published: this thread alone has it.
+                let head = unsafe { std::slice::from_raw_parts_mut(at, geometry.payload_offset()) };
+                write_tokens(head, &tokens[first_token..first_token + block_tokens]);
+                // SAFETY: the payload lies within the slot.
+                BlockCopy { payload: unsafe { at.add(geometry.payload_offset()) }, first_token }
+            })
+            .collect();
+        self.shared.workers.copy(&geometry, view, &blocks, Direction::Gather);
+
+        let mut state = self.shared.state.lock();
+        let refused = hashes.len() - known.len() - slots.len();
+        let new_blocks = state.publish(model.id, &known, &hashes[known.len()..], slots);
+        state.release(&known);
+        let cached = state.trie.longest_prefix(&hashes).len();
+        let counts = state.counts(model.id);
+        counts.put_blocks += new_blocks as u64;
+        counts.put_bytes += (new_blocks * geometry.block_bytes()) as u64;
+        counts.put_refused += refused as u64;
+        drop(state);
+        self.shared.work.notify_all();
+        Ok(PutOutcome { tokens: cached * block_tokens, new_blocks })
+    }
+
+    /// Waits until every block is durable on SSD. Without an SSD tier there is nothing to wait for.
+    ///
+    /// # Errors
+    /// The SSD takes no writes, or not all of them.
+    pub fn flush(&self) -> Result<()> {
+        let mut state = self.shared.open_state()?;
+        if self.shared.ssd.is_none() {
+            return Ok(());
+        }
+        state.flushing += 1;
+        self.shared.work.notify_all();
+        while !state.closed && state.ssd_read_only.is_none() && (state.writing || !state.dirty.is_empty()) {
+            state = self.shared.idle.wait(state);
+        }
+        state.flushing -= 1;
+        let (failed, left) = (state.ssd_read_only.as_ref().map(|(reason, _)| reason.clone()), state.dirty_bytes);
+        let files: Vec<_> =
+            state.models.values().filter_map(|m| m.disk.as_ref()).map(|disk| disk.file.clone()).collect();
+        drop(state);
+        if let Some(reason) = failed {
+            return Err(Error::new(ErrorKind::Io, format!("{left} bytes are not on SSD: {reason}")));
+        }
+        for file in files {
+            file.sync().map_err(|e| Error::io("cannot make the SSD tier durable", e))?;
+        }
+        Ok(())
+    }
+
+    /// Writes what is not on SSD yet, seals the segments and gives the directory back. Closing twice does nothing.
+    ///
+    /// # Errors
+    /// Not everything could be written; the store is closed all the same.
+    pub fn close(&self) -> Result<()> {
+        if self.shared.state.lock().closed || self.shared.pid != std::process::id() {
+            return Ok(());
+        }
+        let flushed = self.flush();
+        self.stop();
+        let mut state = self.shared.state.lock();
+        let ids: Vec<u32> = state.models.keys().copied().collect();
+        let footers: Vec<_> = ids.into_iter().filter_map(|id| demote::seal_open_segment(&mut state, id)).collect();
+        drop(state);
+        // A footer only saves recovery time: without it the records are walked.
+        let sealed = footers.iter().try_for_each(|f| f.write().and_then(|()| f.file.sync()));
+        if let Some(ssd) = &self.shared.ssd {
+            ssd.unlock();
+        }
+        flushed.and(sealed.map_err(|e| Error::io("cannot seal the open segments", e)))
+    }
+
+    fn stop(&self) {
+        self.shared.state.lock().closed = true;
+        self.shared.work.notify_all();
+        self.shared.idle.notify_all();
+        if let Some(demoter) = self.demoter.lock().take() {
+            // A panic of the demotion thread has been printed; what it had not written is a miss.
+            drop(demoter.join());
+        }
+    }
+
+    /// All counters at one instant.
+    pub fn snapshot(&self) -> Snapshot {
+        let shared = &self.shared;
+        let state = shared.state.lock();
+        let mut total = state.retired;
+        let mut models: Vec<_> = state.models.values().map(|m| (m.name.clone(), m.counts)).collect();
+        models.sort_by(|a, b| a.0.cmp(&b.0));
+        for (_, counts) in &models {
+            total.add(counts);
+        }
+        let mut files = state.models.values().filter_map(|m| m.disk.as_ref());
+        Snapshot {
+            total,
+            ram_capacity_bytes: state.ram_bytes,
+            ram_pages: shared.arena.pages().name(),
+            ssd_capacity_bytes: state.ssd_capacity_bytes,
+            ssd_file_bytes: state.ssd_file_bytes(),
+            ssd_io: match (&shared.ssd, files.next()) {
+                (None, _) => "off",
+                (Some(_), Some(disk)) if !disk.file.direct() => "buffered",
+                (Some(_), _) => "direct",
+            },
+            ssd_read_only: state.ssd_read_only.as_ref().map(|(reason, _)| reason.clone()),
+            index_blocks: state.trie.len() as u64,
+            models,
+        }
+    }
+
+    /// Threads used for copies, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.shared.workers.threads()
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        if self.shared.pid == std::process::id() {
+            self.stop();
+            // Leases may keep the rest alive; the directory is free.
+            if let Some(ssd) = &self.shared.ssd {
+                ssd.unlock();
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn open_state(&self) -> Result<crate::sync::Guard<'_, State>> {
+        // Threads do not survive a fork, and a lock may be held by one of them for ever.
+        if self.pid != std::process::id() {
+            return Err(Error::new(ErrorKind::Closed, "the store was opened before a fork; open one in this process"));
+        }
+        let state = self.state.lock();
+        if state.closed {
+            return Err(Error::new(ErrorKind::Closed, "the store is closed; open it again"));
+        }
+        Ok(state)
+    }
+}
+
+impl Lease {
+    /// Tokens of the match: whole blocks.
+    pub fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Shape of the model's blocks.
+    pub fn geometry(&self) -> &Geometry {
+        &self.model.spec.geometry
+    }
+
+    /// Tokens that were asked for.
+    pub fn asked_tokens(&self) -> usize {
+        self.asked_tokens
+    }
+
+    /// The cheapest tier that had each block when it was matched.
+    pub fn places(&self) -> &[Tier] {
+        &self.places
+    }
+
+    /// Why the match is not longer; `None` if every whole block is cached.
+    pub fn miss(&self) -> Option<Miss> {
+        self.miss
+    }
+
+    /// Gives the blocks free. Releasing twice does nothing.
+    pub fn release(&self) {
+        // AcqRel: exactly one caller sees `false`, and sees the path as it was leased.
+        if !self.released.swap(true, Ordering::AcqRel) && self.shared.pid == std::process::id() {
+            self.shared.state.lock().release(&self.path);
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+impl State {
+    // Makes blocks findable whose bytes are complete; gives the slots of those back that others have put meanwhile.
+    fn publish(&mut self, model: u32, known: &[NodeId], hashes: &[BlockHash], slots: Vec<Slot>) -> usize {
+        let mut parent = known.last().copied();
+        let attached = parent.is_none_or(|p| !self.trie[p].doomed) && self.models.contains_key(&model);
+        let now = self.tick();
+        let mut new_blocks = 0;
+        for (&hash, slot) in hashes.iter().zip(slots) {
+            let existing = self.trie.find(hash);
+            if !attached || existing.is_some() {
+                self.ram.pool.free(slot);
+                parent = existing;
+                continue;
+            }
+            let id = self.trie.insert(parent, hash, model);
+            self.trie[id].last_use = now;
+            self.place_in_ram(id, slot);
+            if self.ssd_capacity_bytes > 0 {
+                self.enqueue_dirty(hash);
+            }
+            parent = Some(id);
+            new_blocks += 1;
+        }
+        new_blocks
+    }
+
+    // Takes over what recovery found. A block whose parent is gone cannot be matched and is left out.
+    fn adopt(&mut self, model: u32, file: Arc<ModelFile>, recovered: Vec<Option<Recovered>>, secret: &Secret) {
+        let mut segments: Vec<Segment> = Vec::new();
+        let mut found = Vec::new();
+        for (index, segment) in recovered.into_iter().enumerate() {
+            let mut books = Segment::empty();
+            if let Some(Recovered { epoch, entries }) = segment {
+                books = Segment { phase: Phase::Sealed, epoch, ..books };
+                let at = |offset| Place { segment: index as u32, offset };
+                found.extend(entries.iter().map(|e| (e.block.depth, std::cmp::Reverse(epoch), at(e.offset), e.block)));
+            }
+            segments.push(books);
+        }
+        let last_epoch = segments.iter().map(|s| s.epoch).max().unwrap_or(0);
+        let Some(state) = self.models.get_mut(&model) else { return };
+        state.disk = Some(Disk { file, segments, last_epoch });
+        // Parents first, and of two records of one block the newer.
+        found.sort_by_key(|(depth, epoch, ..)| (*depth, *epoch));
+        for (depth, _, place, block) in found {
+            let hash = secret.unseal(block.hash);
+            let parent = match depth {
+                0 => None,
+                _ => self.trie.find(secret.unseal(block.parent)).filter(|&p| self.trie[p].depth + 1 == depth),
+            };
+            if self.trie.find(hash).is_some() || (depth > 0 && parent.is_none()) {
+                continue;
+            }
+            let id = self.trie.insert(parent, hash, model);
+            self.alter(id, |node| {
+                node.ssd = Some(place);
+                node.last_use = 0;
+            });
+            if let Some(segment) = self.segment(model, place.segment) {
+                segment.blocks.push(hash);
+            }
+        }
+    }
+
+    // Segments of a model that must go because the cap was lowered.
+    fn trim_to_cap(&mut self, model: u32) -> Vec<(Arc<ModelFile>, u32)> {
+        let mut gone = Vec::new();
+        while self.ssd_file_bytes() > self.ssd_capacity_bytes
+            && let Some(index) = self.drop_coldest_segment(model)
+            && let Some(disk) = self.models.get(&model).and_then(|m| m.disk.as_ref())
+        {
+            gone.push((disk.file.clone(), index));
+        }
+        gone
+    }
+}
+
+// A cap that was lowered while the store was closed holds from the start.
+fn fit_stale_files(state: &mut State, ssd: &Ssd) -> Result<()> {
+    for at in 0..state.stale.len() {
+        let over = state.ssd_file_bytes().saturating_sub(state.ssd_capacity_bytes);
+        if over == 0 {
+            break;
+        }
+        let stale = &mut state.stale[at];
+        let keep = stale.bytes.saturating_sub(over);
+        let shrunk = ssd.shrink(&stale.path, keep);
+        stale.bytes = shrunk.map_err(|e| Error::io(format!("cannot shrink {}", stale.path.display()), e))?;
+    }
+    Ok(())
+}
+
+fn check_view(geometry: &Geometry, view: &KvView, tokens: usize) -> Result<()> {
+    let planes = geometry.plane_count();
+    if view.plane_count() != planes {
+        return Err(input(format!("kv has {} planes, expected {planes} (layers x planes)", view.plane_count())));
+    }
+    if view.tokens() < tokens {
+        return Err(input(format!("kv covers {} tokens, expected at least {tokens}", view.tokens())));
+    }
+    Ok(())
+}
+
+fn random_bytes() -> Result<Vec<u8>> {
+    let mut bytes = vec![0; 32];
+    getrandom::fill(&mut bytes).map_err(|e| Error::io("no random numbers from the system", e))?;
+    Ok(bytes)
+}

@@ -1,0 +1,422 @@
+//! Everything the store knows about its blocks, under one lock that is never held across I/O or a copy.
+//!
+//! One rule keeps the books right: whatever alters a node goes through [`State::alter`], which takes the node out of
+//! the lists and sums, applies the change, and puts it back as it then is. So each of these follows from the nodes
+//! alone, at every instant: a model's block and byte counts, the bytes not yet on SSD, and the evictable blocks
+//! (in RAM, not leased, no child in RAM).
+
+use crate::block::{BlockHash, Geometry};
+use crate::pool::Slot;
+use crate::ram::Ram;
+use crate::ssd::record::Entry;
+use crate::ssd::{ModelFile, Phase, Place, Segment, Ssd, Stale, control_bytes};
+use crate::stats::{Counts, Miss, Tier};
+use crate::sync::Arc;
+use crate::trie::{Node, NodeId, Trie};
+use std::collections::{HashMap, VecDeque};
+use std::time::Instant;
+
+/// One registered model.
+#[derive(Debug)]
+pub(crate) struct ModelState {
+    pub(crate) name: String,
+    pub(crate) geometry: Geometry,
+    pub(crate) weight: u64,
+    pub(crate) counts: Counts,
+    pub(crate) disk: Option<Disk>,
+}
+
+/// One model's file and the books of its segments.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    pub(crate) file: Arc<ModelFile>,
+    pub(crate) segments: Vec<Segment>,
+    pub(crate) last_epoch: u64,
+}
+
+impl Disk {
+    fn file_bytes(&self) -> u64 {
+        let live = self.segments.iter().filter(|s| s.phase != Phase::Empty).count() as u64;
+        crate::ssd::record::SEGMENTS_OFFSET + live * self.file.layout.segment_bytes
+    }
+}
+
+/// What a new segment costs others: done before its first byte is written.
+#[derive(Debug, Default)]
+pub(crate) struct Clearing {
+    /// Segments of other models whose disk blocks go back.
+    pub(crate) punch: Vec<(Arc<ModelFile>, u32)>,
+    /// A file of an unregistered model, and how many bytes it may keep.
+    pub(crate) shrink: Option<(Stale, u64)>,
+}
+
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) trie: Trie,
+    pub(crate) ram: Ram,
+    pub(crate) ram_bytes: u64,
+    pub(crate) models: HashMap<u32, ModelState>,
+    pub(crate) next_model: u32,
+    /// Counters of models that were unregistered.
+    pub(crate) retired: Counts,
+    pub(crate) clock: u64,
+    /// Blocks put and not yet on SSD, oldest first. An entry may be outdated; the node tells.
+    pub(crate) dirty: VecDeque<BlockHash>,
+    pub(crate) dirty_bytes: u64,
+    pub(crate) ssd_capacity_bytes: u64,
+    pub(crate) stale: Vec<Stale>,
+    /// Why the SSD takes no writes, and since when.
+    pub(crate) ssd_read_only: Option<(String, Instant)>,
+    pub(crate) flushing: usize,
+    pub(crate) writing: bool,
+    pub(crate) closed: bool,
+}
+
+impl State {
+    pub(crate) fn new(ram_bytes: usize, ssd: Option<&Ssd>, stale: Vec<Stale>) -> Self {
+        Self {
+            trie: Trie::default(),
+            ram: Ram::new(ram_bytes),
+            ram_bytes: ram_bytes as u64,
+            models: HashMap::new(),
+            next_model: 0,
+            retired: Counts::default(),
+            clock: 0,
+            dirty: VecDeque::new(),
+            dirty_bytes: 0,
+            ssd_capacity_bytes: ssd.map_or(0, Ssd::capacity_bytes),
+            stale,
+            ssd_read_only: None,
+            flushing: 0,
+            writing: false,
+            closed: false,
+        }
+    }
+
+    pub(crate) fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    pub(crate) fn counts(&mut self, model: u32) -> &mut Counts {
+        // A lease may outlive its model; what it still does is counted with the models that are gone.
+        self.models.get_mut(&model).map_or(&mut self.retired, |m| &mut m.counts)
+    }
+
+    /// Changes one node; see the page above.
+    pub(crate) fn alter<R>(&mut self, id: NodeId, change: impl FnOnce(&mut Node) -> R) -> R {
+        self.account(id, false);
+        let result = change(&mut self.trie[id]);
+        self.account(id, true);
+        result
+    }
+
+    fn account(&mut self, id: NodeId, add: bool) {
+        let node = &mut self.trie[id];
+        let (model, in_ram, on_ssd) = (node.model, node.ram.is_some(), node.ssd.is_some());
+        let dirty = in_ram && !on_ssd && !node.doomed;
+        if add {
+            let free_to_leave = in_ram && !node.doomed && node.refs == 0 && node.ram_children == 0;
+            if free_to_leave {
+                node.listed = Some((on_ssd, node.last_use));
+                let last_use = node.last_use;
+                self.ram.evictable(model).list(on_ssd).insert(last_use, id);
+            }
+        } else if let Some((clean, last_use)) = node.listed.take() {
+            self.ram.evictable(model).list(clean).remove(last_use, id);
+        }
+        let Some(bytes) = self.models.get(&model).map(|m| m.geometry.record_bytes() as u64) else { return };
+        let shift = |value: &mut u64, by: u64| *value = if add { *value + by } else { *value - by };
+        if dirty {
+            shift(&mut self.dirty_bytes, bytes);
+        }
+        let counts = self.counts(model);
+        for (tier, present) in [(Tier::Ram, in_ram), (Tier::Ssd, on_ssd)] {
+            if present {
+                shift(&mut counts.tier(tier).blocks, 1);
+                shift(&mut counts.tier(tier).used_bytes, bytes);
+            }
+        }
+    }
+
+    /// Marks a path as used now, in the index and in the segments that hold it.
+    pub(crate) fn touch(&mut self, path: &[NodeId]) {
+        let now = self.tick();
+        for &id in path {
+            let (model, place) = self.alter(id, |node| {
+                node.last_use = now;
+                (node.model, node.ssd)
+            });
+            if let Some(segment) = place.and_then(|p| self.segment(model, p.segment)) {
+                segment.last_use = now;
+            }
+        }
+    }
+
+    pub(crate) fn segment(&mut self, model: u32, index: u32) -> Option<&mut Segment> {
+        self.models.get_mut(&model)?.disk.as_mut()?.segments.get_mut(index as usize)
+    }
+
+    pub(crate) fn lease(&mut self, path: &[NodeId]) {
+        for &id in path {
+            self.alter(id, |node| node.refs += 1);
+        }
+    }
+
+    pub(crate) fn release(&mut self, path: &[NodeId]) {
+        for &id in path {
+            let gone = self.alter(id, |node| {
+                node.refs -= 1;
+                node.doomed && node.refs == 0
+            });
+            if gone {
+                self.forget(id);
+            }
+        }
+    }
+
+    /// Gives a block its bytes in RAM.
+    pub(crate) fn place_in_ram(&mut self, id: NodeId, slot: Slot) {
+        self.ram.hold(slot, id);
+        let parent = self.alter(id, |node| {
+            node.ram = Some(slot);
+            node.parent
+        });
+        if let Some(parent) = parent {
+            self.alter(parent, |node| node.ram_children += 1);
+        }
+    }
+
+    /// Takes a block's bytes out of RAM; without a copy on SSD the block and all below it are gone.
+    pub(crate) fn evict_from_ram(&mut self, id: NodeId, ssd_expected: bool) {
+        let model = self.trie[id].model;
+        let clean = self.trie[id].ssd.is_some();
+        let counts = self.counts(model);
+        counts.tier(Tier::Ram).evicted += 1;
+        counts.demotions_dropped += u64::from(!clean && ssd_expected);
+        if clean {
+            self.leave_ram(id);
+        } else {
+            self.drop_subtree(id);
+        }
+    }
+
+    fn leave_ram(&mut self, id: NodeId) {
+        let (slot, parent) = self.alter(id, |node| (node.ram.take(), node.parent));
+        if let Some(slot) = slot {
+            self.ram.release(slot);
+            if let Some(parent) = parent {
+                self.alter(parent, |node| node.ram_children -= 1);
+            }
+        }
+    }
+
+    /// Makes a block and all below it unfindable. Leased blocks keep their bytes until they are released.
+    pub(crate) fn drop_subtree(&mut self, root: NodeId) {
+        for id in self.trie.subtree(root) {
+            let (hash, refs, in_ram, parent) = {
+                let node = &self.trie[id];
+                (node.hash, node.refs, node.ram.is_some(), node.parent)
+            };
+            self.trie.remember_eviction(hash);
+            if let Some(parent) = parent.filter(|_| in_ram) {
+                self.alter(parent, |node| node.ram_children -= 1);
+            }
+            self.account(id, false);
+            self.trie.unlink(id);
+            self.account(id, true);
+            if refs == 0 {
+                self.forget(id);
+            }
+        }
+    }
+
+    // The end of an unlinked, unleased node.
+    fn forget(&mut self, id: NodeId) {
+        let slot = self.alter(id, |node| {
+            node.ssd = None;
+            node.ram.take()
+        });
+        if let Some(slot) = slot {
+            self.ram.release(slot);
+        }
+        self.trie.remove(id);
+    }
+
+    /// Takes a slot for a model, making room if need be. A model below its share of the arena takes from those above
+    /// theirs; otherwise it evicts its own. `may_lose` allows evicting blocks that are not on SSD.
+    pub(crate) fn allocate(&mut self, model: u32, may_lose: bool) -> Option<Slot> {
+        let slot_bytes = self.models.get(&model)?.geometry.record_bytes();
+        loop {
+            if let Some(slot) = self.ram.pool.allocate(model, slot_bytes) {
+                return Some(slot);
+            }
+            let below_share = self.ram.pool.held_bytes(model) as u64 + slot_bytes as u64 <= self.ram_share(model);
+            let made_room = if below_share {
+                self.take_span(model, may_lose) || self.evict_own(model, may_lose)
+            } else {
+                self.evict_own(model, may_lose) || self.take_span(model, may_lose)
+            };
+            if !made_room {
+                return None;
+            }
+        }
+    }
+
+    fn share(&self, capacity: u64, model: u32) -> u64 {
+        let all: u64 = self.models.values().map(|m| m.weight).sum();
+        self.models.get(&model).map_or(0, |m| (u128::from(capacity) * u128::from(m.weight) / u128::from(all)) as u64)
+    }
+
+    fn ram_share(&self, model: u32) -> u64 {
+        self.share(self.ram_bytes, model)
+    }
+
+    fn ssd_in_use(&self) -> bool {
+        self.ssd_capacity_bytes > 0
+    }
+
+    fn evict_own(&mut self, model: u32, may_lose: bool) -> bool {
+        let Some(victim) = self.ram.evictable(model).victim(may_lose) else { return false };
+        self.evict_from_ram(victim, self.ssd_in_use());
+        true
+    }
+
+    // Empties the coldest span of the model that is furthest above its share.
+    fn take_span(&mut self, taker: u32, may_lose: bool) -> bool {
+        let above = |id: &u32| self.ram.pool.held_bytes(*id) as i64 - self.ram_share(*id) as i64;
+        let others = self.models.keys().copied().filter(|&id| id != taker);
+        let Some(giver) = others.filter(|id| above(id) > 0).max_by_key(|id| (above(id), *id)) else { return false };
+        let leaves = |id: NodeId| {
+            let node = &self.trie[id];
+            (node.refs == 0 && !node.doomed && (may_lose || node.ssd.is_some())).then_some(node.last_use)
+        };
+        let spans = self.ram.spans_of(giver);
+        let coldest = spans
+            .into_iter()
+            .filter_map(|span| {
+                let uses: Option<Vec<u64>> = span.iter().map(|&block| leaves(block?)).collect();
+                Some((uses?.into_iter().max()?, span))
+            })
+            .min_by_key(|(last_use, _)| *last_use);
+        let Some((_, span)) = coldest else { return false };
+        let hashes: Vec<_> = span.into_iter().flatten().map(|id| self.trie[id].hash).collect();
+        for hash in hashes {
+            // Dropping one block may have taken others of the span with it.
+            if let Some(id) = self.trie.find(hash).filter(|&id| self.trie[id].ram.is_some()) {
+                self.evict_from_ram(id, self.ssd_in_use());
+            }
+        }
+        true
+    }
+
+    /// Bytes of all files of the SSD tier.
+    pub(crate) fn ssd_file_bytes(&self) -> u64 {
+        if !self.ssd_in_use() {
+            return 0;
+        }
+        let models: u64 = self.models.values().filter_map(|m| Some(m.disk.as_ref()?.file_bytes())).sum();
+        control_bytes() + models + self.stale.iter().map(|s| s.bytes).sum::<u64>()
+    }
+
+    /// Opens a segment of a model, within the cap. `None` when every byte is held by leased blocks.
+    pub(crate) fn open_segment(&mut self, model: u32) -> Option<(u32, Clearing)> {
+        let need = self.models.get(&model)?.disk.as_ref()?.file.layout.segment_bytes;
+        let mut clearing = Clearing::default();
+        let mut reused = None;
+        while reused.is_none() && self.ssd_file_bytes() + need > self.ssd_capacity_bytes {
+            let mine = self.models.get(&model)?.disk.as_ref()?.file_bytes();
+            let below_share = mine + need <= self.share(self.ssd_capacity_bytes, model);
+            if below_share && let Some(at) = self.stale.iter().position(|s| s.bytes > 0) {
+                let stale = self.stale.remove(at);
+                let keep = stale.bytes.saturating_sub(need);
+                if clearing.shrink.is_none() {
+                    self.stale.insert(at, Stale { path: stale.path.clone(), bytes: keep });
+                    clearing.shrink = Some((stale, keep));
+                    continue;
+                }
+                self.stale.insert(at, stale);
+            }
+            let own = |state: &Self| Some((model, state.coldest_segment(model)?));
+            let others = |state: &Self| {
+                let share = |id: u32| state.share(state.ssd_capacity_bytes, id);
+                let bytes = |id: u32| state.models[&id].disk.as_ref().map_or(0, Disk::file_bytes);
+                let above = state.models.keys().copied().filter(|&id| id != model && bytes(id) > share(id));
+                let giver = above.max_by_key(|&id| (bytes(id) - share(id), id))?;
+                Some((giver, state.coldest_segment(giver)?))
+            };
+            let (owner, index) =
+                if below_share { others(self).or_else(|| own(self))? } else { own(self).or_else(|| others(self))? };
+            self.clear_segment(owner, index);
+            if owner == model {
+                reused = Some(index);
+            } else {
+                let disk = self.models.get_mut(&owner)?.disk.as_mut()?;
+                disk.segments[index as usize] = Segment::empty();
+                clearing.punch.push((disk.file.clone(), index));
+            }
+        }
+        let now = self.clock;
+        let disk = self.models.get_mut(&model)?.disk.as_mut()?;
+        let vacant = || disk.segments.iter().position(|s| s.phase == Phase::Empty).map(|i| i as u32);
+        let index = reused.or_else(vacant).unwrap_or(disk.segments.len() as u32);
+        if index as usize == disk.segments.len() {
+            disk.segments.push(Segment::empty());
+        }
+        disk.last_epoch += 1;
+        disk.segments[index as usize].start(disk.last_epoch, now);
+        Some((index, clearing))
+    }
+
+    // The sealed segment used longest ago in which no block is leased.
+    fn coldest_segment(&self, model: u32) -> Option<u32> {
+        let disk = self.models.get(&model)?.disk.as_ref()?;
+        let mut sealed: Vec<_> =
+            (0..disk.segments.len() as u32).filter(|&i| disk.segments[i as usize].phase == Phase::Sealed).collect();
+        sealed.sort_by_key(|&i| (disk.segments[i as usize].last_use, disk.segments[i as usize].epoch));
+        let leased = |hash: &BlockHash| self.trie.find(*hash).is_some_and(|id| self.trie[id].refs > 0);
+        sealed.into_iter().find(|&i| !disk.segments[i as usize].blocks.iter().any(leased))
+    }
+
+    /// Empties the segment of a model used longest ago; the caller gives its disk blocks back.
+    pub(super) fn drop_coldest_segment(&mut self, model: u32) -> Option<u32> {
+        let index = self.coldest_segment(model)?;
+        self.clear_segment(model, index);
+        *self.segment(model, index)? = Segment::empty();
+        Some(index)
+    }
+
+    // Forgets every block whose bytes lie there.
+    fn clear_segment(&mut self, model: u32, index: u32) {
+        let Some(segment) = self.segment(model, index) else { return };
+        for hash in std::mem::take(&mut segment.blocks) {
+            let Some(id) = self.trie.find(hash) else { continue };
+            if self.trie[id].ssd.is_none_or(|p| p.segment != index) {
+                continue;
+            }
+            self.counts(model).tier(Tier::Ssd).evicted += 1;
+            if self.trie[id].ram.is_some() {
+                self.alter(id, |node| node.ssd = None);
+                self.dirty.push_back(hash);
+            } else {
+                self.drop_subtree(id);
+            }
+        }
+    }
+
+    /// Notes that a block's record was written.
+    pub(crate) fn place_on_ssd(&mut self, id: NodeId, place: Place, entry: Entry) {
+        let (model, hash) = (self.trie[id].model, self.trie[id].hash);
+        self.alter(id, |node| node.ssd = Some(place));
+        self.counts(model).demoted += 1;
+        if let Some(segment) = self.segment(model, place.segment) {
+            segment.entries.push(entry);
+            segment.blocks.push(hash);
+        }
+    }
+
+    /// Why a block is not cached.
+    pub(crate) fn miss_reason(&self, hash: BlockHash) -> Miss {
+        if self.trie.was_evicted(hash) { Miss::Evicted } else { Miss::NeverStored }
+    }
+}
