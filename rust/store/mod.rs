@@ -416,6 +416,9 @@ impl Store {
         let mut state = self.shared.state.lock();
         let ids: Vec<u32> = state.models.keys().copied().collect();
         let footers: Vec<_> = ids.into_iter().filter_map(|id| demote::seal_open_segment(&mut state, id)).collect();
+        for model in state.models.values_mut() {
+            model.disk = None;
+        }
         drop(state);
         // A footer only saves recovery time: without it the records are walked.
         let sealed = footers.iter().try_for_each(|f| f.write().and_then(|()| f.file.sync()));

@@ -24,6 +24,7 @@ DOCUMENTED = [
     "RamConfig",
     "SsdConfig",
     "Stats",
+    "Status",
     "StoreConfig",
     "StoreError",
     "StoreFormatError",
@@ -88,16 +89,15 @@ def fresh(program: str) -> list[str]:
     return listed
 
 
-def test_import_brings_numpy_and_nothing_else() -> None:
+def test_import_brings_numpy_at_most() -> None:
     program = (
         "import json, sys; before = set(sys.modules); import stratakv;"
         "print(json.dumps(sorted({each.partition('.')[0] for each in set(sys.modules) - before})))"
     )
     brought = {each for each in fresh(program) if each not in sys.stdlib_module_names and not each.startswith("_")}
-    assert brought == {"numpy", "stratakv"}
+    assert brought <= {"numpy", "stratakv"}
 
 
-def test_import_starts_no_thread() -> None:
-    program = "import json, os, stratakv; print(json.dumps(os.listdir('/proc/self/task')))"
-    before = "import json, os, numpy; print(json.dumps(os.listdir('/proc/self/task')))"
-    assert len(fresh(program)) == len(fresh(before))
+def test_import_starts_no_thread_of_its_own() -> None:
+    program = "import json, os, numpy, {}; print(json.dumps(os.listdir('/proc/self/task')))"
+    assert len(fresh(program.format("stratakv"))) == len(fresh(program.format("sys")))

@@ -41,12 +41,7 @@ _INSTRUCTION = "Answer questions about this document in one short sentence.\n\n"
 _QUESTIONS = (
     ("What is a block?", "What is a lease?", "And what is a tier?", "What does a match find?"),
     ("Which command runs the demo?", "Which command runs the tests?", "What does it need?", "What is the licence?"),
-    (
-        "What is stored on the SSD?",
-        "What happens after a SIGKILL?",
-        "What happens to a torn block?",
-        "Why is that safe?",
-    ),
+    ("What is stored on the SSD?", "What happens after a SIGKILL?", "What happens to a torn block?", "Is that safe?"),
 )
 
 # Conversions, downloads and slow machines included; past it the worker is taken for hung.
@@ -121,7 +116,8 @@ def _summary(report: Report) -> list[str]:
     lines += [f"{each.label}  {' '.join(each.text.split())[:60]!r}" for each in report.turns]
     lines += ["", *report.table(), "", *report.bf16_lines()]
     asked = ", ".join(
-        f"{name}: {each['hit']:,} of {each['asked']:,} blocks asked" for name, each in report.stats["tiers"].items()
+        f"{name}: {each['hit_blocks']:,} of {each['asked_blocks']:,} blocks asked"
+        for name, each in report.stats["tiers"].items()
     )
     lines += [f"second process, found in {asked}", "", report.verdict()]
     return lines
@@ -231,7 +227,7 @@ def _document() -> str:
         readme = str(importlib.metadata.metadata("stratakv").json.get("description", ""))
     except importlib.metadata.PackageNotFoundError:
         readme = ""
-    return readme + "\n\n" + pydoc.render_doc(argparse, renderer=pydoc.plaintext)
+    return readme + "\n\n" + pydoc.plain(pydoc.render_doc(argparse))
 
 
 def _model_home() -> Path:

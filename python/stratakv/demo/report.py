@@ -113,8 +113,9 @@ class Report:
         equal = "equal" if found["same_split_equal"] else "NOT equal"
         one_shot = "equal" if found["one_shot_equal"] else "not equal"
         return [
-            f"bf16, {found['reused_tokens']:,} of {found['prompt_tokens']:,} tokens reused: answer {equal} to the uncached "
-            f"run with the same prefill split (largest logit difference {found['same_split_max_logit_difference']:.3g});",
+            f"bf16, {found['reused_tokens']:,} of {found['prompt_tokens']:,} tokens reused: answer {equal} to the "
+            "uncached run with the same prefill split, largest logit difference "
+            f"{found['same_split_max_logit_difference']:.3g};",
             f"against a one-shot prefill: answer {one_shot}, largest logit difference "
             f"{found['one_shot_max_logit_difference']:.3g} at logits up to {found['largest_logit']:.3g}.",
         ]
@@ -131,7 +132,7 @@ class Report:
             same = "same" if each.same else "DIFFERS"
             lines.append(
                 f"{each.user:>4} {each.turn:>4} {each.prompt_tokens:>7,} {each.reused_tokens:>7,}  {each.source():<18} "
-                f"{each.ttft_cold_s:>8.3f} s {each.ttft_cached_s:>7.3f} s {each.ratio:>6.1f}×  {same}"
+                f"{each.ttft_cold_s:>8.3f} s {each.ttft_cached_s:>7.3f} s {each.ratio:>6.1f}x  {same}"
             )
         return lines
 
@@ -163,7 +164,7 @@ def _row(turn: Turn) -> str:
         f"{turn.ttft_cold_s:.3f} s",
         f"{turn.ttft_cached_s:.3f} s",
         f"{turn.restore_s * 1000:.0f} ms",
-        f"{turn.ratio:.1f}×",
+        f"{turn.ratio:.1f}x",
         "same" if turn.same else "differs",
         turn.text,
     ]
@@ -225,9 +226,8 @@ def _ttft_picture(turns: Sequence[Turn]) -> str:
         for offset, style, seconds in ((0.0, "cold", each.ttft_cold_s), (bar + 2, "cached", each.ttft_cached_s)):
             hint = f"{each.label}: {style} {seconds:.3f} s"
             parts.append(_rectangle(x + offset, base - seconds * scale, bar, seconds * scale, style, hint))
-        parts.append(
-            _text(x + bar * 1.5 + 2, base - each.ttft_cached_s * scale - 5, f"{each.ratio:.1f}×", style="small")
-        )
+        ratio = f"{each.ratio:.1f}x"
+        parts.append(_text(x + bar * 1.5 + 2, base - each.ttft_cached_s * scale - 5, ratio, style="small"))
         parts.append(_text(x + bar, base + 16, each.label, style="small"))
         if each.after_kill:
             line = left + step * index

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -46,8 +46,8 @@ class Stopwatch:
     first_token_s: float | None = None
     prompt_seen: bool = False
 
-    def put(self, value: torch.Tensor) -> None:  # noqa: ARG002 (the time matters, not the tokens)
-        """Takes the prompt, then one token at a time."""
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the prompt, then one token at a time; only the time matters."""
         if self.prompt_seen and self.first_token_s is None:
             self.first_token_s = time.perf_counter() - self.begin
             if self.replies is not None:
@@ -97,7 +97,6 @@ def turn(chat: Chat, model: Any, cache: stratakv.ModelCache, asked: dict[str, An
     )
 
 
-@torch.inference_mode()
 def bf16(chat: Chat, caches: stratakv.CacheManager, asked: dict[str, Any], replies: TextIO) -> None:
     """Compares a cached bf16 run with the uncached run of the same prefill split, and with a one-shot prefill.
 
@@ -117,7 +116,8 @@ def bf16(chat: Chat, caches: stratakv.CacheManager, asked: dict[str, Any], repli
 
     def prefix() -> DynamicCache:
         past_key_values = DynamicCache(config=model.config)
-        model(prompt[:, :split], past_key_values=past_key_values, logits_to_keep=1)
+        with torch.inference_mode():
+            model(prompt[:, :split], past_key_values=past_key_values, logits_to_keep=1)
         return past_key_values
 
     past_key_values = prefix()
@@ -149,21 +149,18 @@ def bf16(chat: Chat, caches: stratakv.CacheManager, asked: dict[str, Any], repli
 def stats(caches: stratakv.CacheManager, replies: TextIO) -> None:
     """Reports what the store counted since this process opened it."""
     counted = caches.stats()
-    tiers = {
-        name: {"asked": each.asked, "hit": each.hit, "miss": each.miss, "used_bytes": each.used_bytes}
-        for name, each in counted.tiers.items()
-    }
+    tiers = {name: asdict(each) for name, each in counted.tiers.items()}
     reply(replies, event="stats", hit_ratio=counted.hit_ratio, asked_blocks=counted.asked_blocks, tiers=tiers)
 
 
 def serve(questions: TextIO, replies: TextIO) -> None:
     """Serves until the input ends."""
     start = json.loads(questions.readline())
-    chat = (
-        tiny()
-        if start["tiny"]
-        else smollm2(Path(start["models"]), lambda text: reply(replies, event="note", text=text))
-    )
+
+    def say(text: str) -> None:
+        reply(replies, event="note", text=text)
+
+    chat = tiny() if start["tiny"] else smollm2(Path(start["models"]), say)
     model = chat.load(torch.float32)
     with torch.inference_mode():
         model(torch.tensor([chat.encode("The first forward pass sets up what later ones find.")]))

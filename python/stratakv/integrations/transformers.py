@@ -19,7 +19,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -31,7 +31,11 @@ __all__ = ["Restored", "generate", "geometry", "restore", "store"]
 
 _log = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES: dict[Literal["fp32", "fp16", "bf16", "uint8"], torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 # With these, keys computed for a long sequence differ from those of the same tokens in a short one.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -123,6 +127,7 @@ def restore(cache: ModelCache, input_ids: torch.Tensor, *, adapter: str = "", te
     """
     tokens = _one_sequence(input_ids)
     shape = cache.geometry
+    dtype = _torch_dtype(shape)
     started = time.perf_counter()
     kv: list[tuple[torch.Tensor, torch.Tensor]] = []
     loaded, explanation = 0, None
@@ -131,7 +136,6 @@ def restore(cache: ModelCache, input_ids: torch.Tensor, *, adapter: str = "", te
             with cache.match(tokens[:-1], adapter=adapter, tenant=tenant) as match:
                 if match.tokens:
                     size = (1, shape.kv_heads, match.tokens, shape.head_dim)
-                    dtype = _DTYPES[shape.dtype]
                     kv = [(torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)) for _ in range(shape.layers)]
                     loaded = match.load(kv, layout="BHND")
                 explanation = match.explain()
@@ -236,6 +240,13 @@ def _dynamic_cache(kv: list[tuple[torch.Tensor, torch.Tensor]], tokens: int, lay
     return past_key_values
 
 
+def _torch_dtype(stored: Geometry) -> torch.dtype:
+    """The dtype of a geometry that a `DynamicCache` can have."""
+    if stored.planes != 2 or stored.dtype not in _DTYPES:
+        raise InputError(f"{stored} has no DynamicCache: keys and values in fp32, fp16 or bf16 are wanted")
+    return _DTYPES[stored.dtype]
+
+
 def _heads(config: PreTrainedConfig) -> tuple[int, int]:
     """Key/value heads and head dimension: grouped-query models state both, older ones neither."""
     heads = config.num_attention_heads
@@ -287,7 +298,7 @@ def _require_plain_cache(past_key_values: DynamicCache, expected: Geometry) -> N
     if tokens == 0:
         return
     size = (1, expected.kv_heads, tokens, expected.head_dim)
-    dtype = _DTYPES.get(expected.dtype)
+    dtype = _torch_dtype(expected)
     for index, layer in enumerate(layers):
         if type(layer) is not DynamicLayer:
             kind = type(layer).__name__

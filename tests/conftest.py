@@ -1,0 +1,21 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import stratakv
+from stores import config, geometry
+
+
+@pytest.fixture
+def caches(tmp_path: Path) -> Iterator[stratakv.CacheManager]:
+    with stratakv.open(config(tmp_path / "store")) as manager:
+        yield manager
+
+
+@pytest.fixture
+def cache(caches: stratakv.CacheManager) -> stratakv.ModelCache:
+    return caches.register("model", geometry())
