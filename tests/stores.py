@@ -6,13 +6,16 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
 import stratakv
 
 NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16, "uint8": np.uint8}
 
 
 def geometry(**changes: object) -> stratakv.Geometry:
-    return stratakv.Geometry(**{"layers": 3, "kv_heads": 2, "head_dim": 8, "dtype": "fp32", "block_tokens": 4} | changes)
+    return stratakv.Geometry(
+        **{"layers": 3, "kv_heads": 2, "head_dim": 8, "dtype": "fp32", "block_tokens": 4} | changes
+    )
 
 
 def tokens_of(seed: int, count: int) -> np.ndarray:
@@ -24,7 +27,9 @@ def kv_of(tokens: np.ndarray, shape: stratakv.Geometry) -> np.ndarray:
     prefix = np.cumsum(tokens.astype(np.uint64) * np.uint64(2654435761) + np.uint64(12345))
     axes = np.indices((shape.layers, shape.planes, shape.kv_heads, len(tokens), shape.head_dim), dtype=np.uint64)
     layer, plane, head, token, dim = axes
-    mixed = prefix[token.astype(np.int64)] * np.uint64(31) + layer * 7919 + plane * 104729 + head * 1299709 + dim * 15485863
+    mixed = (
+        prefix[token.astype(np.int64)] * np.uint64(31) + layer * 7919 + plane * 104729 + head * 1299709 + dim * 15485863
+    )
     bits = (mixed ^ (mixed >> np.uint64(17))) & np.uint64(0xFF)
     return bits.astype(NUMPY[shape.dtype])
 

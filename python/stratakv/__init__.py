@@ -1,10 +1,10 @@
 """A multi-tier KV cache for LLM serving.
 
-    with stratakv.open() as caches:
-        model = caches.register("llama-3.2-1b", geometry)
-        with model.match(tokens) as hit:
-            n = hit.load(kv)
-        model.put(tokens, kv)
+with stratakv.open() as caches:
+    model = caches.register("llama-3.2-1b", geometry)
+    with model.match(tokens) as hit:
+        n = hit.load(kv)
+    model.put(tokens, kv)
 """
 
 from stratakv._native import __version__

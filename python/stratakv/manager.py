@@ -63,9 +63,7 @@ class CacheManager:
         self._lock = threading.Lock()
         self._models: dict[str, tuple[ModelCache, _native.Model, tuple[str, int]]] = {}
 
-    def register(
-        self, name: str, geometry: Geometry, *, weights_version: str = "", priority: int = 5
-    ) -> ModelCache:
+    def register(self, name: str, geometry: Geometry, *, weights_version: str = "", priority: int = 5) -> ModelCache:
         """Registers a model, and finds again what the SSD holds of it. The same again returns the same cache.
 
         Args:

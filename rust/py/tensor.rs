@@ -238,8 +238,8 @@ pub(super) fn integers(object: &Bound<'_, PyAny>, what: &str) -> PyResult<Vec<u3
     }
     let (length, stride) = (tensor.shape[0] as usize, tensor.strides[0]);
     let at = |i: usize| tensor.base.wrapping_offset(i as isize * stride);
-    // SAFETY: the producer promises `length` items at that stride, of the kind that each arm reads, alive with `tensor`.
     let value = |i: usize| -> Option<i128> {
+        // SAFETY: the producer promises `length` items at that stride, of the kind that each arm reads, alive with `tensor`.
         unsafe {
             Some(match tensor.kind {
                 Kind::Int(64) => at(i).cast::<i64>().read_unaligned().into(),

@@ -20,6 +20,7 @@ pub trait Io: Send + Sync + std::fmt::Debug {
 }
 
 /// One open file. Offsets, lengths and addresses of reads and writes are multiples of 4 KiB.
+#[expect(clippy::len_without_is_empty, reason = "an empty file is of no interest")]
 pub trait IoFile: Send + Sync + std::fmt::Debug {
     /// Reads at an offset; fewer bytes than asked means the file ends there.
     ///

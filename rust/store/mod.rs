@@ -11,6 +11,7 @@
 
 mod demote;
 mod load;
+mod recover;
 mod state;
 
 pub use load::LoadOutcome;
@@ -21,11 +22,11 @@ use crate::error::{Error, ErrorKind, Result, input};
 use crate::pool::{Arena, Slot};
 use crate::ssd::io::{FileIo, Io};
 use crate::ssd::record::{MAX_NAME_BYTES, write_tokens};
-use crate::ssd::{ModelFile, Phase, Place, Recovered, Segment, Ssd, SsdOptions};
+use crate::ssd::{Ssd, SsdOptions};
 use crate::stats::{Counts, Miss, Snapshot, Tier};
 use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
 use crate::trie::NodeId;
-use state::{Disk, ModelState, State};
+use state::{ModelState, State};
 use std::collections::HashMap;
 use std::thread::JoinHandle;
 
@@ -172,7 +173,7 @@ impl Store {
         let arena = Arena::new(usize::try_from(options.ram_capacity_bytes).unwrap_or(usize::MAX / 2))?;
         let mut state = State::new(arena.bytes(), ssd.as_ref(), stale);
         if let Some(ssd) = &ssd {
-            fit_stale_files(&mut state, ssd)?;
+            recover::fit_stale_files(&mut state, ssd)?;
         }
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
@@ -564,71 +565,6 @@ impl State {
         }
         new_blocks
     }
-
-    // Takes over what recovery found. A block whose parent is gone cannot be matched and is left out.
-    fn adopt(&mut self, model: u32, file: Arc<ModelFile>, recovered: Vec<Option<Recovered>>, secret: &Secret) {
-        let mut segments: Vec<Segment> = Vec::new();
-        let mut found = Vec::new();
-        for (index, segment) in recovered.into_iter().enumerate() {
-            let mut books = Segment::empty();
-            if let Some(Recovered { epoch, entries }) = segment {
-                books = Segment { phase: Phase::Sealed, epoch, ..books };
-                let at = |offset| Place { segment: index as u32, offset };
-                found.extend(entries.iter().map(|e| (e.block.depth, std::cmp::Reverse(epoch), at(e.offset), e.block)));
-            }
-            segments.push(books);
-        }
-        let last_epoch = segments.iter().map(|s| s.epoch).max().unwrap_or(0);
-        let Some(state) = self.models.get_mut(&model) else { return };
-        state.disk = Some(Disk { file, segments, last_epoch });
-        // Parents first, and of two records of one block the newer.
-        found.sort_by_key(|(depth, epoch, ..)| (*depth, *epoch));
-        for (depth, _, place, block) in found {
-            let hash = secret.unseal(block.hash);
-            let parent = match depth {
-                0 => None,
-                _ => self.trie.find(secret.unseal(block.parent)).filter(|&p| self.trie[p].depth + 1 == depth),
-            };
-            if self.trie.find(hash).is_some() || (depth > 0 && parent.is_none()) {
-                continue;
-            }
-            let id = self.trie.insert(parent, hash, model);
-            self.alter(id, |node| {
-                node.ssd = Some(place);
-                node.last_use = 0;
-            });
-            if let Some(segment) = self.segment(model, place.segment) {
-                segment.blocks.push(hash);
-            }
-        }
-    }
-
-    // Segments of a model that must go because the cap was lowered.
-    fn trim_to_cap(&mut self, model: u32) -> Vec<(Arc<ModelFile>, u32)> {
-        let mut gone = Vec::new();
-        while self.ssd_file_bytes() > self.ssd_capacity_bytes
-            && let Some(index) = self.drop_coldest_segment(model)
-            && let Some(disk) = self.models.get(&model).and_then(|m| m.disk.as_ref())
-        {
-            gone.push((disk.file.clone(), index));
-        }
-        gone
-    }
-}
-
-// A cap that was lowered while the store was closed holds from the start.
-fn fit_stale_files(state: &mut State, ssd: &Ssd) -> Result<()> {
-    for at in 0..state.stale.len() {
-        let over = state.ssd_file_bytes().saturating_sub(state.ssd_capacity_bytes);
-        if over == 0 {
-            break;
-        }
-        let stale = &mut state.stale[at];
-        let keep = stale.bytes.saturating_sub(over);
-        let shrunk = ssd.shrink(&stale.path, keep);
-        stale.bytes = shrunk.map_err(|e| Error::io(format!("cannot shrink {}", stale.path.display()), e))?;
-    }
-    Ok(())
 }
 
 fn check_view(geometry: &Geometry, view: &KvView, tokens: usize) -> Result<()> {

@@ -252,11 +252,10 @@ impl State {
                 return Some(slot);
             }
             let below_share = self.ram.pool.held_bytes(model) as u64 + slot_bytes as u64 <= self.ram_share(model);
-            let made_room = if below_share {
-                self.take_span(model, may_lose) || self.evict_own(model, may_lose)
-            } else {
-                self.evict_own(model, may_lose) || self.take_span(model, may_lose)
-            };
+            let own_first: [fn(&mut Self, u32, bool) -> bool; 2] = [Self::evict_own, Self::take_span];
+            let others_first = [own_first[1], own_first[0]];
+            let ways = if below_share { others_first } else { own_first };
+            let made_room = ways.iter().any(|make_room| make_room(self, model, may_lose));
             if !made_room {
                 return None;
             }

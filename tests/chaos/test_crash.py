@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 import stratakv
 from stores import assert_right, config, geometry, kv_of, tokens_of
 
@@ -98,7 +99,9 @@ def damage(path: Path, chance: random.Random) -> str:
                 handle.truncate(max(4096, size - chance.randrange(size)))
                 break
             else:
-                source = {"zero": None, "stale": size - sector - 512, "misplaced": chance.randrange(size) // 512 * 512}[kind]
+                source = {"zero": None, "stale": size - sector - 512, "misplaced": chance.randrange(size) // 512 * 512}[
+                    kind
+                ]
                 content = b"\0" * 512
                 if source is not None:
                     handle.seek(max(0, source))

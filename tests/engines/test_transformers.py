@@ -22,6 +22,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import stratakv  # noqa: E402 (after the skips)
+from stratakv.demo.report import Report, Turn  # noqa: E402
 from stratakv.integrations.transformers import Restored, generate, geometry, restore, store  # noqa: E402
 
 pytestmark = [
@@ -519,3 +520,36 @@ def test_the_tiny_demo_keeps_its_promises(tmp_path: Path) -> None:
     assert page.count("<svg") == 2
     assert "http" not in page
     assert not list(tmp_path.glob("store-*"))
+
+
+def test_the_demo_fails_if_one_answer_differs_or_nothing_survived_the_kill() -> None:
+    turn = Turn(
+        user=1,
+        turn=1,
+        prompt_tokens=40,
+        reused_tokens=32,
+        blocks=("ram", "ssd"),
+        explanation="",
+        restore_s=0.01,
+        ttft_cold_s=1.0,
+        ttft_cached_s=0.1,
+        same=True,
+        text="<b>",
+        after_kill=True,
+    )
+    bf16 = {
+        "prompt_tokens": 40,
+        "reused_tokens": 32,
+        "same_split_equal": True,
+        "same_split_max_logit_difference": 0.0,
+        "one_shot_equal": True,
+        "one_shot_max_logit_difference": 0.0,
+        "largest_logit": 1.0,
+    }
+    good = Report(model="m", block_tokens=16, facts={}, turns=(turn,), stats={"tiers": {}}, bf16=bf16)
+    assert not good.problems()
+    assert replace(good, turns=(replace(turn, same=False),)).problems()
+    assert replace(good, turns=(replace(turn, blocks=("ram",)),)).problems()
+    assert replace(good, bf16={**bf16, "same_split_equal": False}).problems()
+    assert replace(good, bf16={**bf16, "reused_tokens": 0}).problems()
+    assert "<b>" not in good.page()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import stratakv
 from stores import NUMPY, assert_right, config, geometry, kv_of, loaded, tokens_of
 
@@ -34,7 +35,12 @@ def test_nothing_is_shared_across_models_versions_adapters_and_tenants(caches: s
     a = caches.register("a", geometry())
     b = caches.register("b", geometry())
     a.put(tokens, kv_of(tokens, geometry()), layout="LKHND", adapter="lora", tenant="x")
-    for cache, salt in [(b, {"adapter": "lora", "tenant": "x"}), (a, {}), (a, {"adapter": "lora"}), (a, {"adapter": "x", "tenant": "lora"})]:
+    for cache, salt in [
+        (b, {"adapter": "lora", "tenant": "x"}),
+        (a, {}),
+        (a, {"adapter": "lora"}),
+        (a, {"adapter": "x", "tenant": "lora"}),
+    ]:
         with cache.match(tokens, **salt) as hit:
             assert hit.tokens == 0
     with a.match(tokens, adapter="lora", tenant="x") as hit:
@@ -96,7 +102,17 @@ def test_a_latent_plane_needs_no_list_of_planes(caches: stratakv.CacheManager) -
     assert all(map(np.array_equal, out, layers))
 
 
-@pytest.mark.parametrize("make", [list, tuple, np.asarray, lambda t: np.asarray(t, np.uint32), lambda t: np.repeat(t, 2)[::2], lambda t: memoryview(np.asarray(t, np.int32))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        list,
+        tuple,
+        np.asarray,
+        lambda t: np.asarray(t, np.uint32),
+        lambda t: np.repeat(t, 2)[::2],
+        lambda t: memoryview(np.asarray(t, np.int32)),
+    ],
+)
 def test_tokens_may_be_any_1d_sequence_of_integers(cache: stratakv.ModelCache, make: object) -> None:
     tokens = tokens_of(1, 8)
     cache.put(tokens, kv_of(tokens, cache.geometry), layout="LKHND")
@@ -105,7 +121,20 @@ def test_tokens_may_be_any_1d_sequence_of_integers(cache: stratakv.ModelCache, m
 
 
 @pytest.mark.parametrize(
-    "tokens", [[1, -2, 3], [1.5], "text", np.ones((2, 2), int), np.ones(3), np.array([-1]), np.array([2**32]), [2**32], [None], 7, [True, "a"]]
+    "tokens",
+    [
+        [1, -2, 3],
+        [1.5],
+        "text",
+        np.ones((2, 2), int),
+        np.ones(3),
+        np.array([-1]),
+        np.array([2**32]),
+        [2**32],
+        [None],
+        7,
+        [True, "a"],
+    ],
 )
 def test_tokens_that_are_no_1d_non_negative_integers_are_refused(cache: stratakv.ModelCache, tokens: object) -> None:
     with pytest.raises(stratakv.InputError, match="tokens"):
@@ -243,7 +272,9 @@ def test_an_evicted_block_is_a_miss_with_that_reason(tmp_path: Path) -> None:
         assert "evicted" in str(explanation)
 
 
-def test_blocks_come_back_from_ssd_and_move_up_at_the_second_read(caches: stratakv.CacheManager, cache: stratakv.ModelCache) -> None:
+def test_blocks_come_back_from_ssd_and_move_up_at_the_second_read(
+    caches: stratakv.CacheManager, cache: stratakv.ModelCache
+) -> None:
     prompts = [tokens_of(seed, 64) for seed in range(100)]
     for tokens in prompts:
         cache.put(tokens, kv_of(tokens, cache.geometry), layout="LKHND")
@@ -293,4 +324,9 @@ def test_a_match_that_outlives_everything_is_harmless(tmp_path: Path) -> None:
 
 
 def test_every_payload_dtype_has_a_numpy_twin() -> None:
-    assert {name: np.dtype(kind).itemsize for name, kind in NUMPY.items()} == {"fp32": 4, "fp16": 2, "bf16": 2, "uint8": 1}
+    assert {name: np.dtype(kind).itemsize for name, kind in NUMPY.items()} == {
+        "fp32": 4,
+        "fp16": 2,
+        "bf16": 2,
+        "uint8": 1,
+    }

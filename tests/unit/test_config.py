@@ -6,13 +6,22 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+
 import stratakv
 from stratakv.config import parse_bytes
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("8GB", 8 * 10**9), ("8GiB", 8 << 30), ("8G", 8 << 30), (" 1.5 MiB ", 3 << 19), ("512", 512), (4096, 4096), ("2tib", 2 << 40)],
+    [
+        ("8GB", 8 * 10**9),
+        ("8GiB", 8 << 30),
+        ("8G", 8 << 30),
+        (" 1.5 MiB ", 3 << 19),
+        ("512", 512),
+        (4096, 4096),
+        ("2tib", 2 << 40),
+    ],
 )
 def test_a_size_is_bytes_or_text_with_a_unit(text: int | str, value: int) -> None:
     assert parse_bytes(text, "size") == value
@@ -86,7 +95,8 @@ def test_a_secret_is_shown_nowhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"layers": 0}, {"planes": 3}, {"dtype": "int4"}, {"block_tokens": 5000}, {"head_dim": 1.5}, {"kv_heads": True}]
+    "wrong",
+    [{"layers": 0}, {"planes": 3}, {"dtype": "int4"}, {"block_tokens": 5000}, {"head_dim": 1.5}, {"kv_heads": True}],
 )
 def test_a_geometry_that_makes_no_sense_names_its_field(wrong: dict[str, object]) -> None:
     right = {"layers": 1, "kv_heads": 1, "head_dim": 8, "dtype": "fp16"}

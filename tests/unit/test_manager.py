@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import stratakv
 from stores import assert_right, config, geometry, kv_of, loaded, tokens_of
 
@@ -28,7 +29,10 @@ def test_the_same_registration_gives_the_same_cache_and_another_is_refused(cache
             caches.register(**{"name": "model", "geometry": geometry()} | other)
 
 
-@pytest.mark.parametrize("wrong", [{"priority": 0}, {"priority": 11}, {"priority": "5"}, {"geometry": (1, 2)}, {"name": ""}, {"name": "x" * 600}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"priority": 0}, {"priority": 11}, {"priority": "5"}, {"geometry": (1, 2)}, {"name": ""}, {"name": "x" * 600}],
+)
 def test_a_registration_that_makes_no_sense_is_refused(caches: stratakv.CacheManager, wrong: dict[str, object]) -> None:
     with pytest.raises(stratakv.InputError):
         caches.register(**{"name": "model", "geometry": geometry()} | wrong)
@@ -107,7 +111,10 @@ def test_a_model_that_comes_later_gets_its_share_of_ram(tmp_path: Path) -> None:
 
 def test_a_block_larger_than_a_tier_is_refused_with_the_sizes(tmp_path: Path) -> None:
     big = geometry(layers=64, head_dim=128, kv_heads=32, block_tokens=64)
-    with stratakv.open(config(None)) as caches, pytest.raises(stratakv.ConfigError, match=r"ram\.capacity_bytes is 4194304"):
+    with (
+        stratakv.open(config(None)) as caches,
+        pytest.raises(stratakv.ConfigError, match=r"ram\.capacity_bytes is 4194304"),
+    ):
         caches.register("big", big)
     with (
         stratakv.open(config(tmp_path, ram="512MiB", capacity_bytes="8MiB")) as caches,
@@ -159,7 +166,12 @@ def test_a_closed_store_says_so(tmp_path: Path) -> None:
     cache = caches.register("model", geometry())
     caches.close()
     caches.close()
-    for call in (lambda: cache.match([1]), lambda: put(cache, 1), lambda: caches.register("b", geometry()), caches.flush):
+    for call in (
+        lambda: cache.match([1]),
+        lambda: put(cache, 1),
+        lambda: caches.register("b", geometry()),
+        caches.flush,
+    ):
         with pytest.raises(stratakv.ClosedError, match="closed"):
             call()
 
@@ -191,7 +203,10 @@ caches.close()
 
 def test_a_full_disk_costs_misses_and_never_an_error_in_a_request(tmp_path: Path) -> None:
     """A file system of 1 MiB takes no segment: puts and matches go on in RAM, and flush says why."""
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=False).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=False).returncode
+    ):
         pytest.skip("needs the right to mount a small file system")
     try:
         caches = stratakv.open(config(tmp_path, policy="write_through"))

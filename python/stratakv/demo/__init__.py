@@ -58,7 +58,7 @@ class _Scale:
     ssd: str
 
 
-_FULL = _Scale(system_tokens=1600, new_tokens=32, ram="96MiB", ssd="2GiB")
+_FULL = _Scale(system_tokens=1600, new_tokens=32, ram="80MiB", ssd="2GiB")
 _TINY = _Scale(system_tokens=1600, new_tokens=16, ram="4MiB", ssd="256MiB")
 
 
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--turns", type=_positive, default=4, help="questions of each user (default: %(default)s)")
     parser.add_argument("--system-tokens", type=_positive, help="length of the shared system prompt (default: 1600)")
     parser.add_argument("--new-tokens", type=_positive, help="longest answer (default: 32; tiny: 16)")
-    parser.add_argument("--ram", metavar="SIZE", help="budget of the RAM tier (default: 96MiB; tiny: 4MiB)")
+    parser.add_argument("--ram", metavar="SIZE", help="budget of the RAM tier (default: 80MiB; tiny: 4MiB)")
     parser.add_argument(
         "--model-dir",
         type=Path,
@@ -126,12 +126,10 @@ def _summary(report: Report) -> list[str]:
 def _conduct(args: argparse.Namespace, store: Path, errors: Any) -> Report:  # noqa: ANN401 (a text file)
     """Runs all turns, with the kill in the middle."""
     scale = _TINY if args.tiny else _FULL
-    asked = {
+    asked = {"new_tokens": args.new_tokens or scale.new_tokens}
+    start = {
         "system": _INSTRUCTION + _document(),
         "system_tokens": args.system_tokens or scale.system_tokens,
-        "new_tokens": args.new_tokens or scale.new_tokens,
-    }
-    start = {
         "tiny": args.tiny,
         "models": str(args.model_dir or _model_home()),
         "store": str(store),
@@ -140,7 +138,6 @@ def _conduct(args: argparse.Namespace, store: Path, errors: Any) -> Report:  # n
     }
     order = [(user, turn) for turn in range(args.turns) for user in range(args.users)]
     kill_at = len(order) // 2
-    histories: dict[int, list[int]] = {user: [] for user in range(args.users)}
     turns: list[Turn] = []
     begin = time.monotonic()
 
@@ -151,6 +148,7 @@ def _conduct(args: argparse.Namespace, store: Path, errors: Any) -> Report:  # n
         progress.step("starting the worker", done=0)
         ready = worker.until("ready", on_note=progress.say)
         progress.step("worker is ready")
+        histories: list[list[int]] = [ready["opening"]] * args.users
         for index, (user, turn) in enumerate(order):
             question = {"do": "turn", "history": histories[user], "question": _question(user, turn), **asked}
             worker.ask(question)
@@ -172,7 +170,7 @@ def _conduct(args: argparse.Namespace, store: Path, errors: Any) -> Report:  # n
             )
         worker.ask({"do": "stats"})
         stats = worker.until("stats")
-        worker.ask({"do": "bf16", "question": _question(0, 0), **asked})
+        worker.ask({"do": "bf16", "history": ready["opening"], "question": _question(0, 0), **asked})
         bf16 = worker.until("bf16")
         progress.step("bf16 compared")
     finally:
@@ -183,7 +181,7 @@ def _conduct(args: argparse.Namespace, store: Path, errors: Any) -> Report:  # n
         "version": __version__,
         "users": str(args.users),
         "turns each": str(args.turns),
-        "system prompt": f"{asked['system_tokens']:,} tokens",
+        "system prompt": f"{len(ready['opening']):,} tokens",
         "keys and values": f"{ready['token_bytes']:,} B/token",
         "RAM budget": start["ram"],
         "threads": str(ready["threads"]),

