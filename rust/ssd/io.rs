@@ -169,7 +169,7 @@ impl IoFile for File {
 /// The exclusive lock on a store directory, held while it lives.
 #[derive(Debug)]
 pub(crate) struct DirectoryLock {
-    _fd: std::os::fd::OwnedFd,
+    fd: std::os::fd::OwnedFd,
 }
 
 impl DirectoryLock {
@@ -179,6 +179,12 @@ impl DirectoryLock {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
         let fd = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?;
         rustix::fs::flock(&fd, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
-        Ok(Self { _fd: fd })
+        Ok(Self { fd })
+    }
+
+    /// Gives the lock free, also where a forked process inherited the descriptor.
+    pub(crate) fn release(self) {
+        // It cannot fail on a descriptor that holds a lock; if it did, closing it frees the lock.
+        drop(rustix::fs::flock(&self.fd, rustix::fs::FlockOperation::Unlock));
     }
 }

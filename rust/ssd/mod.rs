@@ -133,7 +133,9 @@ impl Ssd {
 
     /// Lets another process have the directory.
     pub(crate) fn unlock(&self) {
-        *self.lock.lock() = None;
+        if let Some(lock) = self.lock.lock().take() {
+            lock.release();
+        }
     }
 
     fn path_of(&self, fingerprint: Id) -> PathBuf {
@@ -230,7 +232,6 @@ impl Ssd {
                 let (first, second) = pages.split_at_mut(PAGE);
                 identity.write(first);
                 identity.write(second);
-                // A disk with no room for these pages shows again at the first segment; until then all is a miss.
                 let written = file.write_at(&[&pages], 0).and_then(|()| file.sync());
                 written.map_err(failed)?;
             }

@@ -50,8 +50,18 @@ impl Footer {
 }
 
 impl Shared {
-    /// Body of the demotion thread; ends when the store closes.
-    pub(super) fn demote_until_closed(&self) {
+    /// Body of the demotion thread. Should it panic, the SSD takes no more writes and says so; serving goes on.
+    pub(super) fn demote(&self) {
+        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.demote_until_closed()));
+        if ended.is_err() {
+            let mut state = self.state.lock();
+            state.writing = false;
+            state.ssd_read_only = Some(("the demotion thread panicked".into(), Instant::now()));
+            self.idle.notify_all();
+        }
+    }
+
+    fn demote_until_closed(&self) {
         let mut state = self.state.lock();
         while !state.closed {
             let due = state.dirty_limit(self.policy) < state.dirty_bytes || state.flushing > 0;

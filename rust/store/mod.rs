@@ -190,7 +190,7 @@ impl Store {
             Some(_) => {
                 let shared = shared.clone();
                 let thread = std::thread::Builder::new().name("stratakv-demote".into());
-                let spawned = thread.spawn(move || shared.demote_until_closed());
+                let spawned = thread.spawn(move || shared.demote());
                 Some(spawned.map_err(|e| Error::io("cannot start the demotion thread", e))?)
             }
             None => None,
@@ -434,7 +434,7 @@ impl Store {
         self.shared.work.notify_all();
         self.shared.idle.notify_all();
         if let Some(demoter) = self.demoter.lock().take() {
-            // A panic of the demotion thread has been printed; what it had not written is a miss.
+            // Its result says nothing: a panic has been caught, and printed.
             drop(demoter.join());
         }
     }

@@ -101,7 +101,7 @@ def test_every_unsafe_says_why_it_is_sound(path: Path) -> None:
         if not re.search(r"\bunsafe\b", line):
             continue
         # A comment above, with attributes and the statement's own first lines in between.
-        above = "\n".join(lines[max(0, number - 12) : number + 1])
+        above = "\n".join(lines[max(0, number - 6) : number + 1])
         wanted = r"# Safety" if re.search(r"\bunsafe fn\b|\bunsafe extern\b", line) else r"SAFETY:"
         assert re.search(wanted, above), f"{name(path)}:{number + 1} lacks a {wanted.strip('# :')} line"
 

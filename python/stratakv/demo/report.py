@@ -215,7 +215,14 @@ def _ttft_picture(turns: Sequence[Turn]) -> str:
     largest = max(max(each.ttft_cold_s, each.ttft_cached_s) for each in turns)
     scale = height / largest
     base = top + height
-    parts = _legend(left, 18, [("cold", "cold: the whole prompt is computed"), ("cached", "cached: only what is new")])
+    parts = _legend(
+        left,
+        18,
+        [
+            ("cold", "cold: the whole prompt is computed"),
+            ("cached", "cached: only what is new; the number is the ratio"),
+        ],
+    )
     for tick in _ticks(largest):
         y = base - tick * scale
         parts.append(f'<line x1="{left:.1f}" y1="{y:.1f}" x2="{width - 10:.1f}" y2="{y:.1f}" class="grid"/>')
@@ -226,14 +233,13 @@ def _ttft_picture(turns: Sequence[Turn]) -> str:
         for offset, style, seconds in ((0.0, "cold", each.ttft_cold_s), (bar + 2, "cached", each.ttft_cached_s)):
             hint = f"{each.label}: {style} {seconds:.3f} s"
             parts.append(_rectangle(x + offset, base - seconds * scale, bar, seconds * scale, style, hint))
-        ratio = f"{each.ratio:.1f}x"
-        parts.append(_text(x + bar * 1.5 + 2, base - each.ttft_cached_s * scale - 5, ratio, style="small"))
+        parts.append(_text(x + bar, base + 31, f"{each.ratio:.1f}x", style="small"))
         parts.append(_text(x + bar, base + 16, each.label, style="small"))
         if each.after_kill:
             line = left + step * index
             parts.append(f'<line x1="{line:.1f}" y1="{top - 14:.1f}" x2="{line:.1f}" y2="{base:.1f}" class="killed"/>')
             parts.append(_text(line + 5, top - 6, "SIGKILL, new process", anchor="start", style="small killtext"))
-    return _svg(width, base + 28, "Time to first token per turn, cold and cached", parts)
+    return _svg(width, base + 42, "Time to first token per turn, cold and cached", parts)
 
 
 def _block_picture(turns: Sequence[Turn], block_tokens: int) -> str:
