@@ -54,7 +54,7 @@ check: $(NATIVE) ## Format, lints, types, stubs, floors; warnings are errors.
 	@if command -v cargo-deny >/dev/null; then set -x; cargo deny --all-features check bans licenses sources; \
 	  else echo 'make: skipped cargo-deny: not installed (cargo install --locked cargo-deny)'; fi
 
-bench: $(NATIVE) $(ENGINES) ## Measure SUITE (default: main); prints a table and writes benches/out/SUITE.json.
+bench: $(NATIVE) $(ENGINES) wheel ## Measure SUITE (default: main); prints a table and writes benches/out/SUITE.json.
 	$(BIN)/python benches/$(SUITE).py $(ARGS)
 
 wheel: $(TOOLS) $(RUST) $(PACKAGE) ## Build the wheel; it must stay under 10 MB and import beside numpy alone.

@@ -3,6 +3,8 @@
 import os
 from typing import Any, final
 
+__all__ = ["Lease", "Model", "Store", "__version__"]
+
 __version__: str
 
 @final

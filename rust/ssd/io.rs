@@ -185,6 +185,6 @@ impl DirectoryLock {
     /// Gives the lock free, also where a forked process inherited the descriptor.
     pub(crate) fn release(self) {
         // It cannot fail on a descriptor that holds a lock; if it did, closing it frees the lock.
-        drop(rustix::fs::flock(&self.fd, rustix::fs::FlockOperation::Unlock));
+        let _ = rustix::fs::flock(&self.fd, rustix::fs::FlockOperation::Unlock);
     }
 }
