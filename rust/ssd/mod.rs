@@ -438,8 +438,9 @@ impl ModelFile {
         self.file.punch(self.offset(index), self.layout.segment_bytes)
     }
 
-    pub(crate) fn read_record(&self, place: Place, record: &mut [u8]) -> std::io::Result<usize> {
-        self.file.read_at(record, self.offset(place.segment) + place.offset)
+    /// Reads one or more neighbouring records; fewer bytes than asked means that the file ends there.
+    pub(crate) fn read_records(&self, place: Place, records: &mut [u8]) -> std::io::Result<usize> {
+        self.file.read_at(records, self.offset(place.segment) + place.offset)
     }
 
     pub(crate) fn sync(&self) -> std::io::Result<()> {

@@ -1,10 +1,10 @@
 //! Loading a match: per block, from the cheapest tier that has it, straight into the caller's tensors.
 //!
-//! RAM blocks are scattered from their slots; SSD records are read into a buffer, checked and scattered from there,
-//! in parallel. A block read from SSD for the second time is read into a slot instead, and stays in RAM. The first
-//! block that fails ends the load: everything before it is valid, nothing after it is.
+//! RAM blocks are scattered from their slots; SSD records are read in runs of neighbours, checked and scattered, in
+//! parallel. A block read from SSD for the second time is copied to a slot as well, and stays in RAM. The first block
+//! that fails ends the load: everything before it is valid, nothing after it is.
 
-use super::{Lease, Shared, check_view};
+use super::{Lease, check_view};
 use crate::block::{Geometry, Sealed};
 use crate::copy::{BlockCopy, Direction, KvView, copy_planes};
 use crate::error::{Error, ErrorKind, Result};
@@ -13,6 +13,7 @@ use crate::ssd::record::{read_record, tokens_of};
 use crate::ssd::{ModelFile, Place};
 use crate::stats::{Miss, Tier};
 use crate::sync::{Arc, Mutex, Ordering};
+use std::ops::Range;
 
 /// What a load did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,11 +48,12 @@ impl Lease {
         let results: Vec<Mutex<std::result::Result<Tier, Miss>>> =
             sources.iter().map(|_| Mutex::new(Err(Miss::Closed))).collect();
         self.copy_from_ram(&geometry, view, &sources, &results);
-        let below: Vec<usize> = (0..sources.len()).filter(|&n| !matches!(sources[n], Source::Ram(_))).collect();
-        self.shared.workers.each(below.len(), |i| {
-            let n = below[i];
-            let result = self.shared.read_one(&geometry, view, &sources[n], n, self.expected(n));
-            *results[n].lock() = result;
+        let runs = runs(&sources, geometry.record_bytes(), self.shared.workers.threads());
+        self.shared.workers.each(runs.len(), |i| {
+            let done = self.read_run(&geometry, view, &sources[runs[i].clone()], runs[i].start);
+            for (n, result) in runs[i].clone().zip(done) {
+                *results[n].lock() = result;
+            }
         });
         let results: Vec<_> = results.iter().map(|r| *r.lock()).collect();
         Ok(self.settle(&geometry, &sources, &results))
@@ -172,49 +174,88 @@ impl Lease {
     }
 }
 
-impl Shared {
-    fn read_one(
+/// One read is at most this long, unless one record is longer.
+const RUN_BYTES: usize = 4 << 20;
+
+// Blocks that lie below RAM, in runs of neighbouring records: long enough for the disk, and enough for all threads.
+fn runs(sources: &[Source], record_bytes: usize, threads: usize) -> Vec<Range<usize>> {
+    let below = sources.iter().filter(|s| !matches!(s, Source::Ram(_))).count();
+    let most = (below * record_bytes / (2 * threads)).clamp(record_bytes, RUN_BYTES.max(record_bytes)) / record_bytes;
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (n, source) in sources.iter().enumerate() {
+        match (source, runs.last_mut()) {
+            (Source::Ram(_), _) => {}
+            (Source::Ssd { place, .. }, Some(run))
+                if run.end == n
+                    && run.len() < most
+                    && matches!(&sources[n - 1], Source::Ssd { place: before, .. }
+                        if before.segment == place.segment && before.offset + record_bytes as u64 == place.offset) =>
+            {
+                run.end += 1;
+            }
+            _ => runs.push(n..n + 1),
+        }
+    }
+    runs
+}
+
+impl Lease {
+    // Reads neighbouring records at once; then checks and copies each. `first` is the first one's place in the match.
+    fn read_run(
+        &self,
+        geometry: &Geometry,
+        view: &KvView,
+        sources: &[Source],
+        first: usize,
+    ) -> Vec<std::result::Result<Tier, Miss>> {
+        let all = |miss| vec![Err(miss); sources.len()];
+        let (file, place) = match &sources[0] {
+            Source::Ssd { file, place, .. } => (file, *place),
+            Source::Gone(miss) => return all(*miss),
+            Source::Ram(_) => return all(Miss::Closed),
+        };
+        let bytes = geometry.record_bytes();
+        let Some(ssd) = &self.shared.ssd else { return all(Miss::Closed) };
+        let Ok(mut buffer) = ssd.scratch(RUN_BYTES.max(bytes)) else { return all(Miss::Io) };
+        let results = match file.read_records(place, &mut buffer[..sources.len() * bytes]) {
+            Ok(length) => {
+                let records = buffer[..length].chunks(bytes).chain(std::iter::repeat(&[][..]));
+                let numbered = sources.iter().zip(records).enumerate();
+                numbered
+                    .map(|(i, (source, record))| self.take_record(geometry, view, source, first + i, record))
+                    .collect()
+            }
+            // One bad sector must not cost its neighbours.
+            Err(_) if sources.len() > 1 => {
+                (0..sources.len()).flat_map(|i| self.read_run(geometry, view, &sources[i..=i], first + i)).collect()
+            }
+            Err(_) => all(Miss::Io),
+        };
+        ssd.give_back(buffer);
+        results
+    }
+
+    // Checks one record, copies it to the caller and, for a promotion, to its slot.
+    fn take_record(
         &self,
         geometry: &Geometry,
         view: &KvView,
         source: &Source,
         n: usize,
-        expected: &[u32],
+        record: &[u8],
     ) -> std::result::Result<Tier, Miss> {
-        let (file, hash, place, epoch, promote) = match source {
-            Source::Ssd { file, hash, place, epoch, promote } => (file, *hash, *place, *epoch, *promote),
-            Source::Gone(miss) => return Err(*miss),
-            Source::Ram(_) => return Err(Miss::Closed),
-        };
-        let bytes = geometry.record_bytes();
-        let first_token = n * geometry.block_tokens as usize;
-        let check_and_copy = |record: &mut [u8]| {
-            let length = file.read_record(place, record).map_err(|_| Miss::Io)?;
-            read_record(&record[..length], geometry, &file.identity(epoch))
-                .filter(|block| block.hash == hash && tokens_of(record, geometry).eq(expected.iter().copied()))
-                .ok_or(Miss::Corrupt)?;
-            let payload = record[geometry.payload_offset()..].as_mut_ptr();
-            copy_planes(
-                geometry,
-                view,
-                BlockCopy { payload, first_token },
-                0..geometry.plane_count(),
-                Direction::Scatter,
-            );
-            Ok(Tier::Ssd)
-        };
-        match promote {
-            Some(slot) => {
-                // SAFETY: the slot was allocated for this read and is not published: this thread alone has it.
-                check_and_copy(unsafe { std::slice::from_raw_parts_mut(self.arena.at(slot), bytes) })
-            }
-            None => {
-                let ssd = self.ssd.as_ref().ok_or(Miss::Io)?;
-                let mut buffer = ssd.scratch(bytes).map_err(|_| Miss::Io)?;
-                let result = check_and_copy(&mut buffer[..bytes]);
-                ssd.give_back(buffer);
-                result
-            }
+        let Source::Ssd { file, hash, epoch, promote, .. } = source else { return Err(Miss::Closed) };
+        read_record(record, geometry, &file.identity(*epoch))
+            .filter(|block| block.hash == *hash && tokens_of(record, geometry).eq(self.expected(n).iter().copied()))
+            .ok_or(Miss::Corrupt)?;
+        if let Some(slot) = promote {
+            // SAFETY: the slot was allocated for this load and is not published: this thread alone has it. It is as
+            // long as a record, and the record is whole.
+            unsafe { std::ptr::copy_nonoverlapping(record.as_ptr(), self.shared.arena.at(*slot), record.len()) };
         }
+        let payload = record[geometry.payload_offset()..].as_ptr().cast_mut();
+        let block = BlockCopy { payload, first_token: n * geometry.block_tokens as usize };
+        copy_planes(geometry, view, block, 0..geometry.plane_count(), Direction::Scatter);
+        Ok(Tier::Ssd)
     }
 }

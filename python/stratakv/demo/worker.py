@@ -162,9 +162,8 @@ def serve(questions: TextIO, replies: TextIO) -> None:
     chat = tiny() if start["tiny"] else smollm2(Path(start["models"]), say)
     model = chat.load(torch.float32)
     opening = chat.opening(start["system"], start["system_tokens"])
-    with torch.inference_mode():
-        # The first long forward pass of a process is slower than the next; it shall not count against either run.
-        model(torch.tensor([opening]), logits_to_keep=1)
+    # The first long prompt of a process is slower than the next; that shall not count against either run.
+    model.generate(torch.tensor([opening]), max_new_tokens=2, do_sample=False)
     config = stratakv.Config(
         ram=stratakv.RamConfig(capacity_bytes=start["ram"]),
         # Through, not back: what was put is on its way to the SSD at once, whatever happens to this process.
