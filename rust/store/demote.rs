@@ -80,10 +80,17 @@ impl Shared {
             };
             state.writing = true;
             drop(state);
-            let written = self.write(&run);
+            let outcome = match self.write(&run) {
+                Ok(()) => Outcome::Written,
+                // What a failed opening has reserved goes back, so that the books agree with the disk.
+                Err(error) => {
+                    let vacant = run.opening.is_some() && run.file.punch(run.place.segment).is_ok();
+                    Outcome::Failed { error, vacant }
+                }
+            };
             state = self.state.lock();
             state.writing = false;
-            commit(&mut state, run, written);
+            commit(&mut state, run, outcome);
         }
     }
 
@@ -136,16 +143,17 @@ impl Shared {
     }
 
     fn write(&self, run: &Run) -> std::io::Result<()> {
-        if let Some(footer) = &run.sealing {
-            // Without its footer the segment is recovered by walking its records.
-            footer.write()?;
-        }
         if let Some(clearing) = &run.opening {
+            // Room first: the cap holds at every instant.
             for (file, index) in &clearing.punch {
                 file.punch(*index)?;
             }
             if let (Some((stale, keep)), Some(ssd)) = (&clearing.shrink, &self.ssd) {
                 ssd.shrink(&stale.path, *keep)?;
+            }
+            if let Some(footer) = &run.sealing {
+                // Without its footer the segment is recovered by walking its records.
+                footer.write()?;
             }
             run.file.start_segment(run.place.segment, run.epoch)?;
         }
@@ -221,10 +229,19 @@ pub(super) fn seal_open_segment(state: &mut State, model: u32) -> Option<Footer>
     Some(Footer { file: disk.file.clone(), segment: index as u32, epoch: segment.epoch, entries })
 }
 
-fn commit(state: &mut State, run: Run, written: std::io::Result<()>) {
+enum Outcome {
+    Written,
+    /// `vacant`: the segment holds no disk blocks.
+    Failed {
+        error: std::io::Error,
+        vacant: bool,
+    },
+}
+
+fn commit(state: &mut State, run: Run, outcome: Outcome) {
     let bytes = run.geometry.record_bytes() as u64;
-    match written {
-        Ok(()) => {
+    match outcome {
+        Outcome::Written => {
             for (n, (id, _, block)) in run.blocks.iter().enumerate() {
                 let place = Place { offset: run.place.offset + n as u64 * bytes, ..run.place };
                 if !state.trie[*id].doomed {
@@ -232,7 +249,7 @@ fn commit(state: &mut State, run: Run, written: std::io::Result<()>) {
                 }
             }
         }
-        Err(error) => {
+        Outcome::Failed { error, vacant } => {
             state.counts(run.model).io_errors += 1;
             for (id, _, _) in run.blocks.iter().rev() {
                 let node = &state.trie[*id];
@@ -242,7 +259,7 @@ fn commit(state: &mut State, run: Run, written: std::io::Result<()>) {
             }
             if let Some(segment) = state.segment(run.model, run.place.segment) {
                 // What was written before stays readable; nothing is appended after a failed write.
-                if run.opening.is_some() {
+                if vacant {
                     *segment = crate::ssd::Segment::empty();
                 } else {
                     segment.phase = Phase::Retired;
