@@ -3,21 +3,17 @@
 Sections: `ttft` (a forward pass, cold and from each tier), `copy` (put and load against memcpy), `lmcache` (put and
 load against LMCache's CPU backend), `size` (import time and wheel). Limits are measured in the same run, in turns with
 the values: machines are noisy, so `ratio` is the median over neighbouring pairs, and 1.0 means at the limit. Nothing
-fails here: a row is `ok` or not. What is not installed is skipped by name.
-
-    make bench SUITE=main ARGS="--only copy size"
+fails here: a row is `ok` or not. What is not installed is skipped by name. `ARGS="copy size"` runs these two alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib
 import itertools
 import json
 import operator
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -25,39 +21,36 @@ import tempfile
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 import stratakv
 from stratakv import Config, Geometry, ModelCache, RamConfig, SsdConfig
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import DynamicCache
-
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benches" / "out"
 MIB = 1 << 20
+REPEATS = 9
 # Keys and values of Llama 3.2 1B: 32 KiB per token, and the shortest rows that common models have.
 GEOMETRY = Geometry(layers=16, kv_heads=8, head_dim=64, dtype="fp16")
-# Buffers are taken in turn from this much memory, so that no processor cache holds what comes next.
-ROTATE_BYTES = 512 * MIB
+ROTATE_BYTES = 512 * MIB  # Buffers are taken in turn: no processor cache holds what comes next.
+BATCH_BYTES = 64 * MIB  # What is timed at once.
 
 Row = dict[str, Any]
-Pairs = list[tuple[float, float]]
+Batch = Callable[[range], float]  # Works through the buffers of these numbers; seconds.
+Tensor = DynamicCache = Any  # Of libraries that may be missing.
 
 
 def row(name: str, value: float | None = None, unit: str = "", **more: object) -> Row:
     """A row. `must` and `goal` read "field sign bound"; a result that is not `right` is never ok."""
-    blank = dict.fromkeys(("limit", "limit_value", "ratio", "must", "goal"))
-    right = more.pop("right", None)
+    blank, right = dict.fromkeys(("limit", "limit_value", "ratio", "must", "goal")), more.pop("right", None)
     filled: Row = {"name": name, "value": value, "unit": unit, **blank, "ok": right, "n": 1, **more}
     if filled["must"] and right is not False:
         field, sign, bound = filled["must"].split()
@@ -65,15 +58,16 @@ def row(name: str, value: float | None = None, unit: str = "", **more: object) -
     return filled
 
 
-def paired(name: str, unit: str, pairs: Pairs, limit: str, **more: object) -> Row:
+def paired(name: str, unit: str, pairs: list[tuple[float, float]], limit: str, **more: object) -> Row:
     """A row of measurements, each with the limit that was measured beside it."""
-    values, limits = map(median, zip(*pairs, strict=True))
-    ratio = median(value / bound for value, bound in pairs)
-    return row(name, values, unit, **({"limit": limit, "limit_value": limits, "ratio": ratio, "n": len(pairs)} | more))
+    value, limit_value = map(median, zip(*pairs, strict=True))
+    ratio = median(mine / bound for mine, bound in pairs)
+    filled = {"limit": limit, "limit_value": limit_value, "ratio": ratio, "n": len(pairs)} | more
+    return row(name, value, unit, **filled)
 
 
 def skipped(what: str, *modules: str) -> list[Row]:
-    """A row that says what of the modules cannot be imported; none if all can."""
+    """A row that says which of the modules cannot be imported; none if all can."""
     for module in modules:
         try:
             importlib.import_module(module)
@@ -82,27 +76,27 @@ def skipped(what: str, *modules: str) -> list[Row]:
     return []
 
 
-def buffers(size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Sources and targets of so many bytes, `[layers, planes, heads, tokens, dim]`, side by side, all pages touched."""
+def buffers(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sources and targets of so many bytes, each `[layers, planes, heads, tokens, dim]`, all pages touched."""
     shape = (GEOMETRY.layers, GEOMETRY.planes, GEOMETRY.kv_heads, size // GEOMETRY.token_bytes, GEOMETRY.head_dim)
-    both = np.empty((2, ROTATE_BYTES // size, *shape), np.float16)
-    both.view(np.uint16)[:] = np.random.default_rng(0).integers(0, 1 << 16, shape, np.uint16)
-    for n, source in enumerate(both[0].view(np.uint16)):
-        source += np.uint16(n)
-    return list(both[0]), list(both[1])
+    both = np.empty((2, ROTATE_BYTES // size, *shape), np.uint16)
+    both[:] = np.random.default_rng(0).integers(0, 1 << 16, shape, np.uint16)
+    return both[0].view(np.float16), both[1].view(np.float16)
 
 
 class Copier:
     """A store without SSD whose arena is full and touched: every put evicts, and copies into warm pages."""
 
-    def __init__(self, stack: ExitStack, sources: list[np.ndarray]) -> None:
+    def __init__(self, stack: ExitStack, sources: Sequence[Tensor]) -> None:
         config = Config(ram=RamConfig(capacity_bytes=ROTATE_BYTES * 5 // 4), ssd=SsdConfig(enabled=False))
         caches = stack.enter_context(stratakv.open(config))
         self.cache, self.threads, self.right = caches.register("bench", GEOMETRY), caches.status().threads, True
         self._random, self._turn, self._tokens = np.random.default_rng(1), itertools.count(), sources[0].shape[3]
         self._stored: deque[np.ndarray] = deque(maxlen=len(sources) // 2)
-        for source in sources * 2:
+        for source in [*sources, *sources]:
             self.put(source)
+        self.load(target := np.zeros_like(sources[0]))
+        self.right &= target.tobytes() == np.asarray(sources[0]).tobytes()  # All sources are alike.
         self.right &= caches.stats().tiers["ram"].evicted_blocks > 0
 
     def put(self, kv: object, layout: str = "LKHND") -> float:
@@ -115,174 +109,150 @@ class Copier:
         self.right &= cached == self._tokens
         return elapsed
 
-    def load(self, kv: object, layout: str = "LKHND", at: int | None = None) -> float:
+    def load(self, kv: object, layout: str = "LKHND") -> float:
         """Seconds to load what was put some time ago."""
-        with self.cache.match(self._stored[next(self._turn) % len(self._stored) if at is None else at]) as hit:
+        with self.cache.match(self._stored[next(self._turn) % len(self._stored)]) as hit:
             started = time.perf_counter()
             loaded = hit.load(kv, layout=layout)
             elapsed = time.perf_counter() - started
         self.right &= loaded == self._tokens
         return elapsed
 
-    def exact(self, source: np.ndarray, target: np.ndarray) -> bool:
-        """Whether every call did its work, and a load gives back what was put."""
-        target.fill(0)
-        self.put(source)
-        self.load(target, at=-1)
-        return self.right and source.tobytes() == target.tobytes()
+
+def compare(size: int, rounds: int, work: dict[str, tuple[Batch, Batch]], copier: Copier, **more: str) -> list[Row]:
+    """Rows of GB/s: in turns, ours and its limit work through a batch."""
+    pairs, calls = {name: [] for name in work}, BATCH_BYTES // size
+    for turn in range(rounds):
+        for name in random.sample(list(work), len(work)):
+            batch = range(turn * calls, (turn + 1) * calls)
+            # The second time counts: in the first, threads of whoever was before may still spin.
+            limit_s, ours_s = ((side(batch), side(batch))[1] for side in reversed(work[name]))
+            pairs[name].append((BATCH_BYTES / ours_s / 1e9, BATCH_BYTES / limit_s / 1e9))
+    return [paired(name, "GB/s", each, right=copier.right, **more) for name, each in pairs.items()]
 
 
-def copy(repeats: int) -> list[Row]:
-    """Put and load of 16 MiB, one call from Python each, against memcpy of the same memory.
+def batches(call: Callable[..., float], pool: Sequence[object], *rest: object) -> Batch:
+    """One call for each buffer of a batch."""
+    return lambda batch: sum(call(pool[n % len(pool)], *rest) for n in batch)
 
-    The ratio can pass 1: a copy that writes past the processor's caches is faster than memcpy, which does so only for
-    very large sizes. What that reaches is a row of its own.
-    """
+
+def copy() -> list[Row]:
+    """Put and load of 16 MiB against memcpy, which writes past the processor's caches only in large calls: last row."""
     rows = skipped("put and load of torch tensors", "torch")
     library, wrap = ("NumPy", np.asarray) if rows else ("torch", importlib.import_module("torch").from_numpy)
     memmove = ctypes.CDLL(None).memmove  # A function of a CDLL runs with the interpreter released.
     memmove.argtypes, memmove.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), None
-    (sources, targets), calls = buffers(16 * MIB), 4
-    size, count = sources[0].nbytes, len(sources)
-    moved = calls * size / 1e9
-    # Per layer keys and values, [1, heads, tokens, dim], as transformers has them; here all in one buffer.
-    layers = {id(each): [tuple(wrap(k[None]) for k in layer) for layer in each] for each in sources + targets}
+    arrays = sources, targets = buffers(16 * MIB)
+    # Per layer keys and values, [1, heads, tokens, dim], as transformers has them; here in the same memory.
+    layers = [[[tuple(wrap(k[None]) for k in layer) for layer in array] for array in pool] for pool in arrays]
     with ExitStack() as stack:
         copier = Copier(stack, sources)
-        pool = stack.enter_context(ThreadPoolExecutor(copier.threads))
+        threads = stack.enter_context(ThreadPoolExecutor(copier.threads))
 
-        def memcpy_gbs(first: int, total: int, piece: int) -> float:
-            """Over as many threads, the caller's included; whoever is free takes the next piece."""
-            turn, to, source = itertools.count(), targets[0].ctypes.data, sources[0].ctypes.data
-
-            def drain() -> None:
-                while (n := next(turn)) < total // piece:
-                    offset = (first + n * piece) % ROTATE_BYTES
-                    memmove(to + offset, source + offset, piece)
+        def memcpy(batch: range, size: int = 16 * MIB, piece: int = 4 * MIB) -> float:
+            def drain(turn: Iterator[int]) -> None:  # Whoever is free takes the next piece.
+                while (n := next(turn)) < len(batch) * size // piece:
+                    offset = ((batch[0] + len(sources) // 2) * size + n * piece) % ROTATE_BYTES
+                    memmove(targets.ctypes.data + offset, sources.ctypes.data + offset, piece)
 
             started = time.perf_counter()
-            others = [pool.submit(drain) for _ in range(copier.threads - 1)]
-            drain()
-            for other in others:
-                other.result()
-            return total / (time.perf_counter() - started) / 1e9
+            list(threads.map(drain, [itertools.count()] * copier.threads))
+            return time.perf_counter() - started
 
         work = {
-            f"{verb} 16 MiB, {form}": (call, arrays, layout)
-            for verb, call, arrays in (("put", copier.put, sources), ("load", copier.load, targets))
-            for form, layout in (("one array", "LKHND"), (f"{library} per layer", "BHND"))
+            f"{verb} 16 MiB, {form}": (batches(call, pool, layout), memcpy)
+            for form, layout, pools in (("one array", "LKHND", arrays), (f"{library} per layer", "BHND", layers))
+            for verb, call, pool in zip(("put", "load"), (copier.put, copier.load), pools, strict=True)
         }
-        rates: dict[str, Pairs] = {name: [] for name in work}
-        streams = []
-        for turn in range(repeats * 8):
-            streams.append(memcpy_gbs(0, ROTATE_BYTES, ROTATE_BYTES // copier.threads))
-            for name in random.sample(list(work), len(work)):
-                call, arrays, layout = work[name]
-                taken = [arrays[(turn * calls + i) % count] for i in range(calls)]
-                kv = [layers[id(array)] if layout == "BHND" else array for array in taken]
-                limit = memcpy_gbs((turn * calls + count // 2) * size, calls * size, 4 * MIB)
-                rates[name].append((moved / sum(call(each, layout) for each in kv), limit))
-        bounds = {"must": "ratio >= 0.7", "goal": "ratio >= 0.95", "right": copier.exact(sources[0], targets[0])}
-    threads = f"memcpy, {copier.threads} threads"
-    rows += [paired(name, "GB/s", pairs, threads, **bounds) for name, pairs in rates.items()]
-    return [*rows, row(f"{threads}, {ROTATE_BYTES // MIB} MiB", median(streams), "GB/s", n=len(streams))]
+        more = {"limit": f"memcpy, {copier.threads} threads", "must": "ratio >= 0.7", "goal": "ratio >= 0.95"}
+        rows += compare(16 * MIB, REPEATS * 8, work, copier, **more)
+        streamed_s = median(memcpy(range(1), ROTATE_BYTES, ROTATE_BYTES // copier.threads) for _ in range(REPEATS * 4))
+    name = f"{more['limit']}, {ROTATE_BYTES // MIB} MiB"
+    return [*rows, row(name, ROTATE_BYTES / streamed_s / 1e9, "GB/s", n=REPEATS * 4)]
 
 
-class LmCache:
-    """LMCache's storage manager with its CPU backend alone, full and touched as the store beside it."""
+def lmcache_store(stack: ExitStack, sources: list[Tensor]) -> dict[str, Callable[[Tensor], float]]:
+    """LMCache's storage manager with its CPU backend alone, full and touched as the store beside it: put and load."""
+    part = lambda name: importlib.import_module(f"lmcache.{name}")  # noqa: E731
+    tokens, dtype, size = sources[0].shape[2], sources[0].dtype, ROTATE_BYTES * 5 / 4 / 2**30
+    config = part("v1.config").LMCacheEngineConfig.from_defaults(chunk_size=tokens, max_local_cpu_size=size)
+    ranks = {"worker_id": 0, "local_worker_id": 0, "world_size": 1, "local_world_size": 1, "role": "worker"}
+    kv = {"kv_dtype": dtype, "kv_shape": (GEOMETRY.layers, 2, tokens, GEOMETRY.kv_heads, GEOMETRY.head_dim)}
+    metadata = part("v1.metadata").LMCacheMetadata(model_name="bench", chunk_size=tokens, **ranks, **kv)
+    manager, events = part("v1.storage_backend.storage_manager").StorageManager, part("v1.event_manager").EventManager()
+    store = manager(config, metadata, events)
+    stack.callback(store.close)
+    form = part("v1.memory_management").MemoryFormat.KV_2LTD
+    keys = (part("utils").CacheEngineKey("bench", 1, 0, n, dtype) for n in itertools.count())
+    turn, stored = itertools.count(), deque[object](maxlen=len(sources) // 2)
 
-    def __init__(self, stack: ExitStack, sources: list[Tensor]) -> None:
-        part = lambda name: importlib.import_module(f"lmcache.{name}")  # noqa: E731
-        tokens, dtype, size = sources[0].shape[2], sources[0].dtype, ROTATE_BYTES * 5 / 4 / 2**30
-        config = part("v1.config").LMCacheEngineConfig.from_defaults(chunk_size=tokens, max_local_cpu_size=size)
-        names = {"model_name": "bench", "role": "worker", "world_size": 1, "local_world_size": 1}
-        shape = (GEOMETRY.layers, GEOMETRY.planes, tokens, GEOMETRY.kv_heads, GEOMETRY.head_dim)
-        names |= {"worker_id": 0, "local_worker_id": 0, "kv_dtype": dtype, "kv_shape": shape, "chunk_size": tokens}
-        metadata, events = part("v1.metadata").LMCacheMetadata(**names), part("v1.event_manager").EventManager()
-        self._store = part("v1.storage_backend.storage_manager").StorageManager(config, metadata, events)
-        stack.callback(self._store.close)
-        self._format = part("v1.memory_management").MemoryFormat.KV_2LTD
-        self._keys = (part("utils").CacheEngineKey("bench", 1, 0, n, dtype) for n in itertools.count())
-        self._stored: deque[Any] = deque(maxlen=len(sources) // 2)
-        self._turn = itertools.count()
-        for source in sources * 2:
-            self.put(source)
-
-    def put(self, kv: Tensor) -> float:
-        """Seconds to allocate, copy and insert."""
-        self._stored.append(next(self._keys))
+    def put(kv: Tensor) -> float:
+        stored.append(next(keys))
         started = time.perf_counter()
-        held = self._store.allocate(kv.shape, kv.dtype, fmt=self._format)
+        held = store.allocate(kv.shape, dtype, fmt=form)
         held.tensor.view(kv.shape).copy_(kv)
-        self._store.batched_put([self._stored[-1]], [held])
+        store.batched_put([stored[-1]], [held])
         return time.perf_counter() - started
 
-    def load(self, kv: Tensor) -> float:
-        """Seconds to find what was put some time ago, and to copy it out."""
-        key = self._stored[next(self._turn) % len(self._stored)]
+    def load(kv: Tensor) -> float:
+        key = stored[next(turn) % len(stored)]
         started = time.perf_counter()
-        held = self._store.get(key, location="LocalCPUBackend")
+        held = store.get(key, location="LocalCPUBackend")
         kv.copy_(held.tensor.view(kv.shape))
         held.ref_count_down()
         return time.perf_counter() - started
 
+    for source in sources * 2:
+        put(source)
+    return {"put": put, "load": load}
 
-def lmcache(repeats: int) -> list[Row]:
-    """Put and load of one contiguous tensor: LMCache's best case, in which it copies it whole and hashes nothing."""
+
+def lmcache() -> list[Row]:
+    """Put and load of one tensor: LMCache's best case, in which it copies it whole, at its better number of threads."""
     os.environ.update(LMCACHE_DISABLE_BANNER="1", LMCACHE_TRACK_USAGE="false", LMCACHE_LOG_LEVEL="ERROR")
     if absent := skipped("put and load against LMCache's CPU backend", "torch", "lmcache"):
         return absent
     torch, rows = importlib.import_module("torch"), []
+    better = lambda side, *counts: lambda batch: min(side(batch) for n in counts if not torch.set_num_threads(n))  # noqa: E731
     for size in (2 * MIB, 16 * MIB):
         with ExitStack() as stack:
-            sources, targets = buffers(size)
-            tensors = {"put": [*map(torch.from_numpy, sources)], "load": [*map(torch.from_numpy, targets)]}
-            shape, calls = (2, GEOMETRY.layers, sources[0].shape[3], -1), 32 * MIB // size
-            flat = {verb: [tensor.view(shape) for tensor in each] for verb, each in tensors.items()}
-            ours, theirs = Copier(stack, sources), LmCache(stack, flat["put"])
-            torch.set_num_threads(ours.threads)
-            rates: dict[str, Pairs] = {verb: [] for verb in tensors}
-            for turn, verb in itertools.product(range(repeats * 4), rates):
-                gbs = []
-                for store, pool in ((theirs, flat[verb]), (ours, tensors[verb])):
-                    # The first half is not counted: threads of the other side still spin after their work.
-                    taken = [pool[(turn * calls + i) % len(pool)] for i in range(2 * calls)]
-                    gbs.append(calls * size / sum([getattr(store, verb)(each) for each in taken][calls:]) / 1e9)
-                rates[verb].append((gbs[1], gbs[0]))
-            bounds = {"must": "ratio > 1", "right": ours.exact(sources[0], targets[0])}
-            limit = f"LMCache {version('lmcache')} LocalCPU, {ours.threads} threads"
-            for verb, pairs in rates.items():
-                rows.append(paired(f"{verb} {size // MIB} MiB, one tensor", "GB/s", pairs, limit, **bounds))
+            pools = [[torch.from_numpy(array) for array in pool] for pool in buffers(size)]
+            flat = [[tensor.view(2, GEOMETRY.layers, tensor.shape[3], -1) for tensor in pool] for pool in pools]
+            ours, theirs = Copier(stack, pools[0]), lmcache_store(stack, flat[0])
+            work = {}
+            for verb, pool, flat_pool in zip(theirs, pools, flat, strict=True):
+                peer = better(batches(theirs[verb], flat_pool), 1, ours.threads)
+                work[f"{verb} {size // MIB} MiB, one tensor"] = (batches(getattr(ours, verb), pool), peer)
+            rows += compare(size, REPEATS * 4, work, ours, limit=f"LMCache {version('lmcache')}", must="ratio > 1")
     return rows
 
 
-def ttft(repeats: int) -> list[Row]:
+def ttft() -> list[Row]:
     """Time to the first token of 2,048 cached and 64 new tokens, on a Llama of 31 million random weights in fp32."""
     if absent := skipped("TTFT", "torch", "transformers", "safetensors.torch"):
         return absent
-    os.environ["HF_HUB_OFFLINE"] = "1"
     torch, hf, st = (importlib.import_module(name) for name in ("torch", "transformers", "safetensors.torch"))
     engine = importlib.import_module("stratakv.integrations.transformers")
-    prefix, tail, layers = 2048, 64, 8
-    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": layers, "vocab_size": 4096}
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 4096}
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 8192}
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM._from_config(hf.LlamaConfig(**shape, tie_word_embeddings=True)).eval()
-    first, past = torch.randint(4096, (1, prefix)), hf.DynamicCache()
+    prefix, past = 2048, hf.DynamicCache()
+    first = torch.randint(4096, (1, prefix))
     with torch.inference_mode():
         model(first, past_key_values=past)
     past_kv = [(layer.keys, layer.values) for layer in past.layers]
     blob = st.save({f"{i}.{n}": plane for i, pair in enumerate(past_kv) for n, plane in enumerate(pair)})
-    ms: dict[str, list[float]] = {name: [] for name in ("cold", "in place", "ram", "ssd", "safetensors")}
-    wrong: list[str] = []
+    ms, right = {name: [] for name in ("cold", "in place", "ram", "ssd", "safetensors")}, True
 
     def from_safetensors() -> DynamicCache:
         tensors = st.load(blob)
-        return hf.DynamicCache([(tensors[f"{i}.0"], tensors[f"{i}.1"]) for i in range(layers)])
+        return hf.DynamicCache([(tensors[f"{i}.0"], tensors[f"{i}.1"]) for i in range(len(past_kv))])
 
     def restored(cache: ModelCache, ids: Tensor, tier: str) -> DynamicCache:
+        nonlocal right
         found = engine.restore(cache, ids)
-        wrong.extend(f"{block}, not {tier}" for block in found.explanation.blocks if block != tier)
+        right &= found.explanation.blocks == (tier,) * (prefix // cache.geometry.block_tokens)
         return found.past_key_values
 
     @torch.inference_mode()
@@ -295,84 +265,66 @@ def ttft(repeats: int) -> list[Row]:
         return (time.perf_counter() - started) * 1e3, logits
 
     @contextmanager
-    def opened(ssd: SsdConfig) -> Iterator[ModelCache]:
-        with stratakv.open(Config(ram=RamConfig(capacity_bytes="256MiB"), ssd=ssd)) as caches:
-            yield caches.register("llama", engine.geometry(model))
+    def opened(**ssd: object) -> Iterator[tuple[ModelCache, str]]:
+        with stratakv.open(Config(ram=RamConfig(capacity_bytes="256MiB"), ssd=SsdConfig(**ssd))) as caches:
+            yield caches.register("llama", engine.geometry(model)), caches.status().ssd_io
 
-    OUT.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=OUT))
-        disk = SsdConfig(path=folder, capacity_bytes="1GiB")
-        in_ram = stack.enter_context(opened(SsdConfig(enabled=False)))
-        with opened(disk) as on_ssd:
-            stored = [engine.store(cache, first, past) for cache in (in_ram, on_ssd)]
-        for repeat in range(repeats + 1):
-            ids = torch.cat([first, torch.randint(4096, (1, tail))], dim=1)
+    with tempfile.TemporaryDirectory(dir=OUT) as folder, opened(enabled=False) as (in_ram, _):
+        with opened(path=folder, capacity_bytes="1GiB") as (on_ssd, ssd_io):
+            right &= [engine.store(cache, first, past) for cache in (in_ram, on_ssd)] == [prefix] * 2
+        for repeat in range(REPEATS + 1):
+            ids = torch.cat([first, torch.randint(4096, (1, 64))], dim=1)
             in_place = hf.DynamicCache([(keys.clone(), values.clone()) for keys, values in past_kv])
-            with opened(disk) as on_ssd:  # A store just opened has nothing in RAM.
-                ways: dict[str, Callable[[], DynamicCache | None]] = {
-                    "cold": lambda: None,
-                    "in place": lambda kv=in_place: kv,
-                    "ram": lambda ids=ids: restored(in_ram, ids, "ram"),
-                    "ssd": lambda ids=ids, cache=on_ssd: restored(cache, ids, "ssd"),
-                    "safetensors": from_safetensors,
-                }
+            with opened(path=folder, capacity_bytes="1GiB") as (on_ssd, _):  # A store just opened has nothing in RAM.
+                ways = {"cold": lambda: None, "in place": lambda kv=in_place: kv, "safetensors": from_safetensors}
+                ways["ram"] = lambda ids=ids: restored(in_ram, ids, "ram")
+                ways["ssd"] = lambda ids=ids, cache=on_ssd: restored(cache, ids, "ssd")
                 taken = {name: first_token(ids, ways[name]) for name in random.sample(list(ways), len(ways))}
             for name, (elapsed, logits) in taken.items():
                 ms[name] += [elapsed] if repeat else []  # The first warms up.
-                if name != "cold" and not torch.equal(logits, taken["in place"][1]):
-                    wrong.append(f"{name}: other logits than with the keys and values in place")
-    if wrong:
-        print("\n".join(sorted(set(wrong))), file=sys.stderr)
-    faster = {name: [cold / t for cold, t in zip(ms["cold"], ms[name], strict=True)] for name in ms}
+                right &= name == "cold" or torch.equal(logits, taken["in place"][1])
+    faster = {name: [cold / each for cold, each in zip(ms["cold"], ms[name], strict=True)] for name in ms}
     pairs = {name: list(zip(faster[name], faster["in place"], strict=True)) for name in ms}
-    right = {"right": not wrong and stored == [prefix, prefix]}
     goal = f"value >= {median(faster['safetensors']):.1f}"
     return [
-        *(row(f"TTFT, {name}", median(ms[name]), "ms", n=repeats) for name in ("cold", "ram", "ssd")),
-        paired("TTFT, cold / ram", "x", pairs["ram"], "KV in place", must="value >= 12", goal=goal, **right),
-        paired("TTFT, cold / ssd", "x", pairs["ssd"], "KV in place", must="value >= 8", **right),
+        *(row(f"TTFT, {name}", median(ms[name]), "ms", n=REPEATS) for name in ("cold", "ram", "ssd")),
+        paired("TTFT, cold / ram", "x", pairs["ram"], "KV in place", must="value >= 12", goal=goal, right=right),
+        paired(f"TTFT, cold / ssd, {ssd_io} reads", "x", pairs["ssd"], "KV in place", must="value >= 8", right=right),
         paired("TTFT, cold / safetensors bytes in RAM", "x", pairs["safetensors"], "KV in place"),
     ]
 
 
-def size(repeats: int) -> list[Row]:
+def size() -> list[Row]:
     """Import time in fresh processes, and the wheel."""
-    pairs: Pairs = []
-    for _ in range(repeats * 2 + 1):
-        taken = []
-        for module in ("stratakv", "numpy"):
-            code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
-            done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-            taken.append(float(done.stdout) * 1e3)
-        pairs.append((taken[0], taken[1]))
-    # The first pair warms up. A time's ratio is turned over, so that 1.0 is at the limit here too.
-    ratio = {"ratio": median(numpy / ours for ours, numpy in pairs[1:])}
-    rows = [paired("import stratakv", "ms", pairs[1:], "import numpy", must="value < 150", **ratio)]
-    wheels = sorted(ROOT.glob("dist/stratakv-*.whl"), key=lambda wheel: wheel.stat().st_mtime)
-    if not wheels:
-        return [*rows, row("wheel: skipped, there is none in dist/ (make wheel)", n=0)]
-    return [*rows, row("wheel", wheels[-1].stat().st_size / 1e6, "MB", must="value < 10")]
+
+    def import_ms(module: str) -> float:
+        code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+        return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout) * 1e3
+
+    pairs = [(import_ms("stratakv"), import_ms("numpy")) for _ in range(REPEATS * 2 + 1)][1:]  # The first warms up.
+    turned = median(numpy / ours for ours, numpy in pairs)  # Less is better: 1.0 is at the limit here, too.
+    imported = paired("import stratakv", "ms", pairs, "import numpy", must="value < 150", ratio=turned)
+    for wheel in ROOT.glob("dist/stratakv-*.whl"):  # `make wheel` leaves one.
+        return [imported, row("wheel", wheel.stat().st_size / 1e6, "MB", must="value < 10")]
+    return [imported, row("wheel: skipped, there is none in dist/ (make wheel)", n=0)]
 
 
 def facts() -> Row:
     """The commit, marked if the tree differs from it, and the machine."""
     git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    processor = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    machine = f"{os.cpu_count()} cores {processor}, {memory:.0f} GiB, {platform.system()} {platform.release()}"
+    system, memory = os.uname(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    processor = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), system.machine)
+    machine = f"{os.cpu_count()} cores {processor}, {memory:.0f} GiB, {system.sysname} {system.release}"
     return {"commit": git.stdout.strip() or "unknown", "machine": machine}
 
 
 def show(rows: list[Row]) -> None:
     """Prints the table."""
-    number = lambda value: "" if value is None else f"{value:.4g}"  # noqa: E731
-    table = [("name", "value", "unit", "limit", "", "ratio", "must", "goal", "ok", "n")]
-    for each in rows:
-        limit = (each["limit"] or "", number(each["limit_value"]), number(each["ratio"]))
-        bounds = (each["must"] or "", each["goal"] or "", {True: "yes", False: "NO", None: ""}[each["ok"]])
-        table.append((each["name"], number(each["value"]), each["unit"], *limit, *bounds, str(each["n"] or "")))
+    columns = ("name", "value", "unit", "limit", "limit_value", "ratio", "must", "goal", "ok", "n")
+    text = lambda cell: "" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)  # noqa: E731
+    shown = [each | {"ok": {True: "yes", False: "NO"}.get(each["ok"]), "n": each["n"] or None} for each in rows]
+    table = [columns, *([text(each[column]) for column in columns] for each in shown)]
     width = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         print("  ".join(cell.ljust(size) for cell, size in zip(line, width, strict=True)).rstrip())
@@ -380,22 +332,17 @@ def show(rows: list[Row]) -> None:
 
 def main() -> None:
     """Runs the sections, prints the table and writes `benches/out/main.json`."""
-    sections = {"ttft": ttft, "copy": copy, "lmcache": lmcache, "size": size}
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", nargs="+", choices=sections, default=list(sections), help="sections to run")
-    parser.add_argument("--repeats", type=int, default=7, help="repetitions, at least 3")
-    args = parser.parse_args()
     rows, run = [], facts()
-    for name in args.only:
+    OUT.mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[1:] or ("ttft", "copy", "lmcache", "size"):
         print(f"bench: {name}", file=sys.stderr, flush=True)
         try:
-            rows += sections[name](max(args.repeats, 3))
+            rows += {"ttft": ttft, "copy": copy, "lmcache": lmcache, "size": size}[name]()
         except Exception as error:  # A section that breaks must not hide the others.
             traceback.print_exc()
             rows.append(row(f"{name}: failed, {type(error).__name__}", right=False, n=0))
     show(rows)
     print(f"\n{run['machine']}; commit {run['commit']}")
-    OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "main.json").write_text(json.dumps([each | run for each in rows], indent=1) + "\n", encoding="utf-8")
 
 

@@ -55,7 +55,7 @@ unsafe impl Sync for Arena {}
 impl Arena {
     /// Maps `bytes`, rounded up to 2 MiB.
     pub(crate) fn new(bytes: usize) -> Result<Self> {
-        let bytes = bytes.next_multiple_of(HUGE_PAGE);
+        let bytes = bytes.clamp(1, usize::MAX / 4).next_multiple_of(HUGE_PAGE);
         let length = bytes + HUGE_PAGE;
         // SAFETY: a new private anonymous mapping at an address of the kernel's choice aliases nothing.
         let mapping = unsafe {
@@ -204,15 +204,27 @@ impl Pool {
         }
     }
 
-    /// Taken slots of each span of a model.
-    pub(crate) fn spans_of(&self, model: u32) -> Vec<Vec<Slot>> {
-        let of_model = self.spans.iter().flatten().filter(|s| s.model == model);
-        of_model
-            .map(|span| {
-                let taken = (0..span.slots).filter(|n| span.bits[n / 64] >> (n % 64) & 1 == 1);
-                taken.map(|n| Slot(span.first_chunk * self.chunk_bytes + n * span.slot_bytes)).collect()
-            })
-            .collect()
+    /// Slots that a model has or could open without anybody leaving.
+    pub(crate) fn slots_in_reach(&self, model: u32, slot_bytes: usize) -> usize {
+        let held: usize = self.spans.iter().flatten().filter(|s| s.model == model).map(|s| s.slots).sum();
+        let free = self.chunks.iter().filter(|c| c.is_none()).count();
+        held + free * self.chunk_bytes / slot_bytes
+    }
+
+    /// The places where a span for such a slot could be, each with the spans that would have to go: their models and
+    /// taken slots.
+    pub(crate) fn places_for(&self, slot_bytes: usize) -> impl Iterator<Item = Vec<(u32, Vec<Slot>)>> + '_ {
+        self.chunks.windows(slot_bytes.div_ceil(self.chunk_bytes)).map(|window| {
+            let mut covered: Vec<usize> = window.iter().copied().flatten().collect();
+            covered.dedup();
+            covered.into_iter().filter_map(|index| Some(self.taken(self.spans[index].as_ref()?))).collect()
+        })
+    }
+
+    fn taken(&self, span: &Span) -> (u32, Vec<Slot>) {
+        let taken = (0..span.slots).filter(|n| span.bits[n / 64] >> (n % 64) & 1 == 1);
+        let first = span.first_chunk * self.chunk_bytes;
+        (span.model, taken.map(|n| Slot(first + n * span.slot_bytes)).collect())
     }
 
     // The fewest chunks that waste at most 1/16, else the least wasteful number.

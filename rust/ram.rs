@@ -53,9 +53,8 @@ impl Ram {
         self.pool.free(slot);
     }
 
-    /// Blocks of each span of a model; `None` where a slot is being filled and belongs to no block yet.
-    pub(crate) fn spans_of(&self, model: u32) -> Vec<Vec<Option<NodeId>>> {
-        let spans = self.pool.spans_of(model);
-        spans.into_iter().map(|slots| slots.iter().map(|s| self.holders.get(s).copied()).collect()).collect()
+    /// The block in a slot; `None` while the slot is being filled and belongs to no block yet.
+    pub(crate) fn holder(&self, slot: Slot) -> Option<NodeId> {
+        self.holders.get(&slot).copied()
     }
 }

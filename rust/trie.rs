@@ -36,6 +36,8 @@ pub(crate) struct Node {
     pub(crate) ram_children: u32,
     pub(crate) ssd: Option<Place>,
     pub(crate) ssd_reads: u32,
+    /// Stands in its model's queue of blocks to demote.
+    pub(crate) queued: bool,
     /// Under which use, and in which list, the RAM tier has it as evictable.
     pub(crate) listed: Option<(bool, u64)>,
     /// No longer findable; goes with its last lease.
@@ -127,6 +129,7 @@ impl Trie {
             ram_children: 0,
             ssd: None,
             ssd_reads: 0,
+            queued: false,
             listed: None,
             doomed: false,
             first_child: None,

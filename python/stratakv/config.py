@@ -50,7 +50,7 @@ def parse_bytes(value: int | str, name: str) -> int:
         units = {unit.lower(): factor for unit, factor in _UNITS.items()}
         factor = units.get(found[2].lower())
         parsed = None if factor is None else float(found[1]) * factor
-    if parsed is None or parsed <= 0:
+    if parsed is None or not 1 <= parsed <= 2**60:
         raise ConfigError(f'{name} is {value!r}, expected a positive size in bytes, as 8589934592, "8GiB" or "8GB"')
     return int(parsed)
 

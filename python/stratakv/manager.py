@@ -152,7 +152,9 @@ class CacheManager:
         return Status(**{name: snapshot[name] for name in Status.__slots__})
 
     def flush(self) -> None:
-        """Waits until every cached block is durable on SSD.
+        """Waits until every block put so far was written to SSD, and is durable.
+
+        Where the SSD's cap is below the size of RAM, the coldest of them have made room again.
 
         Raises:
             StoreError: the SSD takes no writes, or not all of them.

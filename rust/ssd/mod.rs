@@ -164,6 +164,10 @@ impl Ssd {
 
     /// Makes an unregistered model's file smaller by dropping its oldest segments; returns the bytes it still takes.
     pub(crate) fn shrink(&self, path: &Path, goal_bytes: u64) -> std::io::Result<u64> {
+        if goal_bytes == 0 {
+            self.io.remove(path)?;
+            return Ok(0);
+        }
         let file = self.io.open(path, false)?;
         let mut pages = Buffer::new(2 * PAGE).map_err(std::io::Error::other)?;
         file.read_at(&mut pages, 0)?;
@@ -189,7 +193,8 @@ impl Ssd {
         file.allocated()
     }
 
-    /// Opens or creates a model's file. A file that cannot be told to be this model's is started anew.
+    /// Opens or creates a model's file. A file that cannot be told to be this model's,
+    /// or whose segments are too long for the cap, is started anew.
     pub(crate) fn open_model(
         &self,
         fingerprint: Id,
@@ -213,6 +218,7 @@ impl Ssd {
         match ModelIdentity::read(&pages) {
             Superblock::Valid(found)
                 if found.layout.segment_bytes.is_multiple_of(PAGE as u64)
+                    && found.layout.segment_bytes <= self.usable_bytes()
                     && found.layout.room_for(geometry.record_bytes()) > 0
                     && found == (ModelIdentity { layout: found.layout, ..identity.clone() }) =>
             {
@@ -239,10 +245,14 @@ impl Ssd {
         Ok(ModelFile { file, path, uuid: self.uuid, fingerprint, geometry, layout: identity.layout })
     }
 
+    fn usable_bytes(&self) -> u64 {
+        self.capacity_bytes.saturating_sub(CONTROL_BYTES + SEGMENTS_OFFSET)
+    }
+
     // Segments shrink with the cap, so that even a small one has several.
     fn layout(&self, geometry: &Geometry) -> Result<SegmentLayout> {
         let record = geometry.record_bytes() as u64;
-        let usable = self.capacity_bytes.saturating_sub(CONTROL_BYTES + SEGMENTS_OFFSET);
+        let usable = self.usable_bytes();
         let page = PAGE as u64;
         let wanted = self.segment_bytes.max(4 * record + (64 << 10)).next_multiple_of(page);
         let layout = SegmentLayout::new(geometry, wanted.min(usable / 4 / page * page));

@@ -5,15 +5,14 @@
 //! once. With `write_back` the thread keeps a quarter of RAM clean or free, with `write_through` everything. Nothing
 //! waits for it: a block that has to leave RAM before its turn is lost, and counted.
 
-use super::state::{Clearing, State};
+use super::state::{Clearing, ModelState, State};
 use super::{Shared, WritePolicy};
-use crate::block::{BlockHash, Geometry};
+use crate::block::Geometry;
 use crate::pool::Slot;
 use crate::ssd::record::{Entry, RecordIdentity, write_record};
 use crate::ssd::{ModelFile, Phase, Place};
 use crate::sync::Arc;
 use crate::trie::NodeId;
-use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 /// A run is at most this long, unless one record is longer.
@@ -64,7 +63,6 @@ impl Shared {
     fn demote_until_closed(&self) {
         let mut state = self.state.lock();
         while !state.closed {
-            let due = state.dirty_limit(self.policy) < state.dirty_bytes || state.flushing > 0;
             if let Some(since) = state.ssd_read_only.as_ref().map(|(_, since)| *since) {
                 self.idle.notify_all();
                 if since.elapsed() < RETRY {
@@ -73,7 +71,8 @@ impl Shared {
                 }
                 state.ssd_read_only = None;
             }
-            let Some(run) = due.then(|| self.next_run(&mut state)).flatten() else {
+            let due = state.model_to_demote(self.policy);
+            let Some(run) = due.and_then(|model| self.next_run(&mut state, model)) else {
                 self.idle.notify_all();
                 state = self.work.wait(state);
                 continue;
@@ -94,18 +93,22 @@ impl Shared {
         }
     }
 
-    fn next_run(&self, state: &mut State) -> Option<Run> {
+    fn next_run(&self, state: &mut State, model: u32) -> Option<Run> {
         let secret = &self.secret;
-        let (first, first_hash) = next_dirty(state)?;
-        let model = state.trie[first].model;
+        let first = next_dirty(state, model)?;
         let geometry = state.models.get(&model)?.geometry;
         let bytes = geometry.record_bytes();
         let (index, opening, sealing) = match open_place(state, model, bytes) {
             Some(index) => (index, None, None),
             None => {
                 let sealing = seal_open_segment(state, model);
-                let Some((index, clearing)) = state.open_segment(model) else {
-                    state.dirty.push_front(first_hash);
+                // Held meanwhile: the segment that gives way must not hold what this block continues.
+                let path: Vec<NodeId> = std::iter::successors(Some(first), |&id| state.trie[id].parent).collect();
+                state.lease(&path);
+                let opened = state.open_segment(model);
+                state.release(&path);
+                let Some((index, clearing)) = opened else {
+                    state.requeue_dirty(first);
                     state.ssd_read_only = Some(("leased blocks hold every segment".into(), Instant::now()));
                     return None;
                 };
@@ -119,22 +122,21 @@ impl Shared {
         let room = room.min(file.layout.max_records as usize - segment.entries.len());
         let most = room.min((RUN_BYTES / bytes).max(1));
         let mut blocks: Vec<(NodeId, Slot, RecordIdentity)> = Vec::new();
-        let mut next = Some((first, first_hash));
-        while let Some((id, hash)) = next {
+        let mut next = Some(first);
+        while let Some(id) = next {
             let node = &state.trie[id];
-            if node.model != model || blocks.len() == most {
-                state.dirty.push_front(hash);
+            let Some(slot) = node.ram.filter(|_| blocks.len() < most) else {
+                state.requeue_dirty(id);
                 break;
-            }
+            };
             let block = RecordIdentity {
-                hash: secret.seal(hash),
+                hash: secret.seal(node.hash),
                 parent: node.parent.map_or([0; 16], |p| secret.seal(state.trie[p].hash)),
                 depth: node.depth,
             };
-            let Some(slot) = node.ram else { break };
             blocks.push((id, slot, block));
             state.lease(&[id]);
-            next = next_dirty(state);
+            next = next_dirty(state, model);
         }
         if let Some(segment) = state.segment(model, index) {
             segment.tail += (blocks.len() * bytes) as u64;
@@ -148,8 +150,8 @@ impl Shared {
             for (file, index) in &clearing.punch {
                 file.punch(*index)?;
             }
-            if let (Some((stale, keep)), Some(ssd)) = (&clearing.shrink, &self.ssd) {
-                ssd.shrink(&stale.path, *keep)?;
+            for (path, keep) in &clearing.shrink {
+                self.ssd.as_ref().map_or(Ok(0), |ssd| ssd.shrink(path, *keep))?;
             }
             if let Some(footer) = &run.sealing {
                 // Without its footer the segment is recovered by walking its records.
@@ -175,34 +177,47 @@ impl Shared {
 }
 
 impl State {
-    // How many bytes may be in RAM only before demotion begins.
-    fn dirty_limit(&self, policy: WritePolicy) -> u64 {
-        match policy {
-            WritePolicy::WriteBack => self.ram_bytes / 4 * 3,
-            WritePolicy::WriteThrough => 0,
-        }
+    // A model whose turn it is to have blocks written. With `write_back` that is one of which less than a quarter of
+    // what it can reach of RAM is clean or free.
+    fn model_to_demote(&self, policy: WritePolicy) -> Option<u32> {
+        let due = |(id, model): &(&u32, &ModelState)| {
+            let slots = self.ram.pool.slots_in_reach(**id, model.geometry.record_bytes()) as u64;
+            let wanted =
+                self.flushing > 0 || policy == WritePolicy::WriteThrough || model.dirty_blocks * 4 >= slots * 3;
+            wanted && !model.dirty.is_empty() && model.disk.is_some()
+        };
+        self.models.iter().filter(due).max_by_key(|(id, model)| (model.dirty_blocks, **id)).map(|(id, _)| *id)
     }
 
     /// Notes a block that is in RAM only.
-    pub(super) fn enqueue_dirty(&mut self, hash: BlockHash) {
-        self.dirty.push_back(hash);
-        if self.dirty.len() > 1024 + 4 * self.trie.len() {
-            let live = std::mem::take(&mut self.dirty);
-            self.dirty = live.into_iter().filter(|&h| dirty_node(self, h).is_some()).collect::<VecDeque<_>>();
+    pub(super) fn enqueue_dirty(&mut self, id: NodeId) {
+        let (model, hash) = (self.trie[id].model, self.trie[id].hash);
+        self.trie[id].queued = true;
+        let Some(books) = self.models.get_mut(&model) else { return };
+        books.dirty.push_back(hash);
+        if books.dirty.len() as u64 > 1024 + 4 * books.dirty_blocks {
+            let trie = &self.trie;
+            books.dirty.retain(|&hash| trie.find(hash).is_some_and(|id| trie[id].queued));
+        }
+    }
+
+    fn requeue_dirty(&mut self, id: NodeId) {
+        let (model, hash) = (self.trie[id].model, self.trie[id].hash);
+        self.trie[id].queued = true;
+        if let Some(books) = self.models.get_mut(&model) {
+            books.dirty.push_front(hash);
         }
     }
 }
 
-fn dirty_node(state: &State, hash: BlockHash) -> Option<NodeId> {
-    state.trie.find(hash).filter(|&id| state.trie[id].ram.is_some() && state.trie[id].ssd.is_none())
-}
-
-fn next_dirty(state: &mut State) -> Option<(NodeId, BlockHash)> {
-    while let Some(hash) = state.dirty.pop_front() {
-        if let Some(id) = dirty_node(state, hash)
-            && state.models.get(&state.trie[id].model).is_some_and(|m| m.disk.is_some())
-        {
-            return Some((id, hash));
+fn next_dirty(state: &mut State, model: u32) -> Option<NodeId> {
+    while let Some(hash) = state.models.get_mut(&model)?.dirty.pop_front() {
+        if let Some(id) = state.trie.find(hash) {
+            let node = &mut state.trie[id];
+            let due = std::mem::take(&mut node.queued) && node.ram.is_some() && node.ssd.is_none();
+            if due {
+                return Some(id);
+            }
         }
     }
     None
@@ -252,9 +267,8 @@ fn commit(state: &mut State, run: Run, outcome: Outcome) {
         Outcome::Failed { error, vacant } => {
             state.counts(run.model).io_errors += 1;
             for (id, _, _) in run.blocks.iter().rev() {
-                let node = &state.trie[*id];
-                if !node.doomed {
-                    state.dirty.push_front(node.hash);
+                if !state.trie[*id].doomed {
+                    state.requeue_dirty(*id);
                 }
             }
             if let Some(segment) = state.segment(run.model, run.place.segment) {

@@ -27,7 +27,7 @@ use crate::stats::{Counts, Miss, Snapshot, Tier};
 use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
 use crate::trie::NodeId;
 use state::{ModelState, State};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::thread::JoinHandle;
 
 /// When blocks are written to SSD.
@@ -170,7 +170,13 @@ impl Store {
             None => (None, Secret::new(&given.map_or_else(random_bytes, |s| Ok(s.as_bytes().to_vec()))?)),
         };
         let stale = ssd.as_ref().map_or_else(|| Ok(Vec::new()), Ssd::stale_files)?;
-        let arena = Arena::new(usize::try_from(options.ram_capacity_bytes).unwrap_or(usize::MAX / 2))?;
+        let arena = match usize::try_from(options.ram_capacity_bytes) {
+            Ok(bytes @ 1..) => Arena::new(bytes)?,
+            _ => {
+                let message = format!("ram.capacity_bytes is {}, expected a positive size", options.ram_capacity_bytes);
+                return Err(Error::new(ErrorKind::Config, message));
+            }
+        };
         let mut state = State::new(arena.bytes(), ssd.as_ref(), stale);
         if let Some(ssd) = &ssd {
             recover::fit_stale_files(&mut state, ssd)?;
@@ -237,6 +243,8 @@ impl Store {
                 weight: u64::from((*weight).max(1)),
                 counts: Counts::default(),
                 disk: None,
+                dirty: VecDeque::new(),
+                dirty_blocks: 0,
             },
         );
         drop(state);
@@ -376,7 +384,8 @@ impl Store {
         Ok(PutOutcome { tokens: cached * block_tokens, new_blocks })
     }
 
-    /// Waits until every block is durable on SSD. Without an SSD tier there is nothing to wait for.
+    /// Waits until every block put so far was written to SSD, and is durable. Under a cap below the size of RAM the
+    /// coldest of them have made room again. Without an SSD tier there is nothing to wait for.
     ///
     /// # Errors
     /// The SSD takes no writes, or not all of them.
@@ -387,16 +396,22 @@ impl Store {
         }
         state.flushing += 1;
         self.shared.work.notify_all();
-        while !state.closed && state.ssd_read_only.is_none() && (state.writing || !state.dirty.is_empty()) {
+        while !state.closed
+            && state.ssd_read_only.is_none()
+            && (state.writing || state.models.values().any(|m| m.disk.is_some() && !m.dirty.is_empty()))
+        {
             state = self.shared.idle.wait(state);
         }
         state.flushing -= 1;
-        let (failed, left) = (state.ssd_read_only.as_ref().map(|(reason, _)| reason.clone()), state.dirty_bytes);
+        let (failed, left) = (
+            state.ssd_read_only.as_ref().map(|(reason, _)| reason.clone()),
+            state.models.values().map(|m| m.dirty_blocks).sum::<u64>(),
+        );
         let files: Vec<_> =
             state.models.values().filter_map(|m| m.disk.as_ref()).map(|disk| disk.file.clone()).collect();
         drop(state);
         if let Some(reason) = failed {
-            return Err(Error::new(ErrorKind::Io, format!("{left} bytes are not on SSD: {reason}")));
+            return Err(Error::new(ErrorKind::Io, format!("{left} blocks are not on SSD: {reason}")));
         }
         for file in files {
             file.sync().map_err(|e| Error::io("cannot make the SSD tier durable", e))?;
@@ -558,7 +573,7 @@ impl State {
             self.trie[id].last_use = now;
             self.place_in_ram(id, slot);
             if self.ssd_capacity_bytes > 0 {
-                self.enqueue_dirty(hash);
+                self.enqueue_dirty(id);
             }
             parent = Some(id);
             new_blocks += 1;

@@ -14,6 +14,7 @@ use crate::stats::{Counts, Miss, Tier};
 use crate::sync::Arc;
 use crate::trie::{Node, NodeId, Trie};
 use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
 use std::time::Instant;
 
 /// One registered model.
@@ -24,6 +25,9 @@ pub(crate) struct ModelState {
     pub(crate) weight: u64,
     pub(crate) counts: Counts,
     pub(crate) disk: Option<Disk>,
+    /// Blocks put and not yet on SSD, oldest first. An entry may be outdated; its node's `queued` tells.
+    pub(crate) dirty: VecDeque<BlockHash>,
+    pub(crate) dirty_blocks: u64,
 }
 
 /// One model's file and the books of its segments.
@@ -34,10 +38,13 @@ pub(crate) struct Disk {
     pub(crate) last_epoch: u64,
 }
 
+/// What the superblocks of a model's file and the file system's own books of it may take.
+const FILE_HEAD_BYTES: u64 = 16 << 10;
+
 impl Disk {
     fn file_bytes(&self) -> u64 {
         let live = self.segments.iter().filter(|s| s.phase != Phase::Empty).count() as u64;
-        crate::ssd::record::SEGMENTS_OFFSET + live * self.file.layout.segment_bytes
+        FILE_HEAD_BYTES + live * self.file.layout.segment_bytes
     }
 }
 
@@ -46,8 +53,8 @@ impl Disk {
 pub(crate) struct Clearing {
     /// Segments of other models whose disk blocks go back.
     pub(crate) punch: Vec<(Arc<ModelFile>, u32)>,
-    /// A file of an unregistered model, and how many bytes it may keep.
-    pub(crate) shrink: Option<(Stale, u64)>,
+    /// Files of unregistered models, and how many bytes each may keep.
+    pub(crate) shrink: Vec<(PathBuf, u64)>,
 }
 
 #[derive(Debug)]
@@ -60,9 +67,6 @@ pub(crate) struct State {
     /// Counters of models that were unregistered.
     pub(crate) retired: Counts,
     pub(crate) clock: u64,
-    /// Blocks put and not yet on SSD, oldest first. An entry may be outdated; the node tells.
-    pub(crate) dirty: VecDeque<BlockHash>,
-    pub(crate) dirty_bytes: u64,
     pub(crate) ssd_capacity_bytes: u64,
     pub(crate) stale: Vec<Stale>,
     /// Why the SSD takes no writes, and since when.
@@ -82,8 +86,6 @@ impl State {
             next_model: 0,
             retired: Counts::default(),
             clock: 0,
-            dirty: VecDeque::new(),
-            dirty_bytes: 0,
             ssd_capacity_bytes: ssd.map_or(0, Ssd::capacity_bytes),
             stale,
             ssd_read_only: None,
@@ -127,8 +129,8 @@ impl State {
         }
         let Some(bytes) = self.models.get(&model).map(|m| m.geometry.record_bytes() as u64) else { return };
         let shift = |value: &mut u64, by: u64| *value = if add { *value + by } else { *value - by };
-        if dirty {
-            shift(&mut self.dirty_bytes, bytes);
+        if dirty && let Some(model) = self.models.get_mut(&model) {
+            shift(&mut model.dirty_blocks, 1);
         }
         let counts = self.counts(model);
         for (tier, present) in [(Tier::Ram, in_ram), (Tier::Ssd, on_ssd)] {
@@ -271,6 +273,10 @@ impl State {
         self.share(self.ram_bytes, model)
     }
 
+    fn ssd_share(&self, model: u32) -> u64 {
+        self.share(self.ssd_capacity_bytes.saturating_sub(control_bytes()), model)
+    }
+
     fn ssd_in_use(&self) -> bool {
         self.ssd_capacity_bytes > 0
     }
@@ -281,27 +287,31 @@ impl State {
         true
     }
 
-    // Empties the coldest span of the model that is furthest above its share.
+    // Empties the coldest place for one slot that is held by models above their shares.
     fn take_span(&mut self, taker: u32, may_lose: bool) -> bool {
-        let above = |id: &u32| self.ram.pool.held_bytes(*id) as i64 - self.ram_share(*id) as i64;
-        let others = self.models.keys().copied().filter(|&id| id != taker);
-        let Some(giver) = others.filter(|id| above(id) > 0).max_by_key(|id| (above(id), *id)) else { return false };
-        let leaves = |id: NodeId| {
-            let node = &self.trie[id];
+        let Some(slot_bytes) = self.models.get(&taker).map(|m| m.geometry.record_bytes()) else { return false };
+        let above = |id: u32| id != taker && self.ram.pool.held_bytes(id) as u64 > self.ram_share(id);
+        let givers: Vec<u32> = self.models.keys().copied().filter(|&id| above(id)).collect();
+        let last_use = |slot: &Slot| {
+            let node = &self.trie[self.ram.holder(*slot)?];
             (node.refs == 0 && !node.doomed && (may_lose || node.ssd.is_some())).then_some(node.last_use)
         };
-        let spans = self.ram.spans_of(giver);
-        let coldest = spans
-            .into_iter()
-            .filter_map(|span| {
-                let uses: Option<Vec<u64>> = span.iter().map(|&block| leaves(block?)).collect();
-                Some((uses?.into_iter().max()?, span))
+        let coldest = self
+            .ram
+            .pool
+            .places_for(slot_bytes)
+            .filter(|spans| !spans.is_empty() && spans.iter().all(|(model, _)| givers.contains(model)))
+            .filter_map(|spans| {
+                let slots: Vec<Slot> = spans.into_iter().flat_map(|(_, slots)| slots).collect();
+                let uses: Option<Vec<u64>> = slots.iter().map(last_use).collect();
+                Some((uses?.into_iter().max()?, slots))
             })
             .min_by_key(|(last_use, _)| *last_use);
-        let Some((_, span)) = coldest else { return false };
-        let hashes: Vec<_> = span.into_iter().flatten().map(|id| self.trie[id].hash).collect();
+        let Some((_, slots)) = coldest else { return false };
+        let blocks = slots.into_iter().filter_map(|slot| self.ram.holder(slot));
+        let hashes: Vec<_> = blocks.map(|id| self.trie[id].hash).collect();
         for hash in hashes {
-            // Dropping one block may have taken others of the span with it.
+            // Dropping one block may have taken others along.
             if let Some(id) = self.trie.find(hash).filter(|&id| self.trie[id].ram.is_some()) {
                 self.evict_from_ram(id, self.ssd_in_use());
             }
@@ -325,20 +335,17 @@ impl State {
         let mut reused = None;
         while reused.is_none() && self.ssd_file_bytes() + need > self.ssd_capacity_bytes {
             let mine = self.models.get(&model)?.disk.as_ref()?.file_bytes();
-            let below_share = mine + need <= self.share(self.ssd_capacity_bytes, model);
-            if below_share && let Some(at) = self.stale.iter().position(|s| s.bytes > 0) {
-                let stale = self.stale.remove(at);
+            let below_share = mine + need <= self.ssd_share(model);
+            if below_share && let Some(stale) = self.stale.iter_mut().find(|s| s.bytes > 0) {
+                // What would be little more than its head goes as a whole.
                 let keep = stale.bytes.saturating_sub(need);
-                if clearing.shrink.is_none() {
-                    self.stale.insert(at, Stale { path: stale.path.clone(), bytes: keep });
-                    clearing.shrink = Some((stale, keep));
-                    continue;
-                }
-                self.stale.insert(at, stale);
+                stale.bytes = if keep < 4 * FILE_HEAD_BYTES { 0 } else { keep };
+                clearing.shrink.push((stale.path.clone(), stale.bytes));
+                continue;
             }
             let own = |state: &Self| Some((model, state.coldest_segment(model)?));
             let others = |state: &Self| {
-                let share = |id: u32| state.share(state.ssd_capacity_bytes, id);
+                let share = |id: u32| state.ssd_share(id);
                 let bytes = |id: u32| state.models[&id].disk.as_ref().map_or(0, Disk::file_bytes);
                 let above = state.models.keys().copied().filter(|&id| id != model && bytes(id) > share(id));
                 let giver = above.max_by_key(|&id| (bytes(id) - share(id), id))?;
@@ -367,7 +374,7 @@ impl State {
         Some((index, clearing))
     }
 
-    // The sealed segment used longest ago in which no block is leased.
+    // The segment used longest ago in which no block is leased. Only the demotion thread asks, so none is being written.
     fn coldest_segment(&self, model: u32) -> Option<u32> {
         let disk = self.models.get(&model)?.disk.as_ref()?;
         let mut sealed: Vec<_> =
@@ -395,8 +402,8 @@ impl State {
             }
             self.counts(model).tier(Tier::Ssd).evicted += 1;
             if self.trie[id].ram.is_some() {
+                // Not written again: it is as cold as its segment, and RAM may hold more than the cap.
                 self.alter(id, |node| node.ssd = None);
-                self.dirty.push_back(hash);
             } else {
                 self.drop_subtree(id);
             }
