@@ -182,13 +182,64 @@ impl Workers {
             }
             return;
         }
-        let group = (PIECE_BYTES / plane_bytes).clamp(1, planes);
-        let groups = planes.div_ceil(group);
-        self.each(blocks.len() * groups, |i| {
-            let first = i % groups * group;
-            copy_planes(geometry, view, blocks[i / groups], first..(first + group).min(planes), direction);
-        });
+        match direction {
+            // Engine memory is read in order, plane by plane over all blocks: short jumps would stall the prefetcher.
+            Direction::Gather => {
+                let group = (PIECE_BYTES / (plane_bytes * blocks.len().min(RUN_BLOCKS))).clamp(1, planes);
+                let (groups, runs) = (planes.div_ceil(group), blocks.len().div_ceil(RUN_BLOCKS));
+                self.each(groups * runs, |i| {
+                    let (first, from) = (i / runs * group, i % runs * RUN_BLOCKS);
+                    let run = &blocks[from..(from + RUN_BLOCKS).min(blocks.len())];
+                    gather_planes(geometry, view, run, first..(first + group).min(planes));
+                });
+            }
+            // Payloads are read in order, block by block.
+            Direction::Scatter => {
+                let group = (PIECE_BYTES / plane_bytes).clamp(1, planes);
+                let groups = planes.div_ceil(group);
+                self.each(blocks.len() * groups, |i| {
+                    let first = i % groups * group;
+                    copy_planes(geometry, view, blocks[i / groups], first..(first + group).min(planes), direction);
+                });
+            }
+        }
     }
+}
+
+/// Blocks that one piece of a gather spans, so that long sequences are split, too.
+const RUN_BLOCKS: usize = 64;
+
+/// Gathers some planes of neighbouring blocks: outermost by head, since a head's tokens are neighbours in most tensors.
+fn gather_planes(geometry: &Geometry, view: &KvView, blocks: &[BlockCopy], planes: std::ops::Range<usize>) {
+    let row = geometry.row_bytes();
+    let tokens = geometry.block_tokens as usize;
+    let heads = geometry.kv_heads as usize;
+    for plane in planes {
+        let strides = view.planes[plane];
+        if strides.token_stride != row as isize {
+            for block in blocks {
+                copy_planes(geometry, view, *block, plane..plane + 1, Direction::Gather);
+            }
+            continue;
+        }
+        for head in 0..heads {
+            for block in blocks {
+                let mut done = 0;
+                while done < tokens {
+                    let (start, run) = view.run(plane, block.first_token + done, tokens - done);
+                    let inner = ((plane * heads + head) * tokens + done) * row;
+                    // SAFETY: as in `copy_planes`.
+                    unsafe {
+                        let stored = block.payload.add(inner);
+                        let theirs = start.wrapping_offset(head as isize * strides.head_stride);
+                        copy_streaming(stored, theirs, run * row);
+                    }
+                    done += run;
+                }
+            }
+        }
+    }
+    fence();
 }
 
 /// Copies some planes of one block.
@@ -226,9 +277,7 @@ pub(crate) fn copy_planes(
             done += run;
         }
     }
-    if direction == Direction::Gather {
-        fence();
-    }
+    fence();
 }
 
 /// # Safety
@@ -237,7 +286,7 @@ pub(crate) fn copy_planes(
 unsafe fn copy_bytes(stored: *mut u8, theirs: *mut u8, bytes: usize, direction: Direction) {
     match direction {
         // SAFETY: the caller's contract.
-        Direction::Scatter => unsafe { std::ptr::copy_nonoverlapping(stored, theirs, bytes) },
+        Direction::Scatter => unsafe { copy_streaming(theirs, stored, bytes) },
         // SAFETY: the caller's contract.
         Direction::Gather => unsafe { copy_streaming(stored, theirs, bytes) },
     }
@@ -248,6 +297,10 @@ unsafe fn copy_bytes(stored: *mut u8, theirs: *mut u8, bytes: usize, direction: 
 #[cfg(target_arch = "x86_64")]
 #[inline]
 unsafe fn copy_streaming(to: *mut u8, from: *const u8, bytes: usize) {
+    if (to as usize).is_multiple_of(32) && bytes.is_multiple_of(128) && std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has AVX2; the caller's contract.
+        return unsafe { copy_streaming_avx2(to, from, bytes) };
+    }
     use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
     if !(to as usize).is_multiple_of(16) || !bytes.is_multiple_of(64) {
         // SAFETY: the caller's contract.
@@ -261,6 +314,24 @@ unsafe fn copy_streaming(to: *mut u8, from: *const u8, bytes: usize) {
             let lines = [0, 1, 2, 3].map(|i| _mm_loadu_si128(from.add(i)));
             for (i, line) in lines.into_iter().enumerate() {
                 _mm_stream_si128(to.add(i), line);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As for [`copy_bytes`]; `to` is 32-byte aligned, `bytes` a multiple of 128, and the processor has AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn copy_streaming_avx2(to: *mut u8, from: *const u8, bytes: usize) {
+    use std::arch::x86_64::{__m256i, _mm256_loadu_si256, _mm256_stream_si256};
+    for at in (0..bytes).step_by(128) {
+        // SAFETY: `at + 128 <= bytes`, and `to` is 32-byte aligned.
+        unsafe {
+            let (from, to) = (from.add(at).cast::<__m256i>(), to.add(at).cast::<__m256i>());
+            let lines = [0, 1, 2, 3].map(|i| _mm256_loadu_si256(from.add(i)));
+            for (i, line) in lines.into_iter().enumerate() {
+                _mm256_stream_si256(to.add(i), line);
             }
         }
     }

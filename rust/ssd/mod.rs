@@ -164,6 +164,14 @@ impl Ssd {
 
     /// Makes an unregistered model's file smaller by dropping its oldest segments; returns the bytes it still takes.
     pub(crate) fn shrink(&self, path: &Path, goal_bytes: u64) -> std::io::Result<u64> {
+        match self.shrink_existing(path, goal_bytes) {
+            // Removed meanwhile, by hand or because it was damaged.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(0),
+            other => other,
+        }
+    }
+
+    fn shrink_existing(&self, path: &Path, goal_bytes: u64) -> std::io::Result<u64> {
         if goal_bytes == 0 {
             self.io.remove(path)?;
             return Ok(0);
