@@ -10,7 +10,7 @@ use super::{Shared, WritePolicy};
 use crate::block::Geometry;
 use crate::pool::Slot;
 use crate::ssd::record::{Entry, RecordIdentity, write_record};
-use crate::ssd::{ModelFile, Phase, Place};
+use crate::ssd::{ModelFile, Phase, Place, Segment};
 use crate::sync::Arc;
 use crate::trie::NodeId;
 use std::time::{Duration, Instant};
@@ -71,12 +71,13 @@ impl Shared {
                 }
                 state.ssd_read_only = None;
             }
-            let due = state.model_to_demote(self.policy);
-            let Some(run) = due.and_then(|model| self.next_run(&mut state, model)) else {
+            let Some(model) = state.model_to_demote(self.policy) else {
                 self.idle.notify_all();
                 state = self.work.wait(state);
                 continue;
             };
+            // Without a run the queue is shorter all the same.
+            let Some(run) = self.next_run(&mut state, model) else { continue };
             state.writing = true;
             drop(state);
             let outcome = match self.write(&run) {
@@ -101,17 +102,14 @@ impl Shared {
         let (index, opening, sealing) = match open_place(state, model, bytes) {
             Some(index) => (index, None, None),
             None => {
-                let sealing = seal_open_segment(state, model);
                 // Held meanwhile: the segment that gives way must not hold what this block continues.
                 let path: Vec<NodeId> = std::iter::successors(Some(first), |&id| state.trie[id].parent).collect();
                 state.lease(&path);
                 let opened = state.open_segment(model);
                 state.release(&path);
-                let Some((index, clearing)) = opened else {
-                    state.requeue_dirty(first);
-                    state.ssd_read_only = Some(("leased blocks hold every segment".into(), Instant::now()));
-                    return None;
-                };
+                // Where leases and its own path hold the whole cap, the block stays in RAM alone.
+                let (index, clearing) = opened?;
+                let sealing = seal_open_segment(state, model, Some(index));
                 (index, Some(clearing), sealing)
             }
         };
@@ -151,6 +149,11 @@ impl Shared {
                 file.punch(*index)?;
             }
             for (path, keep) in &clearing.shrink {
+                // A model that came back meanwhile keeps its file, and this run waits for other room.
+                let _registration = self.registration.lock();
+                if !self.state.lock().stale.iter().any(|s| &s.path == path) {
+                    return Err(std::io::Error::other("the room was taken back by its model"));
+                }
                 self.ssd.as_ref().map_or(Ok(0), |ssd| ssd.shrink(path, *keep))?;
             }
             if let Some(footer) = &run.sealing {
@@ -234,10 +237,11 @@ fn open_place(state: &State, model: u32, bytes: usize) -> Option<u32> {
     fits.then_some(index as u32)
 }
 
-/// Ends the life of a model's open segment; the caller writes the footer.
-pub(super) fn seal_open_segment(state: &mut State, model: u32) -> Option<Footer> {
+/// Seals a model's open segment, but for a `new` one; the caller writes the footer.
+pub(super) fn seal_open_segment(state: &mut State, model: u32, new: Option<u32>) -> Option<Footer> {
     let disk = state.models.get_mut(&model)?.disk.as_mut()?;
-    let index = disk.segments.iter().position(|s| s.phase == Phase::Open)?;
+    let old = |(i, segment): &(usize, &Segment)| segment.phase == Phase::Open && new != Some(*i as u32);
+    let (index, _) = disk.segments.iter().enumerate().find(old)?;
     let segment = &mut disk.segments[index];
     segment.phase = Phase::Sealed;
     let entries = std::mem::take(&mut segment.entries);
@@ -274,7 +278,7 @@ fn commit(state: &mut State, run: Run, outcome: Outcome) {
             if let Some(segment) = state.segment(run.model, run.place.segment) {
                 // What was written before stays readable; nothing is appended after a failed write.
                 if vacant {
-                    *segment = crate::ssd::Segment::empty();
+                    *segment = Segment::empty();
                 } else {
                     segment.phase = Phase::Retired;
                 }

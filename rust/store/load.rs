@@ -41,10 +41,7 @@ impl Lease {
     pub fn load(&self, view: &KvView) -> Result<LoadOutcome> {
         let geometry = self.model.spec().geometry;
         check_view(&geometry, view, self.tokens.len())?;
-        if self.released.load(Ordering::Acquire) {
-            return Err(Error::new(ErrorKind::Closed, "the match was released before this load; match again"));
-        }
-        let sources = self.plan();
+        let sources = self.plan()?;
         let results: Vec<Mutex<std::result::Result<Tier, Miss>>> =
             sources.iter().map(|_| Mutex::new(Err(Miss::Closed))).collect();
         self.copy_from_ram(&geometry, view, &sources, &results);
@@ -65,8 +62,14 @@ impl Lease {
         &self.tokens[n * size..(n + 1) * size]
     }
 
-    fn plan(&self) -> Vec<Source> {
+    // Holds the path once more until `settle`, so that a release in the midst of the load takes nothing away.
+    fn plan(&self) -> Result<Vec<Source>> {
         let mut state = self.shared.state.lock();
+        // Acquire pairs with the swap in `release`, whose effect on the path follows under this lock.
+        if self.released.load(Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::Closed, "the match was released before this load; match again"));
+        }
+        state.lease(&self.path);
         let alive = !state.closed && state.models.contains_key(&self.model.id);
         let mut sources = Vec::with_capacity(self.path.len());
         for &id in &self.path {
@@ -93,7 +96,7 @@ impl Lease {
             };
             sources.push(source);
         }
-        sources
+        Ok(sources)
     }
 
     fn copy_from_ram(
@@ -165,6 +168,7 @@ impl Lease {
                 }
             }
         }
+        state.release(&self.path);
         let tokens = good * geometry.block_tokens as usize;
         let counts = state.counts(model);
         counts.loaded_tokens += tokens as u64;

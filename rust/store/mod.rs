@@ -6,8 +6,8 @@
 //!            put ─▶ slots in RAM, findable ─ ─ ─(behind)─ ─ ─▶ records on SSD
 //! ```
 //! The lock is held for bookkeeping only: hashing, copying, reading and writing happen outside of it. A block is
-//! published after its bytes are complete, and its bytes never change afterwards. Lock order: the store's state, then
-//! a scratch list; nothing else is taken while the state is held.
+//! published after its bytes are complete, and its bytes never change afterwards. Lock order: registration,
+//! the store's state, a scratch list.
 
 mod demote;
 mod load;
@@ -106,6 +106,8 @@ impl Model {
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
+    /// Held while a model's file comes, goes or shrinks: the one lock that is held across I/O, and never by a request.
+    registration: Mutex<()>,
     /// Wakes the demotion thread.
     work: Condvar,
     /// Wakes those who wait for it.
@@ -183,6 +185,7 @@ impl Store {
         }
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
+            registration: Mutex::default(),
             work: Condvar::default(),
             idle: Condvar::default(),
             arena,
@@ -218,6 +221,7 @@ impl Store {
             )));
         }
         let fingerprint = self.shared.secret.fingerprint(name, weights_version, geometry);
+        let _registration = self.shared.registration.lock();
         let mut state = self.shared.open_state()?;
         if state.models.values().any(|m| &m.name == name) {
             return Err(Error::new(ErrorKind::ModelExists, format!("model {name:?} is registered already")));
@@ -278,6 +282,7 @@ impl Store {
     /// # Errors
     /// The model is not registered, or its file cannot be removed.
     pub fn unregister(&self, model: &Model) -> Result<()> {
+        let _registration = self.shared.registration.lock();
         let mut state = self.shared.open_state()?;
         let Some(disk) = state.models.get_mut(&model.id).map(|m| m.disk.take()) else {
             let name = &model.spec.name;
@@ -431,7 +436,8 @@ impl Store {
         self.stop();
         let mut state = self.shared.state.lock();
         let ids: Vec<u32> = state.models.keys().copied().collect();
-        let footers: Vec<_> = ids.into_iter().filter_map(|id| demote::seal_open_segment(&mut state, id)).collect();
+        let footers: Vec<_> =
+            ids.into_iter().filter_map(|id| demote::seal_open_segment(&mut state, id, None)).collect();
         for model in state.models.values_mut() {
             model.disk = None;
         }

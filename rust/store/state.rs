@@ -336,11 +336,7 @@ impl State {
         while reused.is_none() && self.ssd_file_bytes() + need > self.ssd_capacity_bytes {
             let mine = self.models.get(&model)?.disk.as_ref()?.file_bytes();
             let below_share = mine + need <= self.ssd_share(model);
-            if below_share && let Some(stale) = self.stale.iter_mut().find(|s| s.bytes > 0) {
-                // What would be little more than its head goes as a whole.
-                let keep = stale.bytes.saturating_sub(need);
-                stale.bytes = if keep < 4 * FILE_HEAD_BYTES { 0 } else { keep };
-                clearing.shrink.push((stale.path.clone(), stale.bytes));
+            if below_share && self.shrink_stale(need, &mut clearing) {
                 continue;
             }
             let own = |state: &Self| Some((model, state.coldest_segment(model)?));
@@ -372,6 +368,16 @@ impl State {
         disk.last_epoch += 1;
         disk.segments[index as usize].start(disk.last_epoch, now);
         Some((index, clearing))
+    }
+
+    // Takes room from the oldest file of an unregistered model.
+    fn shrink_stale(&mut self, need: u64, clearing: &mut Clearing) -> bool {
+        let Some(stale) = self.stale.iter_mut().find(|s| s.bytes > 0) else { return false };
+        // What would be little more than its head goes as a whole.
+        let keep = stale.bytes.saturating_sub(need);
+        stale.bytes = if keep < 4 * FILE_HEAD_BYTES { 0 } else { keep };
+        clearing.shrink.push((stale.path.clone(), stale.bytes));
+        true
     }
 
     // The segment used longest ago in which no block is leased. Only the demotion thread asks, so none is being written.
