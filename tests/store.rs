@@ -1,6 +1,8 @@
 //! The store's contract through its public surface: right bytes or fewer, books that add up, caps that hold and calls
 //! that come back, whatever the budgets, the disk and other threads do.
 
+#[path = "store/damage.rs"]
+mod damage;
 #[path = "store/disk.rs"]
 mod disk;
 #[path = "store/kv.rs"]
@@ -141,7 +143,17 @@ proptest! {
             prop_assert!(snapshot.ssd_file_bytes <= cap, "the books say {} of {cap}", snapshot.ssd_file_bytes);
             prop_assert!(disk_bytes(directory.path()) <= cap);
         }
+        drop(held);
+        drop(store.flush());
+        assert_nothing_leaked(&store, &models);
     }
+}
+
+/// An idle store of 4 MiB without its models holds nothing: a new one gets all of RAM.
+fn assert_nothing_leaked(store: &Store, models: &[Arc<Model>]) {
+    models.iter().for_each(|model| store.unregister(model).expect("it is registered"));
+    assert_eq!(store.snapshot().index_blocks, 0);
+    assert_eq!(put(store, &register(store, "new", COARSE), &sequence(0, 30, &COARSE)), 30);
 }
 
 #[test]
@@ -268,6 +280,7 @@ fn threads_get_right_bytes_and_the_books_equal_a_scan() {
             found += places.len() as u64;
         }
         assert_eq!(store.snapshot().index_blocks, found);
+        assert_nothing_leaked(&store, &[now(0), now(1)]);
     });
 }
 
@@ -387,6 +400,20 @@ fn a_sequence_that_fills_the_ssd_can_go_on_and_others_are_still_written() {
 }
 
 #[test]
+fn more_models_than_segments_share_a_small_ssd() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = open(directory.path(), 32 * MIB, MIB);
+    for n in 0..12 {
+        let model = register(&store, &format!("m{n}"), FINE);
+        assert!(store.snapshot().ssd_file_bytes <= MIB, "model {n}");
+        put(&store, &model, &sequence(n, 1, &FINE));
+        store.flush().expect("there is room for the newest");
+        assert_eq!(store.snapshot().total.demoted, u64::from(n) + 1);
+        assert!(store.snapshot().ssd_file_bytes <= MIB && disk_bytes(directory.path()) <= MIB, "model {n}");
+    }
+}
+
+#[test]
 fn segments_follow_a_cap_that_was_lowered() {
     let directory = tempfile::tempdir().expect("a directory");
     for (cap, segment_bytes) in [(64 * MIB, 8 * MIB), (4 * MIB, 8 * MIB), (MIB, 64 << 10)] {
@@ -397,6 +424,21 @@ fn segments_follow_a_cap_that_was_lowered() {
         put(&store, &model, &sequence(cap as u32 >> 20, 9, &FINE));
         store.flush().expect("there is room below the cap");
         assert!(store.snapshot().ssd_file_bytes <= cap && disk_bytes(directory.path()) <= cap);
+    }
+}
+
+#[test]
+fn a_new_model_takes_room_from_the_files_of_absent_ones_however_small_its_share() {
+    let directory = tempfile::tempdir().expect("a directory");
+    for (round, idle) in [0, 1, 0, 10].into_iter().enumerate() {
+        let store = open(directory.path(), 4 * MIB, MIB);
+        (0..idle).for_each(|n| drop(register(&store, &format!("idle {n}"), FINE)));
+        let model = register(&store, &format!("m{round}"), FINE);
+        (0..6).for_each(|seed| assert_eq!(put(&store, &model, &sequence(seed, 8, &FINE)), 8));
+        store.flush().expect("absent models make room");
+        assert!(store.snapshot().total.demoted > 0);
+        assert!(store.snapshot().ssd_file_bytes <= MIB && disk_bytes(directory.path()) <= MIB);
+        store.close().expect("the disk is well");
     }
 }
 

@@ -143,6 +143,11 @@ impl Ssd {
         self.directory.join(name + ".kv")
     }
 
+    /// Whether there is a file of that model.
+    pub(crate) fn has_model(&self, fingerprint: Id) -> bool {
+        self.path_of(fingerprint).exists()
+    }
+
     /// Files of models that are not registered now, oldest first.
     pub(crate) fn stale_files(&self) -> Result<Vec<Stale>> {
         let failed = |e| Error::io(format!("cannot list {}", self.directory.display()), e);
@@ -392,14 +397,19 @@ impl ModelFile {
         SEGMENTS_OFFSET + u64::from(segment) * self.layout.segment_bytes
     }
 
-    /// Reads what the file holds: one item per segment, `None` where there is none that is valid.
+    /// Reads what the file holds: one item per segment. `None` where none is valid: its disk blocks were given back.
     pub(crate) fn recover(&self) -> Result<Vec<Option<Recovered>>> {
         let failed = |e| Error::io(format!("cannot read {}", self.path.display()), e);
         let length = self.file.len().map_err(failed)?;
         let count = length.saturating_sub(SEGMENTS_OFFSET).div_ceil(self.layout.segment_bytes);
         let mut buffer = Buffer::new((self.layout.footer_bytes() as usize).max(self.geometry.record_bytes()))?;
         // An unreadable segment is one that is lost, not a reason to refuse the others.
-        Ok((0..count as u32).map(|index| self.recover_segment(index, &mut buffer).ok().flatten()).collect())
+        let segments = (0..count as u32).map(|index| {
+            let found = self.recover_segment(index, &mut buffer).ok().flatten();
+            // Should that fail, it is a segment without blocks, which counts, and is reused in its turn.
+            found.or_else(|| self.punch(index).is_err().then(|| Recovered { epoch: 0, entries: Vec::new() }))
+        });
+        Ok(segments.collect())
     }
 
     fn recover_segment(&self, index: u32, buffer: &mut [u8]) -> std::io::Result<Option<Recovered>> {
@@ -475,8 +485,10 @@ pub(crate) enum Phase {
     Open,
     /// Full; may be reused.
     Sealed,
-    /// A write failed: readable, never written again.
+    /// A write failed: readable, and not appended to.
     Retired,
+    /// Its blocks are forgotten, its disk blocks not yet given back.
+    Leaving,
 }
 
 /// One segment's books.

@@ -34,6 +34,12 @@ struct Run {
     sealing: Option<Footer>,
 }
 
+impl Run {
+    fn segments(&self) -> Vec<u32> {
+        self.sealing.iter().map(|footer| footer.segment).chain([self.place.segment]).collect()
+    }
+}
+
 /// A segment's footer, ready to be written.
 pub(super) struct Footer {
     pub(super) file: Arc<ModelFile>,
@@ -54,7 +60,7 @@ impl Shared {
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.demote_until_closed()));
         if ended.is_err() {
             let mut state = self.state.lock();
-            state.writing = false;
+            state.writing = None;
             state.ssd_read_only = Some(("the demotion thread panicked".into(), Instant::now()));
             self.idle.notify_all();
         }
@@ -78,7 +84,7 @@ impl Shared {
             };
             // Without a run the queue is shorter all the same.
             let Some(run) = self.next_run(&mut state, model) else { continue };
-            state.writing = true;
+            state.writing = Some((model, run.segments()));
             drop(state);
             let outcome = match self.write(&run) {
                 Ok(()) => Outcome::Written,
@@ -89,7 +95,7 @@ impl Shared {
                 }
             };
             state = self.state.lock();
-            state.writing = false;
+            state.writing = None;
             commit(&mut state, run, outcome);
         }
     }
@@ -118,7 +124,8 @@ impl Shared {
         let (epoch, place) = (segment.epoch, Place { segment: index, offset: segment.tail });
         let room = (file.layout.footer_offset() - segment.tail) as usize / bytes;
         let room = room.min(file.layout.max_records as usize - segment.entries.len());
-        let most = room.min((RUN_BYTES / bytes).max(1));
+        // Blocks of a run are held: no more than an eighth of RAM at a time.
+        let most = room.min((RUN_BYTES.min(state.ram_bytes as usize / 8) / bytes).max(1));
         let mut blocks: Vec<(NodeId, Slot, RecordIdentity)> = Vec::new();
         let mut next = Some(first);
         while let Some(id) = next {

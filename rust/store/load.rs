@@ -77,6 +77,8 @@ impl Lease {
             let source = match (node.ram, node.ssd) {
                 _ if !alive => Source::Gone(Miss::Closed),
                 (Some(slot), _) => Source::Ram(slot),
+                // Its segment may have been reused since it became unfindable.
+                (None, _) if node.doomed => Source::Gone(Miss::Evicted),
                 (None, Some(place)) => {
                     let disk = state.models.get(&self.model.id).and_then(|m| m.disk.as_ref());
                     match disk.map(|d| (d.file.clone(), d.segments[place.segment as usize].epoch)) {

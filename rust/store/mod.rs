@@ -26,7 +26,7 @@ use crate::ssd::{Ssd, SsdOptions};
 use crate::stats::{Counts, Miss, Snapshot, Tier};
 use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
 use crate::trie::NodeId;
-use state::{ModelState, State};
+use state::{FILE_HEAD_BYTES, ModelState, State};
 use std::collections::{HashMap, VecDeque};
 use std::thread::JoinHandle;
 
@@ -253,20 +253,24 @@ impl Store {
         );
         drop(state);
         let recovered = self.shared.ssd.as_ref().map(|ssd| {
+            if !ssd.has_model(fingerprint) {
+                self.shared.make_room(FILE_HEAD_BYTES);
+            }
             let file = ssd.open_model(fingerprint, *geometry, name, weights_version)?;
             let segments = file.recover()?;
             Ok((Arc::new(file), segments))
         });
         let mut state = self.shared.state.lock();
+        if state.closed {
+            state.models.remove(&id);
+            return Err(Error::new(ErrorKind::Closed, "the store was closed meanwhile; open it again"));
+        }
         match recovered {
             Some(Ok((file, segments))) => {
                 state.stale.retain(|s| !file.is_at(&s.path));
                 state.adopt(id, file, segments, &self.shared.secret);
-                let over = state.trim_to_cap(id);
                 drop(state);
-                for (file, index) in over {
-                    file.punch(index).map_err(|e| Error::io("cannot shrink the SSD tier to its cap", e))?;
-                }
+                self.shared.make_room(0);
             }
             Some(Err(e)) => {
                 state.models.remove(&id);
@@ -400,10 +404,12 @@ impl Store {
             return Ok(());
         }
         state.flushing += 1;
+        // Asked for: a disk that failed a moment ago may take writes again.
+        state.ssd_read_only = None;
         self.shared.work.notify_all();
         while !state.closed
             && state.ssd_read_only.is_none()
-            && (state.writing || state.models.values().any(|m| m.disk.is_some() && !m.dirty.is_empty()))
+            && (state.writing.is_some() || state.models.values().any(|m| m.disk.is_some() && !m.dirty.is_empty()))
         {
             state = self.shared.idle.wait(state);
         }
@@ -434,6 +440,7 @@ impl Store {
         }
         let flushed = self.flush();
         self.stop();
+        let _registration = self.shared.registration.lock();
         let mut state = self.shared.state.lock();
         let ids: Vec<u32> = state.models.keys().copied().collect();
         let footers: Vec<_> =

@@ -1,6 +1,7 @@
 //! Opening what an earlier process left: its records become blocks again, within the present cap.
 
-use super::state::{Disk, State};
+use super::Shared;
+use super::state::{Clearing, Disk, State};
 use crate::block::Secret;
 use crate::error::{Error, Result};
 use crate::ssd::{ModelFile, Phase, Place, Recovered, Segment, Ssd};
@@ -50,17 +51,50 @@ impl State {
             }
         }
     }
+}
 
-    /// Segments of a model that must go because the cap was lowered.
-    pub(super) fn trim_to_cap(&mut self, model: u32) -> Vec<(Arc<ModelFile>, u32)> {
-        let mut gone = Vec::new();
-        while self.ssd_file_bytes() > self.ssd_capacity_bytes
-            && let Some(index) = self.drop_coldest_segment(model)
-            && let Some(disk) = self.models.get(&model).and_then(|m| m.disk.as_ref())
-        {
-            gone.push((disk.file.clone(), index));
+impl Shared {
+    /// Makes room for `need` bytes more of files, in the thread of a registration, which holds that lock. Segments of
+    /// any model go, then files of unregistered ones. What cannot be freed is counted, and shows in the status.
+    pub(super) fn make_room(&self, need: u64) {
+        let Some(ssd) = &self.ssd else { return };
+        let mut state = self.state.lock();
+        while state.ssd_file_bytes() + need > state.ssd_capacity_bytes {
+            if let Some((model, file, index)) = state.give_up_segment() {
+                drop(state);
+                let punched = file.punch(index);
+                state = self.state.lock();
+                if let Some(segment) = state.segment(model, index) {
+                    *segment = Segment {
+                        phase: if punched.is_ok() { Phase::Empty } else { Phase::Retired },
+                        ..Segment::empty()
+                    };
+                }
+                if punched.is_err() {
+                    state.counts(model).io_errors += 1;
+                    break;
+                }
+                continue;
+            }
+            let mut clearing = Clearing::default();
+            let over = (state.ssd_file_bytes() + need).saturating_sub(state.ssd_capacity_bytes);
+            if !state.shrink_stale(over, &mut clearing) {
+                break;
+            }
+            drop(state);
+            let shrunk: Vec<_> =
+                clearing.shrink.into_iter().map(|(path, keep)| (ssd.shrink(&path, keep), path)).collect();
+            state = self.state.lock();
+            for (left, path) in shrunk {
+                let Ok(left) = left else {
+                    state.retired.io_errors += 1;
+                    return;
+                };
+                if let Some(stale) = state.stale.iter_mut().find(|s| s.path == path) {
+                    stale.bytes = left;
+                }
+            }
         }
-        gone
     }
 }
 

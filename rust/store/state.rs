@@ -39,7 +39,7 @@ pub(crate) struct Disk {
 }
 
 /// What the superblocks of a model's file and the file system's own books of it may take.
-const FILE_HEAD_BYTES: u64 = 16 << 10;
+pub(super) const FILE_HEAD_BYTES: u64 = 16 << 10;
 
 impl Disk {
     fn file_bytes(&self) -> u64 {
@@ -72,7 +72,8 @@ pub(crate) struct State {
     /// Why the SSD takes no writes, and since when.
     pub(crate) ssd_read_only: Option<(String, Instant)>,
     pub(crate) flushing: usize,
-    pub(crate) writing: bool,
+    /// The segments that the demotion thread is writing to, and their model.
+    pub(crate) writing: Option<(u32, Vec<u32>)>,
     pub(crate) closed: bool,
 }
 
@@ -90,7 +91,7 @@ impl State {
             stale,
             ssd_read_only: None,
             flushing: 0,
-            writing: false,
+            writing: None,
             closed: false,
         }
     }
@@ -341,14 +342,17 @@ impl State {
             }
             let own = |state: &Self| Some((model, state.coldest_segment(model)?));
             let others = |state: &Self| {
-                let share = |id: u32| state.ssd_share(id);
-                let bytes = |id: u32| state.models[&id].disk.as_ref().map_or(0, Disk::file_bytes);
-                let above = state.models.keys().copied().filter(|&id| id != model && bytes(id) > share(id));
-                let giver = above.max_by_key(|&id| (bytes(id) - share(id), id))?;
-                Some((giver, state.coldest_segment(giver)?))
+                let givers = state.largest_on_ssd().into_iter().filter(|&(id, above)| id != model && above > 0);
+                givers.map(|(id, _)| id).find_map(|id| Some((id, state.coldest_segment(id)?)))
             };
-            let (owner, index) =
-                if below_share { others(self).or_else(|| own(self))? } else { own(self).or_else(|| others(self))? };
+            let found =
+                if below_share { others(self).or_else(|| own(self)) } else { own(self).or_else(|| others(self)) };
+            let Some((owner, index)) = found else {
+                if self.shrink_stale(need, &mut clearing) {
+                    continue;
+                }
+                return None;
+            };
             self.clear_segment(owner, index);
             if owner == model {
                 reused = Some(index);
@@ -370,8 +374,28 @@ impl State {
         Some((index, clearing))
     }
 
+    // Models with a file, the one furthest above its share first; and how far each is.
+    fn largest_on_ssd(&self) -> Vec<(u32, i64)> {
+        let above = |id: u32, disk: &Disk| disk.file_bytes() as i64 - self.ssd_share(id) as i64;
+        let mut models: Vec<_> =
+            self.models.iter().filter_map(|(&id, m)| Some((id, above(id, m.disk.as_ref()?)))).collect();
+        models.sort_by_key(|&(id, above)| (std::cmp::Reverse(above), id));
+        models
+    }
+
+    /// Chooses a segment that goes so that a file can be made or kept: unfindable from now on, and `Leaving` until its
+    /// disk blocks went back.
+    pub(super) fn give_up_segment(&mut self) -> Option<(u32, Arc<ModelFile>, u32)> {
+        let models = self.largest_on_ssd().into_iter();
+        let (model, index) = models.map(|(id, _)| id).find_map(|id| Some((id, self.coldest_segment(id)?)))?;
+        self.clear_segment(model, index);
+        let disk = self.models.get_mut(&model)?.disk.as_mut()?;
+        disk.segments[index as usize].phase = Phase::Leaving;
+        Some((model, disk.file.clone(), index))
+    }
+
     // Takes room from the oldest file of an unregistered model.
-    fn shrink_stale(&mut self, need: u64, clearing: &mut Clearing) -> bool {
+    pub(super) fn shrink_stale(&mut self, need: u64, clearing: &mut Clearing) -> bool {
         let Some(stale) = self.stale.iter_mut().find(|s| s.bytes > 0) else { return false };
         // What would be little more than its head goes as a whole.
         let keep = stale.bytes.saturating_sub(need);
@@ -380,22 +404,15 @@ impl State {
         true
     }
 
-    // The segment used longest ago in which no block is leased. Only the demotion thread asks, so none is being written.
+    // The segment used longest ago in which no block is leased, and to which nothing is being written.
     fn coldest_segment(&self, model: u32) -> Option<u32> {
         let disk = self.models.get(&model)?.disk.as_ref()?;
-        let mut sealed: Vec<_> =
-            (0..disk.segments.len() as u32).filter(|&i| disk.segments[i as usize].phase == Phase::Sealed).collect();
-        sealed.sort_by_key(|&i| (disk.segments[i as usize].last_use, disk.segments[i as usize].epoch));
+        let writing = |i: &u32| self.writing.as_ref().is_some_and(|(id, to)| *id == model && to.contains(i));
+        let gone = |i: &u32| matches!(disk.segments[*i as usize].phase, Phase::Empty | Phase::Leaving);
+        let mut held: Vec<_> = (0..disk.segments.len() as u32).filter(|i| !gone(i) && !writing(i)).collect();
+        held.sort_by_key(|&i| (disk.segments[i as usize].last_use, disk.segments[i as usize].epoch));
         let leased = |hash: &BlockHash| self.trie.find(*hash).is_some_and(|id| self.trie[id].refs > 0);
-        sealed.into_iter().find(|&i| !disk.segments[i as usize].blocks.iter().any(leased))
-    }
-
-    /// Empties the segment of a model used longest ago; the caller gives its disk blocks back.
-    pub(super) fn drop_coldest_segment(&mut self, model: u32) -> Option<u32> {
-        let index = self.coldest_segment(model)?;
-        self.clear_segment(model, index);
-        *self.segment(model, index)? = Segment::empty();
-        Some(index)
+        held.into_iter().find(|&i| !disk.segments[i as usize].blocks.iter().any(leased))
     }
 
     // Forgets every block whose bytes lie there.

@@ -227,6 +227,51 @@ fn a_match_released_in_the_midst_of_its_load_stays_safe() {
 }
 
 #[test]
+fn a_model_that_comes_back_while_its_namesake_leaves_keeps_what_it_stores() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (rig, store) = rigged(directory.path(), MIB);
+    let model = register(&store, "m", FINE);
+    put(&store, &model, &sequence(0, 4, &FINE));
+    store.flush().expect("the disk is well");
+    let newcomer = store.clone();
+    let come_back = move || newcomer.register(spec("m", FINE)).ok();
+    let next = amid(&rig, Call::Remove, come_back, || store.unregister(&model).expect("it is registered"));
+    let next = next.flatten().unwrap_or_else(|| register(&store, "m", FINE));
+    assert_eq!(fetch(&store, &next, &sequence(0, 4, &FINE)), 0);
+    put(&store, &next, &sequence(1, 4, &FINE));
+    store.close().expect("the disk is well");
+    let store = open(directory.path(), 2 * MIB, MIB);
+    assert_eq!(fetch(&store, &register(&store, "m", FINE), &sequence(1, 4, &FINE)), 4);
+}
+
+#[test]
+fn a_model_that_comes_back_while_its_file_makes_room_keeps_what_it_stores() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = open(directory.path(), 2 * MIB, MIB);
+    put(&store, &register(&store, "absent", FINE), &sequence(0, 64, &FINE));
+    store.close().expect("the disk is well");
+    for call in [Call::Remove, Call::Open, Call::Punch] {
+        let (rig, store) = rigged(directory.path(), MIB);
+        let model = register(&store, "m", FINE);
+        (0..8).for_each(|seed| assert_eq!(put(&store, &model, &sequence(seed, 8, &FINE)), 8));
+        let newcomer = store.clone();
+        let come_back = move || newcomer.register(spec("absent", FINE)).ok();
+        let next = amid(&rig, call, come_back, || drop(store.flush()));
+        let next = next.flatten().unwrap_or_else(|| register(&store, "absent", FINE));
+        // A write that waited for the room may not be done; what was written stays.
+        put(&store, &next, &sequence(2, 8, &FINE));
+        let flushed = store.flush().and_then(|()| store.close());
+        drop((store, next, model));
+        let store = open(directory.path(), 2 * MIB, MIB);
+        let next = register(&store, "absent", FINE);
+        assert!(flushed.is_err() || fetch(&store, &next, &sequence(2, 8, &FINE)) == 8, "amid {call:?}");
+        assert!(disk_bytes(directory.path()) <= MIB, "amid {call:?}");
+        put(&store, &next, &sequence(3, 56, &FINE));
+        store.close().expect("the disk is well");
+    }
+}
+
+#[test]
 fn a_model_whose_registration_failed_can_be_registered_again() {
     for call in [Call::Open, Call::Read, Call::Write, Call::Punch, Call::Sync] {
         let directory = tempfile::tempdir().expect("a directory");
