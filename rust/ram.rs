@@ -44,6 +44,11 @@ impl Ram {
         self.evictable.entry(model).or_default()
     }
 
+    /// A model is gone, and all of its blocks.
+    pub(crate) fn forget(&mut self, model: u32) {
+        self.evictable.remove(&model);
+    }
+
     pub(crate) fn hold(&mut self, slot: Slot, node: NodeId) {
         self.holders.insert(slot, node);
     }

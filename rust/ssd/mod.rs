@@ -23,6 +23,9 @@ use record::{
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
+/// A file that claims more segments than this is damaged.
+pub(crate) const MAX_SEGMENTS: u64 = 1 << 20;
+
 /// What the lock, the secret and the store's superblock take.
 const CONTROL_BYTES: u64 = 64 << 10;
 
@@ -97,18 +100,21 @@ impl Ssd {
         let file = io.open(&path, true).map_err(failed)?;
         let mut pages = Buffer::new(2 * PAGE)?;
         let length = file.read_at(&mut pages, 0).map_err(failed)?;
-        if new || length == 0 {
+        let found = StoreIdentity::read(&pages);
+        // A first write that was torn is made again: nothing hangs on it yet.
+        let torn = || Ok(found == Superblock::Damaged && model_files(directory)?.next().is_none());
+        if new || length == 0 || torn().map_err(failed)? {
             let mut uuid = [0; 16];
             getrandom::fill(&mut uuid).map_err(|e| failed(e.into()))?;
             let identity = StoreIdentity { uuid, secret_check: secret.check_value() };
-            let (first, second) = pages.split_at_mut(PAGE);
-            identity.write(first);
-            identity.write(second);
-            file.write_at(&[&pages], 0).and_then(|()| file.sync()).map_err(failed)?;
+            mend(file.as_ref(), &mut pages, |page| identity.write(page)).map_err(failed)?;
             return Ok(uuid);
         }
-        match StoreIdentity::read(&pages) {
-            Superblock::Valid(identity) if identity.secret_check == secret.check_value() => Ok(identity.uuid),
+        match found {
+            Superblock::Valid(identity) if identity.secret_check == secret.check_value() => {
+                mend(file.as_ref(), &mut pages, |page| identity.write(page)).map_err(failed)?;
+                Ok(identity.uuid)
+            }
             Superblock::Valid(_) => Err(Error::new(
                 ErrorKind::Format,
                 format!("{shown} was written with another secret; set the old store.secret or another ssd.path"),
@@ -138,36 +144,22 @@ impl Ssd {
         }
     }
 
-    fn path_of(&self, fingerprint: Id) -> PathBuf {
+    /// Where a model's file is, or would be.
+    pub(crate) fn path_of(&self, fingerprint: Id) -> PathBuf {
         let name: String = fingerprint.iter().map(|b| format!("{b:02x}")).collect();
         self.directory.join(name + ".kv")
-    }
-
-    /// Whether there is a file of that model.
-    pub(crate) fn has_model(&self, fingerprint: Id) -> bool {
-        self.path_of(fingerprint).exists()
     }
 
     /// Files of models that are not registered now, oldest first.
     pub(crate) fn stale_files(&self) -> Result<Vec<Stale>> {
         let failed = |e| Error::io(format!("cannot list {}", self.directory.display()), e);
-        let mut found = Vec::new();
-        for entry in std::fs::read_dir(&self.directory).map_err(failed)? {
-            let path = entry.map_err(failed)?.path();
-            if path.extension().is_some_and(|e| e == "kv") {
-                let meta = std::fs::metadata(&path).map_err(failed)?;
-                found.push((meta.modified().map_err(failed)?, path));
-            }
-        }
-        found.sort();
-        let measured = found.into_iter().map(|(_, path)| {
-            let bytes = self.io.open(&path, false).and_then(|f| f.allocated()).map_err(failed)?;
-            Ok(Stale { path, bytes })
-        });
-        measured.collect()
+        let mut found: Vec<Stale> = model_files(&self.directory).map_err(failed)?.filter_map(Stale::at).collect();
+        found.sort_by(|a, b| (a.modified, &a.path).cmp(&(b.modified, &b.path)));
+        Ok(found)
     }
 
     /// Makes an unregistered model's file smaller by dropping its oldest segments; returns the bytes it still takes.
+    /// What cannot be made that small goes as a whole.
     pub(crate) fn shrink(&self, path: &Path, goal_bytes: u64) -> std::io::Result<u64> {
         match self.shrink_existing(path, goal_bytes) {
             // Removed meanwhile, by hand or because it was damaged.
@@ -177,19 +169,24 @@ impl Ssd {
     }
 
     fn shrink_existing(&self, path: &Path, goal_bytes: u64) -> std::io::Result<u64> {
-        if goal_bytes == 0 {
-            self.io.remove(path)?;
-            return Ok(0);
+        let left = if goal_bytes == 0 { None } else { self.drop_oldest(path, goal_bytes)? };
+        match left {
+            Some(left) if left <= goal_bytes => Ok(left),
+            _ => self.io.remove(path).map(|()| 0),
         }
+    }
+
+    // `None` for a file that is not one of ours.
+    fn drop_oldest(&self, path: &Path, goal_bytes: u64) -> std::io::Result<Option<u64>> {
         let file = self.io.open(path, false)?;
         let mut pages = Buffer::new(2 * PAGE).map_err(std::io::Error::other)?;
         file.read_at(&mut pages, 0)?;
-        let Superblock::Valid(identity) = ModelIdentity::read(&pages) else {
-            self.io.remove(path)?;
-            return Ok(0);
-        };
+        let Superblock::Valid(identity) = ModelIdentity::read(&pages) else { return Ok(None) };
         let segment_bytes = identity.layout.segment_bytes.max(PAGE as u64);
         let count = file.len()?.saturating_sub(SEGMENTS_OFFSET).div_ceil(segment_bytes);
+        if count > MAX_SEGMENTS {
+            return Ok(None);
+        }
         let mut segments = Vec::new();
         for index in 0..count {
             file.read_at(&mut pages[..PAGE], SEGMENTS_OFFSET + index * segment_bytes)?;
@@ -203,7 +200,7 @@ impl Ssd {
             }
             file.punch(SEGMENTS_OFFSET + index * segment_bytes, segment_bytes)?;
         }
-        file.allocated()
+        file.allocated().map(Some)
     }
 
     /// Opens or creates a model's file. A file that cannot be told to be this model's,
@@ -233,6 +230,7 @@ impl Ssd {
                 if found.layout.segment_bytes.is_multiple_of(PAGE as u64)
                     && found.layout.segment_bytes <= self.usable_bytes()
                     && found.layout.room_for(geometry.record_bytes()) > 0
+                    && file.len().map_err(failed)? <= SEGMENTS_OFFSET + MAX_SEGMENTS * found.layout.segment_bytes
                     && found == (ModelIdentity { layout: found.layout, ..identity.clone() }) =>
             {
                 identity = found;
@@ -247,14 +245,11 @@ impl Ssd {
                 if length > 0 {
                     self.io.remove(&path).map_err(failed)?;
                     file = self.io.open(&path, true).map_err(failed)?;
+                    pages.fill(0);
                 }
-                let (first, second) = pages.split_at_mut(PAGE);
-                identity.write(first);
-                identity.write(second);
-                let written = file.write_at(&[&pages], 0).and_then(|()| file.sync());
-                written.map_err(failed)?;
             }
         }
+        mend(file.as_ref(), &mut pages, |page| identity.write(page)).map_err(failed)?;
         Ok(ModelFile { file, path, uuid: self.uuid, fingerprint, geometry, layout: identity.layout })
     }
 
@@ -280,10 +275,6 @@ impl Ssd {
             ));
         }
         Ok(layout)
-    }
-
-    pub(crate) fn remove_model(&self, file: &ModelFile) -> std::io::Result<()> {
-        self.io.remove(&file.path)
     }
 
     /// A buffer of at least `bytes`, returned by [`give_back`](Self::give_back).
@@ -329,11 +320,44 @@ fn own_secret(directory: &Path) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+// Writes both copies of a superblock, unless they are as they should be.
+fn mend(file: &dyn IoFile, pages: &mut Buffer, write: impl Fn(&mut [u8])) -> std::io::Result<()> {
+    let mut right = Buffer::new(2 * PAGE).map_err(std::io::Error::other)?;
+    right.chunks_mut(PAGE).for_each(write);
+    if right[..] == pages[..] {
+        return Ok(());
+    }
+    file.write_at(&[&right], 0).and_then(|()| file.sync())
+}
+
+// Files that are named as a model's.
+fn model_files(directory: &Path) -> std::io::Result<impl Iterator<Item = PathBuf>> {
+    let named = |path: &PathBuf| {
+        let name = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_suffix(".kv"));
+        name.is_some_and(|stem| stem.len() == 32 && stem.bytes().all(|b| b.is_ascii_hexdigit()))
+    };
+    Ok(std::fs::read_dir(directory)?.filter_map(move |entry| Some(entry.ok()?.path()).filter(named)))
+}
+
 /// A file of a model that is not registered.
 #[derive(Debug)]
 pub(crate) struct Stale {
     pub(crate) path: PathBuf,
+    /// What the file system has allocated to it.
     pub(crate) bytes: u64,
+    pub(crate) modified: (i64, i64),
+    /// Its model was unregistered, and it could not be removed.
+    pub(crate) unwanted: bool,
+}
+
+impl Stale {
+    /// What lies there; `None` if it is no file.
+    pub(crate) fn at(path: PathBuf) -> Option<Self> {
+        use std::os::unix::fs::MetadataExt as _;
+        let meta = std::fs::symlink_metadata(&path).ok().filter(std::fs::Metadata::is_file)?;
+        let modified = (meta.mtime(), meta.mtime_nsec());
+        Some(Self { path, bytes: meta.blocks() * 512, modified, unwanted: false })
+    }
 }
 
 /// A page-aligned, huge-page-backed buffer.
@@ -385,8 +409,8 @@ impl ModelFile {
         self.file.direct()
     }
 
-    pub(crate) fn is_at(&self, path: &Path) -> bool {
-        self.path == path
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     pub(crate) fn identity(&self, epoch: u64) -> SegmentIdentity {

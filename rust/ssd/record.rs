@@ -283,10 +283,13 @@ struct RecordHead {
 
 const _: () = assert!(size_of::<RecordHead>() == RECORD_HEADER_BYTES);
 
-/// Fills in the header of a record whose tokens and payload are in place. The slice is the whole record.
-pub(crate) fn write_record(record: &mut [u8], geometry: &Geometry, segment: &SegmentIdentity, block: &RecordIdentity) {
-    let body_end = geometry.payload_offset() + geometry.block_bytes();
-    record[body_end..].fill(0);
+/// The header of a record, given all that follows it but the padding.
+pub(crate) fn record_head(
+    body: &[u8],
+    geometry: &Geometry,
+    segment: &SegmentIdentity,
+    block: &RecordIdentity,
+) -> [u8; RECORD_HEADER_BYTES] {
     let mut head = RecordHead {
         magic: RECORD_MAGIC,
         version: U16::new(FORMAT_VERSION),
@@ -301,13 +304,13 @@ pub(crate) fn write_record(record: &mut [u8], geometry: &Geometry, segment: &Seg
         payload_offset: U32::new(geometry.payload_offset() as u32),
         dtype: U32::new(geometry.dtype as u32),
         payload_bytes: U64::new(geometry.block_bytes() as u64),
-        record_bytes: U64::new(record.len() as u64),
-        body_checksum: U64::new(crc(&record[RECORD_HEADER_BYTES..body_end])),
+        record_bytes: U64::new(geometry.record_bytes() as u64),
+        body_checksum: U64::new(crc(body)),
         reserved: [0; 128],
         head_checksum: U64::new(0),
     };
     head.head_checksum = U64::new(crc(&head.as_bytes()[..RECORD_HEADER_BYTES - 8]));
-    record[..RECORD_HEADER_BYTES].copy_from_slice(head.as_bytes());
+    zerocopy::transmute!(head)
 }
 
 /// Checks a record's header alone and returns what it names.
@@ -336,15 +339,14 @@ pub(crate) fn read_record(record: &[u8], geometry: &Geometry, segment: &SegmentI
     (head.body_checksum.get() == crc(body)).then_some(block)
 }
 
-/// The token ids of a record or slot.
-pub(crate) fn tokens_of<'a>(record: &'a [u8], geometry: &Geometry) -> impl Iterator<Item = u32> + 'a {
-    let bytes = &record[RECORD_HEADER_BYTES..RECORD_HEADER_BYTES + 4 * geometry.block_tokens as usize];
-    bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+/// The token ids of a record or slot, given what follows its header.
+pub(crate) fn tokens_of<'a>(body: &'a [u8], geometry: &Geometry) -> impl Iterator<Item = u32> + 'a {
+    body[..4 * geometry.block_tokens as usize].chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
 }
 
-/// Writes the token ids of a slot, and zeroes up to the payload.
-pub(crate) fn write_tokens(head: &mut [u8], tokens: &[u32]) {
-    let (ids, rest) = head[RECORD_HEADER_BYTES..].split_at_mut(4 * tokens.len());
+/// Writes the token ids of a record or slot, given what lies between its header and its payload.
+pub(crate) fn write_tokens(room: &mut [u8], tokens: &[u32]) {
+    let (ids, rest) = room.split_at_mut(4 * tokens.len());
     for (bytes, token) in ids.chunks_exact_mut(4).zip(tokens) {
         bytes.copy_from_slice(&token.to_le_bytes());
     }
@@ -459,9 +461,11 @@ mod tests {
     fn record() -> Vec<u8> {
         let g = geometry();
         let mut bytes: Vec<u8> = (0..g.record_bytes()).map(|i| (i * 7) as u8).collect();
-        write_tokens(&mut bytes[..g.payload_offset()], &[1, 2, 3, u32::MAX]);
+        write_tokens(&mut bytes[RECORD_HEADER_BYTES..g.payload_offset()], &[1, 2, 3, u32::MAX]);
         let block = RecordIdentity { hash: [3; 16], parent: [4; 16], depth: 5 };
-        write_record(&mut bytes, &g, &segment(), &block);
+        let body = RECORD_HEADER_BYTES..g.payload_offset() + g.block_bytes();
+        let head = record_head(&bytes[body], &g, &segment(), &block);
+        bytes[..RECORD_HEADER_BYTES].copy_from_slice(&head);
         bytes
     }
 

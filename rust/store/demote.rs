@@ -5,11 +5,12 @@
 //! once. With `write_back` the thread keeps a quarter of RAM clean or free, with `write_through` everything. Nothing
 //! waits for it: a block that has to leave RAM before its turn is lost, and counted.
 
-use super::state::{Clearing, ModelState, State};
+use super::room::{Leaver, Room};
+use super::state::{ModelState, State, Writing};
 use super::{Shared, WritePolicy};
-use crate::block::Geometry;
+use crate::block::{Geometry, RECORD_HEADER_BYTES};
 use crate::pool::Slot;
-use crate::ssd::record::{Entry, RecordIdentity, write_record};
+use crate::ssd::record::{Entry, RecordIdentity, record_head};
 use crate::ssd::{ModelFile, Phase, Place, Segment};
 use crate::sync::Arc;
 use crate::trie::NodeId;
@@ -27,17 +28,38 @@ struct Run {
     geometry: Geometry,
     place: Place,
     epoch: u64,
-    blocks: Vec<(NodeId, Slot, RecordIdentity)>,
-    /// Set when the segment is new.
-    opening: Option<Clearing>,
+    blocks: Vec<Block>,
+    /// Whether the segment is new.
+    opening: bool,
     /// Set when the run fills the segment before it: its footer.
     sealing: Option<Footer>,
 }
 
+/// One record to write.
+struct Block {
+    node: NodeId,
+    slot: Slot,
+    identity: RecordIdentity,
+    ticket: u64,
+}
+
 impl Run {
-    fn segments(&self) -> Vec<u32> {
-        self.sealing.iter().map(|footer| footer.segment).chain([self.place.segment]).collect()
+    fn writing(&self) -> Writing {
+        Writing {
+            model: self.model,
+            segments: self.sealing.iter().map(|footer| footer.segment).chain([self.place.segment]).collect(),
+            blocks: self.blocks.iter().map(|b| b.node).collect(),
+            oldest: self.blocks.first().map_or(0, |b| b.ticket),
+        }
     }
+}
+
+/// What the demotion thread does next for a model.
+enum Next {
+    Write(Run),
+    MakeRoom(Leaver),
+    /// The block at hand stays in RAM alone.
+    Skip,
 }
 
 /// A segment's footer, ready to be written.
@@ -60,7 +82,8 @@ impl Shared {
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.demote_until_closed()));
         if ended.is_err() {
             let mut state = self.state.lock();
-            state.writing = None;
+            let held = state.writing.take().map_or_else(Vec::new, |w| w.blocks);
+            state.release(&held);
             state.ssd_read_only = Some(("the demotion thread panicked".into(), Instant::now()));
             self.idle.notify_all();
         }
@@ -82,43 +105,67 @@ impl Shared {
                 state = self.work.wait(state);
                 continue;
             };
-            // Without a run the queue is shorter all the same.
-            let Some(run) = self.next_run(&mut state, model) else { continue };
-            state.writing = Some((model, run.segments()));
-            drop(state);
-            let outcome = match self.write(&run) {
-                Ok(()) => Outcome::Written,
-                // What a failed opening has reserved goes back, so that the books agree with the disk.
-                Err(error) => {
-                    let vacant = run.opening.is_some() && run.file.punch(run.place.segment).is_ok();
-                    Outcome::Failed { error, vacant }
+            match self.next(&mut state, model) {
+                Next::Write(run) => {
+                    state.writing = Some(run.writing());
+                    drop(state);
+                    let outcome = match self.write(&run) {
+                        Ok(()) => Outcome::Written,
+                        // What a failed opening has reserved goes back, so that the books agree with the disk.
+                        Err(error) => {
+                            let vacant = run.opening && run.file.punch(run.place.segment).is_ok();
+                            Outcome::Failed { error, vacant }
+                        }
+                    };
+                    state = self.state.lock();
+                    commit(&mut state, run, outcome);
                 }
-            };
-            state = self.state.lock();
-            state.writing = None;
-            commit(&mut state, run, outcome);
+                Next::MakeRoom(leaver) => {
+                    drop(state);
+                    let made = self.give_way(&leaver);
+                    state = self.state.lock();
+                    if let Err(error) = made {
+                        fail(&mut state, model, &error);
+                    }
+                }
+                Next::Skip => {}
+            }
+            if state.flushing > 0 {
+                self.idle.notify_all();
+            }
         }
     }
 
-    fn next_run(&self, state: &mut State, model: u32) -> Option<Run> {
+    fn next(&self, state: &mut State, model: u32) -> Next {
+        let Some((first, ticket)) = next_dirty(state, model) else { return Next::Skip };
+        let bytes = state.models.get(&model).map_or(0, |m| m.geometry.record_bytes());
+        if let Some(index) = open_place(state, model, bytes) {
+            return self.run(state, model, (first, ticket), index, false).map_or(Next::Skip, Next::Write);
+        }
+        // Held meanwhile: the segment that gives way must not hold what this block continues.
+        let path: Vec<NodeId> = std::iter::successors(Some(first), |&id| state.trie[id].parent).collect();
+        state.lease(&path);
+        let room = state.room_for_segment(model);
+        state.release(&path);
+        match room {
+            Room::Here(reused) => {
+                let Some(index) = state.open_segment(model, reused) else { return Next::Skip };
+                self.run(state, model, (first, ticket), index, true).map_or(Next::Skip, Next::Write)
+            }
+            Room::After(leaver) => {
+                state.requeue_dirty(first, ticket);
+                Next::MakeRoom(leaver)
+            }
+            Room::Nowhere => Next::Skip,
+        }
+    }
+
+    // Records for one segment: the first one, and what follows it in the queue.
+    fn run(&self, state: &mut State, model: u32, first: (NodeId, u64), index: u32, opening: bool) -> Option<Run> {
         let secret = &self.secret;
-        let first = next_dirty(state, model)?;
+        let sealing = if opening { seal_open_segment(state, model, Some(index)) } else { None };
         let geometry = state.models.get(&model)?.geometry;
         let bytes = geometry.record_bytes();
-        let (index, opening, sealing) = match open_place(state, model, bytes) {
-            Some(index) => (index, None, None),
-            None => {
-                // Held meanwhile: the segment that gives way must not hold what this block continues.
-                let path: Vec<NodeId> = std::iter::successors(Some(first), |&id| state.trie[id].parent).collect();
-                state.lease(&path);
-                let opened = state.open_segment(model);
-                state.release(&path);
-                // Where leases and its own path hold the whole cap, the block stays in RAM alone.
-                let (index, clearing) = opened?;
-                let sealing = seal_open_segment(state, model, Some(index));
-                (index, Some(clearing), sealing)
-            }
-        };
         let file = state.models.get(&model)?.disk.as_ref()?.file.clone();
         let segment = state.segment(model, index)?;
         let (epoch, place) = (segment.epoch, Place { segment: index, offset: segment.tail });
@@ -126,20 +173,20 @@ impl Shared {
         let room = room.min(file.layout.max_records as usize - segment.entries.len());
         // Blocks of a run are held: no more than an eighth of RAM at a time.
         let most = room.min((RUN_BYTES.min(state.ram_bytes as usize / 8) / bytes).max(1));
-        let mut blocks: Vec<(NodeId, Slot, RecordIdentity)> = Vec::new();
+        let mut blocks: Vec<Block> = Vec::new();
         let mut next = Some(first);
-        while let Some(id) = next {
+        while let Some((id, ticket)) = next {
             let node = &state.trie[id];
             let Some(slot) = node.ram.filter(|_| blocks.len() < most) else {
-                state.requeue_dirty(id);
+                state.requeue_dirty(id, ticket);
                 break;
             };
-            let block = RecordIdentity {
+            let identity = RecordIdentity {
                 hash: secret.seal(node.hash),
                 parent: node.parent.map_or([0; 16], |p| secret.seal(state.trie[p].hash)),
                 depth: node.depth,
             };
-            blocks.push((id, slot, block));
+            blocks.push(Block { node: id, slot, identity, ticket });
             state.lease(&[id]);
             next = next_dirty(state, model);
         }
@@ -150,19 +197,7 @@ impl Shared {
     }
 
     fn write(&self, run: &Run) -> std::io::Result<()> {
-        if let Some(clearing) = &run.opening {
-            // Room first: the cap holds at every instant.
-            for (file, index) in &clearing.punch {
-                file.punch(*index)?;
-            }
-            for (path, keep) in &clearing.shrink {
-                // A model that came back meanwhile keeps its file, and this run waits for other room.
-                let _registration = self.registration.lock();
-                if !self.state.lock().stale.iter().any(|s| &s.path == path) {
-                    return Err(std::io::Error::other("the room was taken back by its model"));
-                }
-                self.ssd.as_ref().map_or(Ok(0), |ssd| ssd.shrink(path, *keep))?;
-            }
+        if run.opening {
             if let Some(footer) = &run.sealing {
                 // Without its footer the segment is recovered by walking its records.
                 footer.write()?;
@@ -170,16 +205,21 @@ impl Shared {
             run.file.start_segment(run.place.segment, run.epoch)?;
         }
         let bytes = run.geometry.record_bytes();
+        let body_bytes = run.geometry.payload_offset() + run.geometry.block_bytes() - RECORD_HEADER_BYTES;
         let segment = run.file.identity(run.epoch);
         let records: Vec<&[u8]> = run
             .blocks
             .iter()
-            .map(|(_, slot, block)| {
-                // SAFETY: the slot is held by the run's lease, `bytes` long, and published. Its header and padding are
-                // written by this thread only; readers touch the tokens and the payload, which stay as they are.
-                let record = unsafe { std::slice::from_raw_parts_mut(self.arena.at(*slot), bytes) };
-                write_record(record, &run.geometry, &segment, block);
-                &*record
+            .map(|block| {
+                let at = self.arena.at(block.slot);
+                // SAFETY: the slot is held by the run's lease, `bytes` long, and published: what follows the header
+                // stays as it is.
+                let body = unsafe { std::slice::from_raw_parts(at.add(RECORD_HEADER_BYTES), body_bytes) };
+                let head = record_head(body, &run.geometry, &segment, &block.identity);
+                // SAFETY: the header lies within the slot, and only this thread ever reads or writes it.
+                unsafe { std::ptr::copy_nonoverlapping(head.as_ptr(), at, head.len()) };
+                // SAFETY: as above; from here on nothing of it is written before the run ends.
+                unsafe { std::slice::from_raw_parts(at.cast_const(), bytes) }
             })
             .collect();
         run.file.write_records(run.place, &records)
@@ -203,30 +243,37 @@ impl State {
     pub(super) fn enqueue_dirty(&mut self, id: NodeId) {
         let (model, hash) = (self.trie[id].model, self.trie[id].hash);
         self.trie[id].queued = true;
+        self.last_ticket += 1;
         let Some(books) = self.models.get_mut(&model) else { return };
-        books.dirty.push_back(hash);
+        books.dirty.push_back((self.last_ticket, hash));
         if books.dirty.len() as u64 > 1024 + 4 * books.dirty_blocks {
             let trie = &self.trie;
-            books.dirty.retain(|&hash| trie.find(hash).is_some_and(|id| trie[id].queued));
+            books.dirty.retain(|&(_, hash)| trie.find(hash).is_some_and(|id| trie[id].queued));
         }
     }
 
-    fn requeue_dirty(&mut self, id: NodeId) {
+    fn requeue_dirty(&mut self, id: NodeId, ticket: u64) {
         let (model, hash) = (self.trie[id].model, self.trie[id].hash);
         self.trie[id].queued = true;
         if let Some(books) = self.models.get_mut(&model) {
-            books.dirty.push_front(hash);
+            books.dirty.push_front((ticket, hash));
         }
+    }
+
+    /// Whether blocks that were put up to this ticket are still on their way to the SSD.
+    pub(super) fn demoting(&self, ticket: u64) -> bool {
+        let due = |m: &ModelState| m.disk.is_some() && m.dirty.front().is_some_and(|&(first, _)| first <= ticket);
+        self.writing.as_ref().is_some_and(|w| w.oldest <= ticket) || self.models.values().any(due)
     }
 }
 
-fn next_dirty(state: &mut State, model: u32) -> Option<NodeId> {
-    while let Some(hash) = state.models.get_mut(&model)?.dirty.pop_front() {
+fn next_dirty(state: &mut State, model: u32) -> Option<(NodeId, u64)> {
+    while let Some((ticket, hash)) = state.models.get_mut(&model)?.dirty.pop_front() {
         if let Some(id) = state.trie.find(hash) {
             let node = &mut state.trie[id];
             let due = std::mem::take(&mut node.queued) && node.ram.is_some() && node.ssd.is_none();
             if due {
-                return Some(id);
+                return Some((id, ticket));
             }
         }
     }
@@ -265,21 +312,23 @@ enum Outcome {
 }
 
 fn commit(state: &mut State, run: Run, outcome: Outcome) {
+    state.writing = None;
     let bytes = run.geometry.record_bytes() as u64;
     match outcome {
         Outcome::Written => {
-            for (n, (id, _, block)) in run.blocks.iter().enumerate() {
+            for (n, block) in run.blocks.iter().enumerate() {
                 let place = Place { offset: run.place.offset + n as u64 * bytes, ..run.place };
-                if !state.trie[*id].doomed {
-                    state.place_on_ssd(*id, place, Entry { block: *block, offset: place.offset, bytes });
+                if !state.trie[block.node].doomed {
+                    let entry = Entry { block: block.identity, offset: place.offset, bytes };
+                    state.place_on_ssd(block.node, place, entry);
                 }
             }
         }
         Outcome::Failed { error, vacant } => {
-            state.counts(run.model).io_errors += 1;
-            for (id, _, _) in run.blocks.iter().rev() {
-                if !state.trie[*id].doomed {
-                    state.requeue_dirty(*id);
+            fail(state, run.model, &error);
+            for block in run.blocks.iter().rev() {
+                if !state.trie[block.node].doomed {
+                    state.requeue_dirty(block.node, block.ticket);
                 }
             }
             if let Some(segment) = state.segment(run.model, run.place.segment) {
@@ -290,9 +339,13 @@ fn commit(state: &mut State, run: Run, outcome: Outcome) {
                     segment.phase = Phase::Retired;
                 }
             }
-            state.ssd_read_only = Some((error.to_string(), Instant::now()));
         }
     }
-    let ids: Vec<NodeId> = run.blocks.iter().map(|(id, _, _)| *id).collect();
+    let ids: Vec<NodeId> = run.blocks.iter().map(|b| b.node).collect();
     state.release(&ids);
+}
+
+fn fail(state: &mut State, model: u32, error: &std::io::Error) {
+    state.counts(model).io_errors += 1;
+    state.ssd_read_only = Some((error.to_string(), Instant::now()));
 }

@@ -5,7 +5,7 @@
 //! that fails ends the load: everything before it is valid, nothing after it is.
 
 use super::{Lease, check_view};
-use crate::block::{Geometry, Sealed};
+use crate::block::{Geometry, RECORD_HEADER_BYTES, Sealed};
 use crate::copy::{BlockCopy, Direction, KvView, copy_planes};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::Slot;
@@ -112,9 +112,10 @@ impl Lease {
         for (n, source) in sources.iter().enumerate() {
             let Source::Ram(slot) = source else { continue };
             let at = self.shared.arena.at(*slot);
-            // SAFETY: the slot is published and held by this lease; its tokens do not change.
-            let head = unsafe { std::slice::from_raw_parts(at, geometry.payload_offset()) };
-            if !tokens_of(head, geometry).eq(self.expected(n).iter().copied()) {
+            let length = geometry.payload_offset() - RECORD_HEADER_BYTES;
+            // SAFETY: the slot is published and held by this lease; what follows its header does not change.
+            let tokens = unsafe { std::slice::from_raw_parts(at.add(RECORD_HEADER_BYTES), length) };
+            if !tokens_of(tokens, geometry).eq(self.expected(n).iter().copied()) {
                 *results[n].lock() = Err(Miss::Corrupt);
                 continue;
             }
@@ -252,7 +253,10 @@ impl Lease {
     ) -> std::result::Result<Tier, Miss> {
         let Source::Ssd { file, hash, epoch, promote, .. } = source else { return Err(Miss::Closed) };
         read_record(record, geometry, &file.identity(*epoch))
-            .filter(|block| block.hash == *hash && tokens_of(record, geometry).eq(self.expected(n).iter().copied()))
+            .filter(|block| {
+                block.hash == *hash
+                    && tokens_of(&record[RECORD_HEADER_BYTES..], geometry).eq(self.expected(n).iter().copied())
+            })
             .ok_or(Miss::Corrupt)?;
         if let Some(slot) = promote {
             // SAFETY: the slot was allocated for this load and is not published: this thread alone has it. It is as

@@ -12,17 +12,18 @@
 mod demote;
 mod load;
 mod recover;
+mod room;
 mod state;
 
 pub use load::LoadOutcome;
 
-use crate::block::{BlockHash, Geometry, Hasher, Secret};
+use crate::block::{BlockHash, Geometry, Hasher, RECORD_HEADER_BYTES, Secret};
 use crate::copy::{BlockCopy, Direction, KvView, Workers};
 use crate::error::{Error, ErrorKind, Result, input};
 use crate::pool::{Arena, Slot};
 use crate::ssd::io::{FileIo, Io};
 use crate::ssd::record::{MAX_NAME_BYTES, write_tokens};
-use crate::ssd::{Ssd, SsdOptions};
+use crate::ssd::{Ssd, SsdOptions, Stale};
 use crate::stats::{Counts, Miss, Snapshot, Tier};
 use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
 use crate::trie::NodeId;
@@ -181,7 +182,7 @@ impl Store {
         };
         let mut state = State::new(arena.bytes(), ssd.as_ref(), stale);
         if let Some(ssd) = &ssd {
-            recover::fit_stale_files(&mut state, ssd)?;
+            room::fit_stale_files(&mut state, ssd)?;
         }
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
@@ -253,12 +254,18 @@ impl Store {
         );
         drop(state);
         let recovered = self.shared.ssd.as_ref().map(|ssd| {
-            if !ssd.has_model(fingerprint) {
+            let path = ssd.path_of(fingerprint);
+            if self.shared.state.lock().stale.iter().any(|s| s.unwanted && s.path == path) {
+                let failed = |e| Error::io(format!("cannot remove {}, which was unregistered", path.display()), e);
+                ssd.shrink(&path, 0).map_err(failed)?;
+            }
+            if !path.exists() {
                 self.shared.make_room(FILE_HEAD_BYTES);
             }
             let file = ssd.open_model(fingerprint, *geometry, name, weights_version)?;
             let segments = file.recover()?;
-            Ok((Arc::new(file), segments))
+            let chance = getrandom::u32().map_err(|e| Error::io("no random numbers from the system", e))?;
+            Ok((Arc::new(file), segments, u64::from(chance)))
         });
         let mut state = self.shared.state.lock();
         if state.closed {
@@ -266,14 +273,20 @@ impl Store {
             return Err(Error::new(ErrorKind::Closed, "the store was closed meanwhile; open it again"));
         }
         match recovered {
-            Some(Ok((file, segments))) => {
-                state.stale.retain(|s| !file.is_at(&s.path));
-                state.adopt(id, file, segments, &self.shared.secret);
+            Some(Ok((file, segments, chance))) => {
+                state.stale.retain(|s| s.path != file.path());
+                state.adopt(id, file, segments, chance, &self.shared.secret);
                 drop(state);
                 self.shared.make_room(0);
             }
             Some(Err(e)) => {
                 state.models.remove(&id);
+                // What lies there counts.
+                if let Some(ssd) = &self.shared.ssd {
+                    let path = ssd.path_of(fingerprint);
+                    let known = state.stale.iter().any(|s| s.path == path);
+                    state.stale.extend(Stale::at(path).filter(|_| !known));
+                }
                 return Err(e);
             }
             None => {}
@@ -284,7 +297,8 @@ impl Store {
     /// Forgets a model: its blocks, its share and its file. Its leases stay safe, and load nothing more.
     ///
     /// # Errors
-    /// The model is not registered, or its file cannot be removed.
+    /// The model is not registered; or its file cannot be removed: it is forgotten all the same, and its file is in the
+    /// way of a model that is registered as this one was.
     pub fn unregister(&self, model: &Model) -> Result<()> {
         let _registration = self.shared.registration.lock();
         let mut state = self.shared.open_state()?;
@@ -304,13 +318,15 @@ impl Store {
             }
             state.retired.add(&gone.counts);
         }
+        state.ram.forget(model.id);
         drop(state);
-        match (&self.shared.ssd, disk) {
-            (Some(ssd), Some(disk)) => {
-                ssd.remove_model(&disk.file).map_err(|e| Error::io("cannot remove the model's file", e))
-            }
-            _ => Ok(()),
-        }
+        let (Some(ssd), Some(disk)) = (&self.shared.ssd, disk) else { return Ok(()) };
+        let path = disk.file.path();
+        ssd.shrink(path, 0).map(drop).map_err(|e| {
+            let left = Stale::at(path.to_owned()).map(|stale| Stale { unwanted: true, ..stale });
+            self.shared.state.lock().stale.extend(left);
+            Error::io(format!("cannot remove {}", path.display()), e)
+        })
     }
 
     /// Finds the longest cached prefix of `tokens` and holds it. Counts every whole block as asked.
@@ -370,9 +386,12 @@ impl Store {
             .map(|(n, &slot)| {
                 let first_token = (known.len() + n) * block_tokens;
                 let at = self.shared.arena.at(slot);
+                let body_end = geometry.payload_offset() + geometry.block_bytes();
                 // SAFETY: the slot was allocated above and is not published: this thread alone has it.
-                let head = unsafe { std::slice::from_raw_parts_mut(at, geometry.payload_offset()) };
-                write_tokens(head, &tokens[first_token..first_token + block_tokens]);
+                let record = unsafe { std::slice::from_raw_parts_mut(at, geometry.record_bytes()) };
+                let room = &mut record[RECORD_HEADER_BYTES..geometry.payload_offset()];
+                write_tokens(room, &tokens[first_token..first_token + block_tokens]);
+                record[body_end..].fill(0);
                 // SAFETY: the payload lies within the slot.
                 BlockCopy { payload: unsafe { at.add(geometry.payload_offset()) }, first_token }
             })
@@ -407,10 +426,8 @@ impl Store {
         // Asked for: a disk that failed a moment ago may take writes again.
         state.ssd_read_only = None;
         self.shared.work.notify_all();
-        while !state.closed
-            && state.ssd_read_only.is_none()
-            && (state.writing.is_some() || state.models.values().any(|m| m.disk.is_some() && !m.dirty.is_empty()))
-        {
+        let last_ticket = state.last_ticket;
+        while !state.closed && state.ssd_read_only.is_none() && state.demoting(last_ticket) {
             state = self.shared.idle.wait(state);
         }
         state.flushing -= 1;

@@ -14,7 +14,6 @@ use crate::stats::{Counts, Miss, Tier};
 use crate::sync::Arc;
 use crate::trie::{Node, NodeId, Trie};
 use std::collections::{HashMap, VecDeque};
-use std::path::PathBuf;
 use std::time::Instant;
 
 /// One registered model.
@@ -25,8 +24,8 @@ pub(crate) struct ModelState {
     pub(crate) weight: u64,
     pub(crate) counts: Counts,
     pub(crate) disk: Option<Disk>,
-    /// Blocks put and not yet on SSD, oldest first. An entry may be outdated; its node's `queued` tells.
-    pub(crate) dirty: VecDeque<BlockHash>,
+    /// Blocks put and not yet on SSD, by rising ticket. An entry may be outdated; its node's `queued` tells.
+    pub(crate) dirty: VecDeque<(u64, BlockHash)>,
     pub(crate) dirty_blocks: u64,
 }
 
@@ -42,19 +41,22 @@ pub(crate) struct Disk {
 pub(super) const FILE_HEAD_BYTES: u64 = 16 << 10;
 
 impl Disk {
-    fn file_bytes(&self) -> u64 {
+    pub(super) fn file_bytes(&self) -> u64 {
         let live = self.segments.iter().filter(|s| s.phase != Phase::Empty).count() as u64;
         FILE_HEAD_BYTES + live * self.file.layout.segment_bytes
     }
 }
 
-/// What a new segment costs others: done before its first byte is written.
-#[derive(Debug, Default)]
-pub(crate) struct Clearing {
-    /// Segments of other models whose disk blocks go back.
-    pub(crate) punch: Vec<(Arc<ModelFile>, u32)>,
-    /// Files of unregistered models, and how many bytes each may keep.
-    pub(crate) shrink: Vec<(PathBuf, u64)>,
+/// What the demotion thread is doing.
+#[derive(Debug)]
+pub(crate) struct Writing {
+    pub(crate) model: u32,
+    /// The segments it writes to.
+    pub(crate) segments: Vec<u32>,
+    /// The blocks it writes, and holds.
+    pub(crate) blocks: Vec<NodeId>,
+    /// The ticket of the first of them.
+    pub(crate) oldest: u64,
 }
 
 #[derive(Debug)]
@@ -72,8 +74,9 @@ pub(crate) struct State {
     /// Why the SSD takes no writes, and since when.
     pub(crate) ssd_read_only: Option<(String, Instant)>,
     pub(crate) flushing: usize,
-    /// The segments that the demotion thread is writing to, and their model.
-    pub(crate) writing: Option<(u32, Vec<u32>)>,
+    /// The last ticket given to a block that is to be demoted.
+    pub(crate) last_ticket: u64,
+    pub(crate) writing: Option<Writing>,
     pub(crate) closed: bool,
 }
 
@@ -91,6 +94,7 @@ impl State {
             stale,
             ssd_read_only: None,
             flushing: 0,
+            last_ticket: 0,
             writing: None,
             closed: false,
         }
@@ -274,7 +278,7 @@ impl State {
         self.share(self.ram_bytes, model)
     }
 
-    fn ssd_share(&self, model: u32) -> u64 {
+    pub(super) fn ssd_share(&self, model: u32) -> u64 {
         self.share(self.ssd_capacity_bytes.saturating_sub(control_bytes()), model)
     }
 
@@ -327,110 +331,6 @@ impl State {
         }
         let models: u64 = self.models.values().filter_map(|m| Some(m.disk.as_ref()?.file_bytes())).sum();
         control_bytes() + models + self.stale.iter().map(|s| s.bytes).sum::<u64>()
-    }
-
-    /// Opens a segment of a model, within the cap. `None` when every byte is held by leased blocks.
-    pub(crate) fn open_segment(&mut self, model: u32) -> Option<(u32, Clearing)> {
-        let need = self.models.get(&model)?.disk.as_ref()?.file.layout.segment_bytes;
-        let mut clearing = Clearing::default();
-        let mut reused = None;
-        while reused.is_none() && self.ssd_file_bytes() + need > self.ssd_capacity_bytes {
-            let mine = self.models.get(&model)?.disk.as_ref()?.file_bytes();
-            let below_share = mine + need <= self.ssd_share(model);
-            if below_share && self.shrink_stale(need, &mut clearing) {
-                continue;
-            }
-            let own = |state: &Self| Some((model, state.coldest_segment(model)?));
-            let others = |state: &Self| {
-                let givers = state.largest_on_ssd().into_iter().filter(|&(id, above)| id != model && above > 0);
-                givers.map(|(id, _)| id).find_map(|id| Some((id, state.coldest_segment(id)?)))
-            };
-            let found =
-                if below_share { others(self).or_else(|| own(self)) } else { own(self).or_else(|| others(self)) };
-            let Some((owner, index)) = found else {
-                if self.shrink_stale(need, &mut clearing) {
-                    continue;
-                }
-                return None;
-            };
-            self.clear_segment(owner, index);
-            if owner == model {
-                reused = Some(index);
-            } else {
-                let disk = self.models.get_mut(&owner)?.disk.as_mut()?;
-                disk.segments[index as usize] = Segment::empty();
-                clearing.punch.push((disk.file.clone(), index));
-            }
-        }
-        let now = self.clock;
-        let disk = self.models.get_mut(&model)?.disk.as_mut()?;
-        let vacant = || disk.segments.iter().position(|s| s.phase == Phase::Empty).map(|i| i as u32);
-        let index = reused.or_else(vacant).unwrap_or(disk.segments.len() as u32);
-        if index as usize == disk.segments.len() {
-            disk.segments.push(Segment::empty());
-        }
-        disk.last_epoch += 1;
-        disk.segments[index as usize].start(disk.last_epoch, now);
-        Some((index, clearing))
-    }
-
-    // Models with a file, the one furthest above its share first; and how far each is.
-    fn largest_on_ssd(&self) -> Vec<(u32, i64)> {
-        let above = |id: u32, disk: &Disk| disk.file_bytes() as i64 - self.ssd_share(id) as i64;
-        let mut models: Vec<_> =
-            self.models.iter().filter_map(|(&id, m)| Some((id, above(id, m.disk.as_ref()?)))).collect();
-        models.sort_by_key(|&(id, above)| (std::cmp::Reverse(above), id));
-        models
-    }
-
-    /// Chooses a segment that goes so that a file can be made or kept: unfindable from now on, and `Leaving` until its
-    /// disk blocks went back.
-    pub(super) fn give_up_segment(&mut self) -> Option<(u32, Arc<ModelFile>, u32)> {
-        let models = self.largest_on_ssd().into_iter();
-        let (model, index) = models.map(|(id, _)| id).find_map(|id| Some((id, self.coldest_segment(id)?)))?;
-        self.clear_segment(model, index);
-        let disk = self.models.get_mut(&model)?.disk.as_mut()?;
-        disk.segments[index as usize].phase = Phase::Leaving;
-        Some((model, disk.file.clone(), index))
-    }
-
-    // Takes room from the oldest file of an unregistered model.
-    pub(super) fn shrink_stale(&mut self, need: u64, clearing: &mut Clearing) -> bool {
-        let Some(stale) = self.stale.iter_mut().find(|s| s.bytes > 0) else { return false };
-        // What would be little more than its head goes as a whole.
-        let keep = stale.bytes.saturating_sub(need);
-        stale.bytes = if keep < 4 * FILE_HEAD_BYTES { 0 } else { keep };
-        clearing.shrink.push((stale.path.clone(), stale.bytes));
-        true
-    }
-
-    // The segment used longest ago in which no block is leased, and to which nothing is being written.
-    fn coldest_segment(&self, model: u32) -> Option<u32> {
-        let disk = self.models.get(&model)?.disk.as_ref()?;
-        let writing = |i: &u32| self.writing.as_ref().is_some_and(|(id, to)| *id == model && to.contains(i));
-        let gone = |i: &u32| matches!(disk.segments[*i as usize].phase, Phase::Empty | Phase::Leaving);
-        let mut held: Vec<_> = (0..disk.segments.len() as u32).filter(|i| !gone(i) && !writing(i)).collect();
-        held.sort_by_key(|&i| (disk.segments[i as usize].last_use, disk.segments[i as usize].epoch));
-        let leased = |hash: &BlockHash| self.trie.find(*hash).is_some_and(|id| self.trie[id].refs > 0);
-        held.into_iter().find(|&i| !disk.segments[i as usize].blocks.iter().any(leased))
-    }
-
-    // Forgets every block whose bytes lie there.
-    fn clear_segment(&mut self, model: u32, index: u32) {
-        let Some(segment) = self.segment(model, index) else { return };
-        for hash in std::mem::take(&mut segment.blocks) {
-            let Some(id) = self.trie.find(hash) else { continue };
-            if self.trie[id].ssd.is_none_or(|p| p.segment != index) {
-                continue;
-            }
-            self.counts(model).tier(Tier::Ssd).evicted += 1;
-            if self.trie[id].ram.is_some() {
-                // Not written again: it is as cold as its segment, and RAM may hold more than the cap.
-                self.alter(id, |node| node.ssd = None);
-            } else {
-                self.drop_subtree(id);
-            }
-        }
     }
 
     /// Notes that a block's record was written.

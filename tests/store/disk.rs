@@ -196,8 +196,12 @@ fn amid<T: Send + 'static>(
 
 /// A store on a rigged disk.
 fn rigged(directory: &Path, cap: u64) -> (Rig, Arc<Store>) {
+    rigged_with(directory, 2 * MIB, cap)
+}
+
+fn rigged_with(directory: &Path, ram: u64, cap: u64) -> (Rig, Arc<Store>) {
     let rig = Rig::default();
-    let store = Store::open_on(options(Some(directory), 2 * MIB, cap), Arc::new(rig.clone()));
+    let store = Store::open_on(options(Some(directory), ram, cap), Arc::new(rig.clone()));
     (rig, Arc::new(store.expect("the disk is sound so far")))
 }
 
@@ -287,4 +291,177 @@ fn a_model_whose_registration_failed_can_be_registered_again() {
             assert_eq!(put(&store, &model, &sequence(1, 4, &FINE)), 4, "{call:?}");
         }
     }
+}
+
+#[test]
+fn the_cap_holds_though_giving_room_back_fails_in_the_midst() {
+    let calls = [Call::Punch, Call::Open, Call::Remove];
+    for (call, absent, sound_calls) in
+        calls.into_iter().flat_map(|c| [false, true].map(|a| [0, 1, 2].map(|n| (c, a, n)))).flatten()
+    {
+        let case = format!("{call:?} after {sound_calls}, absent: {absent}");
+        let directory = tempfile::tempdir().expect("a directory");
+        let cap = 4 * MIB;
+        let store = open(directory.path(), 8 * MIB, cap);
+        put(&store, &register(&store, "small", FINE), &sequence(0, 300, &FINE));
+        store.close().expect("the disk is well");
+        let (rig, store) = rigged_with(directory.path(), 8 * MIB, cap);
+        let large = register(&store, "large", COARSE);
+        if !absent {
+            drop(register(&store, "small", FINE));
+        }
+        let seen = AtomicU32::new(0);
+        rig.set(Some(Arc::new(move |now| {
+            (now == call && seen.fetch_add(1, Ordering::Relaxed) == sound_calls).then_some(EIO)
+        })));
+        for seed in 0..4 {
+            put(&store, &large, &sequence(seed, 8, &COARSE));
+            drop(store.flush());
+            let (books, disk) = (store.snapshot().ssd_file_bytes, disk_bytes(directory.path()));
+            assert!(disk <= books && books <= cap, "{case}: {disk} bytes on disk, {books} in the books");
+        }
+        rig.set(None);
+        put(&store, &large, &sequence(4, 8, &COARSE));
+        store.flush().expect(&case);
+        assert!(disk_bytes(directory.path()) <= cap, "{case}");
+    }
+}
+
+#[test]
+fn a_file_that_could_not_be_removed_is_counted_and_its_blocks_are_not_found_again() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (rig, store) = rigged(directory.path(), MIB);
+    let model = register(&store, "m", FINE);
+    put(&store, &model, &sequence(0, 40, &FINE));
+    store.flush().expect("the disk is well");
+    rig.set(Some(Arc::new(|now| (now == Call::Remove).then_some(EIO))));
+    assert_eq!(store.unregister(&model).expect_err("the file stays").kind(), ErrorKind::Io);
+    assert!(disk_bytes(directory.path()) <= store.snapshot().ssd_file_bytes);
+    assert_eq!(store.register(spec("m", FINE)).expect_err("its old file is in the way").kind(), ErrorKind::Io);
+    rig.set(None);
+    let model = register(&store, "m", FINE);
+    assert_eq!(fetch(&store, &model, &sequence(0, 40, &FINE)), 0);
+    put(&store, &model, &sequence(1, 40, &FINE));
+    store.close().expect("the disk is well");
+    let store = open(directory.path(), 2 * MIB, MIB);
+    assert_eq!(fetch(&store, &register(&store, "m", FINE), &sequence(1, 40, &FINE)), 40);
+    assert!(disk_bytes(directory.path()) <= MIB);
+}
+
+#[test]
+fn a_write_whose_room_was_taken_back_finds_other_room_at_once() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = open(directory.path(), 2 * MIB, MIB);
+    put(&store, &register(&store, "absent", FINE), &sequence(0, 64, &FINE));
+    store.close().expect("the disk is well");
+    for call in [Call::Remove, Call::Open, Call::Punch] {
+        let (rig, store) = rigged(directory.path(), MIB);
+        let model = register(&store, "m", FINE);
+        (0..8).for_each(|seed| assert_eq!(put(&store, &model, &sequence(seed, 8, &FINE)), 8));
+        let newcomer = store.clone();
+        let come_back = move || newcomer.register(spec("absent", FINE)).ok();
+        amid(&rig, call, come_back, || store.flush().expect("there is other room"));
+    }
+}
+
+#[test]
+fn a_store_opens_beside_files_that_are_not_its_own_or_cannot_be_opened() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let name = |digit: &str| directory.path().join(digit.repeat(32) + ".kv");
+    std::fs::create_dir(name("0")).expect("writable");
+    std::fs::write(directory.path().join("notes.kv"), "not a cache").expect("writable");
+    std::os::unix::fs::symlink("nowhere", name("1")).expect("writable");
+    let store = open(directory.path(), 2 * MIB, MIB);
+    let model = register(&store, "m", FINE);
+    put(&store, &model, &sequence(0, 100, &FINE));
+    store.close().expect("the disk is well");
+    assert_eq!(std::fs::read(directory.path().join("notes.kv")).expect("still there"), b"not a cache");
+}
+
+#[test]
+fn a_damaged_or_torn_superblock_is_mended_while_nothing_hangs_on_it() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let of_model = || {
+        let files = std::fs::read_dir(directory.path()).expect("readable").map(|f| f.expect("readable").path());
+        files.into_iter().find(|f| f.extension().is_some_and(|e| e == "kv")).expect("there is one")
+    };
+    let spoil = |path: &Path, at: usize| {
+        let mut bytes = std::fs::read(path).expect("readable");
+        bytes[at..at + 64].fill(0xEE);
+        std::fs::write(path, bytes).expect("writable");
+    };
+    // A first write that was torn: nothing was stored yet.
+    std::fs::write(directory.path().join("store"), [0xEE; 4096]).expect("writable");
+    let store = open(directory.path(), 2 * MIB, MIB);
+    put(&store, &register(&store, "m", FINE), &sequence(0, 8, &FINE));
+    store.close().expect("the disk is well");
+    // One copy after the other is damaged, with an opening between.
+    for at in [0, 4096, 0] {
+        spoil(&directory.path().join("store"), at);
+        spoil(&of_model(), at);
+        let store = open(directory.path(), 2 * MIB, MIB);
+        assert_eq!(fetch(&store, &register(&store, "m", FINE), &sequence(0, 8, &FINE)), 8);
+    }
+    [0, 4096].into_iter().for_each(|at| spoil(&directory.path().join("store"), at));
+    assert_eq!(
+        Store::open(options(Some(directory.path()), 2 * MIB, MIB)).expect_err("blocks hang on it").kind(),
+        ErrorKind::Format
+    );
+}
+
+#[test]
+fn a_sparse_file_that_claims_endless_segments_is_started_anew() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().to_owned();
+    in_time(move || {
+        let store = open(&path, 2 * MIB, MIB);
+        put(&store, &register(&store, "m", FINE), &sequence(0, 8, &FINE));
+        store.close().expect("the disk is well");
+        let mut files = std::fs::read_dir(&path).expect("readable").map(|f| f.expect("readable").path());
+        let file = files.find(|f| f.extension().is_some_and(|e| e == "kv")).expect("there is one");
+        std::fs::File::options().write(true).open(file).expect("writable").set_len(8 << 40).expect("sparse");
+        let store = open(&path, 2 * MIB, MIB);
+        let model = register(&store, "m", FINE);
+        put(&store, &model, &sequence(0, 8, &FINE));
+        assert_eq!(fetch(&store, &model, &sequence(0, 8, &FINE)), 8);
+        store.close().expect("the disk is well");
+    });
+}
+
+#[test]
+fn a_flush_waits_for_what_was_put_before_it_and_not_for_what_follows() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (rig, store) = rigged(directory.path(), 64 * MIB);
+    let model = register(&store, "m", FINE);
+    // While a flush goes on, every write brings another put: its queue never empties.
+    let (putter, of_model, seed) = (Arc::downgrade(&store), Arc::downgrade(&model), AtomicU32::new(1));
+    rig.set(Some(Arc::new(move |now| {
+        if now == Call::Write
+            && let (Some(store), Some(model)) = (putter.upgrade(), of_model.upgrade())
+        {
+            put(&store, &model, &sequence(seed.fetch_add(1, Ordering::Relaxed), 1, &FINE));
+        }
+        None
+    })));
+    let flusher = store.clone();
+    in_time(move || {
+        put(&flusher, &model, &sequence(0, 1, &FINE));
+        flusher.flush().expect("the disk is well");
+        assert!(flusher.snapshot().total.demoted >= 1);
+    });
+    rig.set(None);
+}
+
+#[test]
+fn a_panic_of_the_demotion_thread_holds_nothing_and_is_reported() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (rig, store) = rigged(directory.path(), 8 * MIB);
+    let model = register(&store, "m", FINE);
+    rig.set(Some(Arc::new(|now| if now == Call::Write { panic!("a planted bug") } else { None })));
+    put(&store, &model, &sequence(0, 100, &FINE));
+    assert_eq!(store.flush().expect_err("nothing was written").kind(), ErrorKind::Io);
+    assert!(store.snapshot().ssd_read_only.is_some_and(|reason| reason.contains("panicked")));
+    // All of RAM can be had again.
+    assert_eq!(put(&store, &model, &sequence(1, 170, &FINE)), 170);
+    rig.set(None);
 }
