@@ -177,6 +177,12 @@ class Config:
     ssd: SsdConfig = field(default_factory=SsdConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 
+    def __post_init__(self) -> None:
+        """Checks the kind of every section."""
+        for name, kind in _SECTIONS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected a {kind.__name__}")
+
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
         """Reads a TOML file, if one is given, then the environment.

@@ -102,3 +102,8 @@ def test_a_geometry_that_makes_no_sense_names_its_field(wrong: dict[str, object]
     right = {"layers": 1, "kv_heads": 1, "head_dim": 8, "dtype": "fp16"}
     with pytest.raises(stratakv.InputError, match=f"geometry: {next(iter(wrong))} is"):
         stratakv.Geometry(**right | wrong)
+
+
+def test_a_section_of_another_kind_is_refused() -> None:
+    with pytest.raises(stratakv.ConfigError, match="ssd is None, expected a SsdConfig"):
+        stratakv.Config(ssd=None)  # type: ignore[arg-type]
