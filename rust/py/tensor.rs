@@ -19,7 +19,7 @@ use crate::copy::{KvView, PageTable, PlaneView};
 use crate::error::{Result, input};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyCapsule, PyDict, PyTuple};
+use pyo3::types::{PyCapsule, PyDict, PyTuple, PyType};
 use std::ffi::{CStr, c_void};
 
 /// Bytes of memory with axes. Strides are in bytes.
@@ -135,24 +135,46 @@ const VERSIONED: &CStr = c"dltensor_versioned";
 const READ_ONLY: u64 = 1;
 const CPU: i32 = 1;
 
+/// The C functions of the last producer's type: the tensors of a call mostly have one type.
+#[derive(Default)]
+struct Exchange<'py> {
+    of: Option<Bound<'py, PyType>>,
+    table: Option<std::ptr::NonNull<DlExchange>>,
+}
+
+impl<'py> Exchange<'py> {
+    fn table(&mut self, object: &Bound<'py, PyAny>) -> PyResult<Option<std::ptr::NonNull<DlExchange>>> {
+        let kind = object.get_type();
+        if self.of.as_ref().is_none_or(|known| !known.is(&kind)) {
+            let name = pyo3::intern!(object.py(), "__dlpack_c_exchange_api__");
+            let capsule = kind.getattr_opt(name)?.and_then(|found| found.cast_into::<PyCapsule>().ok());
+            self.table = capsule.map(|c| c.pointer_checked(Some(EXCHANGE))).transpose()?.map(std::ptr::NonNull::cast);
+            self.of = Some(kind);
+        }
+        Ok(self.table)
+    }
+}
+
 impl<'py> Tensor<'py> {
-    /// Reads any tensor in CPU memory. `what` names the argument in errors.
-    pub(super) fn read(object: &Bound<'py, PyAny>, what: &str) -> PyResult<Self> {
+    // Reads any tensor in CPU memory; `None` if it is no tensor. `what` names the argument in errors.
+    fn try_read(
+        object: &Bound<'py, PyAny>,
+        what: &dyn std::fmt::Display,
+        exchange: &mut Exchange<'py>,
+    ) -> PyResult<Option<Self>> {
         let py = object.py();
-        if let Some(tensor) = Self::from_exchange(object, what)? {
-            return Ok(tensor);
+        if let Some(table) = exchange.table(object)?
+            && let Some(tensor) = Self::from_exchange(object, table, what)?
+        {
+            return Ok(Some(tensor));
         }
         if let Some(tensor) = Self::from_buffer(object) {
-            return Ok(tensor);
+            return Ok(Some(tensor));
         }
         if let Ok(interface) = object.getattr(pyo3::intern!(py, "__array_interface__")) {
-            return Self::from_array_interface(object, interface.cast_into::<PyDict>()?, what);
+            return Self::from_array_interface(object, interface.cast_into::<PyDict>()?, what).map(Some);
         }
-        let Ok(export) = object.getattr("__dlpack__") else {
-            let kind = object.get_type().name()?;
-            let message = format!("{what}: {kind} is no tensor; expected a NumPy array, a torch CPU tensor or DLPack");
-            return Err(input(message)).or_raise(py);
-        };
+        let Ok(export) = object.getattr("__dlpack__") else { return Ok(None) };
         if let Ok(device) = object.call_method0("__dlpack_device__") {
             let (device_type, _): (i32, i32) = device.extract()?;
             if device_type != CPU {
@@ -171,7 +193,16 @@ impl<'py> Tensor<'py> {
             Ok(capsule) => capsule.cast_into::<PyCapsule>()?,
             Err(e) => return Err(input(format!("{what}: DLPack export refused: {}", e.value(py)))).or_raise(py),
         };
-        Self::from_capsule(object, &capsule, what)
+        Self::from_capsule(object, &capsule, what).map(Some)
+    }
+
+    fn read(object: &Bound<'py, PyAny>, what: &dyn std::fmt::Display, exchange: &mut Exchange<'py>) -> PyResult<Self> {
+        if let Some(tensor) = Self::try_read(object, what, exchange)? {
+            return Ok(tensor);
+        }
+        let kind = object.get_type().name()?;
+        let message = format!("{what}: {kind} is no tensor; expected a NumPy array, a torch CPU tensor or DLPack");
+        Err(input(message)).or_raise(object.py())
     }
 
     // The buffer protocol: NumPy arrays of the types that it has a letter for.
@@ -194,7 +225,11 @@ impl<'py> Tensor<'py> {
         Some(Self { base, shape, strides, kind, read_only, _owner: Owner::Buffer { _buffer: buffer } })
     }
 
-    fn from_array_interface(object: &Bound<'py, PyAny>, interface: Bound<'py, PyDict>, what: &str) -> PyResult<Self> {
+    fn from_array_interface(
+        object: &Bound<'py, PyAny>,
+        interface: Bound<'py, PyDict>,
+        what: &dyn std::fmt::Display,
+    ) -> PyResult<Self> {
         let py = object.py();
         let item = |name: &str| -> PyResult<Bound<'py, PyAny>> {
             interface
@@ -234,14 +269,14 @@ impl<'py> Tensor<'py> {
     }
 
     // Through the producer's C functions, where its type has them (torch 2.10): a tensor costs 0.2 us, not 8.
-    fn from_exchange(object: &Bound<'py, PyAny>, what: &str) -> PyResult<Option<Self>> {
+    fn from_exchange(
+        object: &Bound<'py, PyAny>,
+        table: std::ptr::NonNull<DlExchange>,
+        what: &dyn std::fmt::Display,
+    ) -> PyResult<Option<Self>> {
         let py = object.py();
-        let name = pyo3::intern!(py, "__dlpack_c_exchange_api__");
-        let Some(found) = object.get_type().getattr_opt(name)? else { return Ok(None) };
-        let Ok(capsule) = found.cast_into::<PyCapsule>() else { return Ok(None) };
-        let api = capsule.pointer_checked(Some(EXCHANGE))?.cast::<DlExchange>();
-        // SAFETY: a capsule of that name holds the table, which lives as long as the process.
-        let api = unsafe { api.as_ref() };
+        // SAFETY: a capsule of that name held the table, which lives as long as the process.
+        let api = unsafe { table.as_ref() };
         let Some(export) = api.export.filter(|_| api.major == 1) else { return Ok(None) };
         let mut managed = std::ptr::null_mut();
         // SAFETY: the object has the type that the table was found on; the interpreter is attached.
@@ -256,7 +291,11 @@ impl<'py> Tensor<'py> {
         Self::from_tensor(py, tensor, flags & READ_ONLY != 0, owner, what).map(Some)
     }
 
-    fn from_capsule(object: &Bound<'py, PyAny>, capsule: &Bound<'py, PyCapsule>, what: &str) -> PyResult<Self> {
+    fn from_capsule(
+        object: &Bound<'py, PyAny>,
+        capsule: &Bound<'py, PyCapsule>,
+        what: &dyn std::fmt::Display,
+    ) -> PyResult<Self> {
         let py = object.py();
         let (pointer, read_only) = if let Ok(pointer) = capsule.pointer_checked(Some(VERSIONED)) {
             let managed = pointer.cast::<DlManagedVersioned>();
@@ -280,7 +319,7 @@ impl<'py> Tensor<'py> {
         tensor: &DlTensor,
         read_only: bool,
         owner: Owner<'py>,
-        what: &str,
+        what: &dyn std::fmt::Display,
     ) -> PyResult<Self> {
         if tensor.device_type != CPU {
             let device = tensor.device_type;
@@ -331,41 +370,61 @@ pub(super) fn integers(object: &Bound<'_, PyAny>, what: &str) -> PyResult<Vec<u3
     if let Ok(items) = object.cast::<PyTuple>() {
         return items.iter().map(|item| one_integer(&item, what)).collect();
     }
-    let is_tensor = object.hasattr("__array_interface__")? || object.hasattr("__dlpack__")?;
-    let held = if is_tensor { object.clone() } else { py.import("numpy")?.call_method1("asarray", (object,))? };
-    let tensor = Tensor::read(&held, what)?;
+    let mut exchange = Exchange::default();
+    let found = Tensor::try_read(object, &what, &mut exchange)?;
+    let is_tensor = found.is_some();
+    let tensor = match found {
+        Some(tensor) => tensor,
+        None => Tensor::read(&py.import("numpy")?.call_method1("asarray", (object,))?, &what, &mut exchange)?,
+    };
     if tensor.shape.len() != 1 {
         return Err(expected(format!("{} dimensions", tensor.shape.len()))).or_raise(py);
     }
-    let (length, stride) = (tensor.shape[0] as usize, tensor.strides[0]);
-    let at = |i: usize| tensor.base.wrapping_offset(i as isize * stride);
-    let value = |i: usize| -> Option<i128> {
-        // SAFETY: the producer promises `length` items at that stride, of the kind that each arm reads, alive with `tensor`.
-        unsafe {
-            Some(match tensor.kind {
-                Kind::Int(64) => at(i).cast::<i64>().read_unaligned().into(),
-                Kind::Int(32) => at(i).cast::<i32>().read_unaligned().into(),
-                Kind::Int(16) => at(i).cast::<i16>().read_unaligned().into(),
-                Kind::Uint(64) => at(i).cast::<u64>().read_unaligned().into(),
-                Kind::Uint(32) => at(i).cast::<u32>().read_unaligned().into(),
-                Kind::Uint(16) => at(i).cast::<u16>().read_unaligned().into(),
-                _ => return None,
-            })
-        }
+    let ids = match tensor.kind {
+        Kind::Int(64) => tensor.narrow(|v: i64| v as u64),
+        Kind::Int(32) => tensor.narrow(|v: i32| i64::from(v) as u64),
+        Kind::Int(16) => tensor.narrow(|v: i16| i64::from(v) as u64),
+        Kind::Int(8) => tensor.narrow(|v: i8| i64::from(v) as u64),
+        Kind::Uint(64) => tensor.narrow(|v: u64| v),
+        Kind::Uint(32) => tensor.narrow(|v: u32| v.into()),
+        Kind::Uint(16) => tensor.narrow(|v: u16| v.into()),
+        Kind::Uint(8) => tensor.narrow(|v: u8| v.into()),
+        // An empty list comes as an array of floats; an array of them shows a mistake.
+        _ if tensor.shape[0] == 0 && !is_tensor => Ok(Vec::new()),
+        _ => return Err(expected(format!("dtype {}", tensor.kind.name()))).or_raise(py),
     };
-    let mut out = Vec::with_capacity(length);
-    for i in 0..length {
-        let Some(v) = value(i) else { return Err(expected(format!("dtype {}", tensor.kind.name()))).or_raise(py) };
-        match u32::try_from(v) {
-            Ok(v) => out.push(v),
-            Err(_) => return Err(expected(format!("{v} at position {i}"))).or_raise(py),
+    ids.map_err(|(at, wide)| {
+        let signed = matches!(tensor.kind, Kind::Int(_));
+        let shown = if signed { (wide as i64).to_string() } else { wide.to_string() };
+        expected(format!("{shown} at position {at}"))
+    })
+    .or_raise(py)
+}
+
+impl Tensor<'_> {
+    // The items of a 1-d tensor of `T`, each widened; or the place and the value of one that is no `u32`.
+    fn narrow<T: Copy>(&self, widen: impl Fn(T) -> u64) -> std::result::Result<Vec<u32>, (usize, u64)> {
+        let (length, stride) = (self.shape[0].max(0) as usize, self.strides[0]);
+        // SAFETY: the producer promises `length` items of this kind at that stride, alive with `self`.
+        let item = |i: usize, stride: isize| unsafe {
+            widen(self.base.wrapping_offset(i as isize * stride).cast::<T>().read_unaligned())
+        };
+        let mut high = 0;
+        let mut take = |wide: u64| {
+            high |= wide >> 32;
+            wide as u32
+        };
+        // A known stride lets the compiler take several at a time.
+        let dense = size_of::<T>() as isize;
+        let ids = match stride == dense {
+            true => (0..length).map(|i| take(item(i, dense))).collect(),
+            false => (0..length).map(|i| take(item(i, stride))).collect(),
+        };
+        match high {
+            0 => Ok(ids),
+            _ => Err((0..length).map(|i| (i, item(i, stride))).find(|(_, v)| v >> 32 != 0).unwrap_or_default()),
         }
     }
-    // An empty float array names no token, but shows a mistake.
-    if length == 0 && !matches!(tensor.kind, Kind::Int(_) | Kind::Uint(_)) && is_tensor {
-        return Err(expected(format!("dtype {}", tensor.kind.name()))).or_raise(py);
-    }
-    Ok(out)
 }
 
 fn one_integer(item: &Bound<'_, PyAny>, what: &str) -> PyResult<u32> {
@@ -405,10 +464,11 @@ pub(super) fn view<'py>(
     let mut planes = Vec::with_capacity(geometry.plane_count());
     let mut tokens = usize::MAX;
     let mut page_tokens = 1;
+    let mut exchange = Exchange::default();
     for (n, leaf) in leaves.iter().enumerate() {
-        let name = if leaves.len() == 1 { "kv".to_owned() } else { format!("kv tensor {n}") };
-        let tensor = Tensor::read(leaf, &name)?;
-        let leaf = Leaf { tensor: &tensor, axes: &axes, geometry, name: &name };
+        let name = LeafName { number: n, alone: leaves.len() == 1 };
+        let tensor = Tensor::read(leaf, &name, &mut exchange)?;
+        let leaf = Leaf { tensor: &tensor, axes: &axes, geometry, name };
         leaf.check(placement.batch, writable).or_raise(py)?;
         let (covered, in_page) = leaf.tokens(pages.as_deref()).or_raise(py)?;
         if n > 0 && page_tokens != in_page {
@@ -489,11 +549,24 @@ impl Axes {
     }
 }
 
+/// How errors name a leaf tensor.
+#[derive(Clone, Copy)]
+struct LeafName {
+    number: usize,
+    alone: bool,
+}
+
+impl std::fmt::Display for LeafName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.alone { f.write_str("kv") } else { write!(f, "kv tensor {}", self.number) }
+    }
+}
+
 struct Leaf<'a, 'py> {
     tensor: &'a Tensor<'py>,
     axes: &'a Axes,
     geometry: &'a Geometry,
-    name: &'a str,
+    name: LeafName,
 }
 
 impl Leaf<'_, '_> {
