@@ -1,4 +1,4 @@
-//! The arena, and the allocator that cuts it into slots.
+//! The arena, and the lock-free allocator that cuts it into slots.
 //!
 //! One anonymous mapping, 2 MiB-aligned and backed by huge pages where the machine grants them, is cut into chunks.
 //! A model takes *spans* of neighbouring chunks and cuts them into slots of its record size; an empty span goes back,
@@ -8,15 +8,27 @@
 //! arena  |chunk|chunk|chunk|chunk|chunk|chunk|...
 //! span   |-- model A ------|  free |- model B -|
 //! slots  |s|s|s|s|s|s|s|s|.|       |  s  |  s  |
+//! bits    0 1 0 0 ...               1     0          set: the slot is free
 //! ```
-//! Invariant: a slot belongs to exactly one span, a span to exactly one model, and `used` counts the set bits.
+//! Taking a slot is one compare-exchange on a word of bits, giving it back one atomic `or`. Each thread remembers where
+//! it last was in a class (one model's slots), so neighbours come out together and threads keep apart. A lock guards
+//! the rare rest: looking for a word that has room, opening spans, and closing empty ones.
+//!
+//! ```text
+//! stamp of a span:   0 ── open ──▶ unique ── close ──▶ 0       closed by who could take every slot of it
+//! ```
+//! Invariant: whoever cleared a bit, and still saw the stamp of the span that it meant, has that slot alone.
 
 use crate::error::{Error, Result};
+use crate::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Mutex, Ordering};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
-use std::collections::HashMap;
+use std::cell::Cell;
+use std::collections::BTreeMap;
 
 const HUGE_PAGE: usize = 2 << 20;
 const MAX_SPAN_CHUNKS: usize = 16;
+/// Records are whole pages.
+const SMALLEST_SLOT: usize = 4096;
 
 /// What backs the arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,150 +128,329 @@ impl Drop for Arena {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Slot(usize);
 
+/// The slots of one model.
+#[derive(Debug)]
+pub(crate) struct Class {
+    model: u32,
+    slot_bytes: usize,
+    // Never zero, and never given twice in a process.
+    key: u64,
+    chunks: AtomicUsize,
+    slots: AtomicUsize,
+    most_chunks: AtomicUsize,
+}
+
+/// What a chunk belongs to. It changes only while no slot there is taken, so whoever holds a slot reads it safely.
+#[derive(Debug, Default)]
+struct Owner {
+    stamp: AtomicU64,
+    class: AtomicU64,
+    first_chunk: AtomicUsize,
+    slot_bytes: AtomicUsize,
+    slots: AtomicUsize,
+}
+
 #[derive(Debug)]
 struct Span {
-    model: u32,
-    first_chunk: usize,
+    class: Arc<Class>,
     chunks: usize,
-    slot_bytes: usize,
     slots: usize,
-    used: usize,
-    bits: Vec<u64>,
+}
+
+#[derive(Debug)]
+struct Books {
+    /// By first chunk.
+    spans: BTreeMap<usize, Span>,
+    /// The first chunk of the span that covers each chunk.
+    covered: Vec<Option<usize>>,
 }
 
 /// The allocator over the arena's chunks. It knows sizes and owners, never bytes.
 #[derive(Debug)]
 pub(crate) struct Pool {
     chunk_bytes: usize,
-    // Which span covers a chunk.
-    chunks: Vec<Option<usize>>,
-    spans: Vec<Option<Span>>,
-    // Spans of a model that have a free slot.
-    open: HashMap<u32, Vec<usize>>,
+    chunk_words: usize,
+    bits: Box<[AtomicU64]>,
+    owners: Box<[Owner]>,
+    free_chunks: AtomicUsize,
+    // Some word became wholly free since the spans were last looked through for empty ones.
+    emptied: AtomicBool,
+    books: Mutex<Books>,
+}
+
+/// Where a thread last took or gave back a slot of a class.
+#[derive(Clone, Copy)]
+struct Hint {
+    class: u64,
+    stamp: u64,
+    word: usize,
+}
+
+thread_local! {
+    // A thread that serves more than four models in turn looks for room a little more often.
+    static HINTS: [Cell<Hint>; 4] = const { [const { Cell::new(Hint { class: 0, stamp: 0, word: 0 }) }; 4] };
+}
+
+fn hint(class: u64) -> Option<Hint> {
+    let hint = HINTS.with(|hints| hints[class as usize % hints.len()].get());
+    (hint.class == class).then_some(hint)
+}
+
+fn remember(hint: Hint) {
+    HINTS.with(|hints| hints[hint.class as usize % hints.len()].set(hint));
+}
+
+// Names classes and stamps, over all pools of the process, since threads remember them.
+fn unique() -> u64 {
+    static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
+    // Relaxed: all that matters is that no two are equal.
+    NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
 }
 
 impl Pool {
     pub(crate) fn new(capacity: usize) -> Self {
         let chunk_bytes = (capacity / 64).next_multiple_of(HUGE_PAGE).clamp(HUGE_PAGE, 64 << 20);
-        let chunks = vec![None; (capacity / chunk_bytes).max(1)];
-        Self { chunk_bytes, chunks, spans: Vec::new(), open: HashMap::new() }
+        let chunks = (capacity / chunk_bytes).max(1);
+        let chunk_words = chunk_bytes / SMALLEST_SLOT / 64;
+        Self {
+            chunk_bytes,
+            chunk_words,
+            bits: std::iter::repeat_with(AtomicU64::default).take(chunks * chunk_words).collect(),
+            owners: std::iter::repeat_with(Owner::default).take(chunks).collect(),
+            free_chunks: AtomicUsize::new(chunks),
+            emptied: AtomicBool::new(false),
+            books: Mutex::new(Books { spans: BTreeMap::new(), covered: vec![None; chunks] }),
+        }
     }
 
-    // Bytes in slots that are taken.
-    #[cfg(test)]
-    fn used_bytes(&self) -> usize {
-        self.spans.iter().flatten().map(|s| s.used * s.slot_bytes).sum()
+    /// A model's slots; it has none yet.
+    pub(crate) fn class(&self, model: u32, slot_bytes: usize) -> Arc<Class> {
+        Arc::new(Class {
+            model,
+            slot_bytes: slot_bytes.next_multiple_of(SMALLEST_SLOT),
+            key: unique(),
+            chunks: AtomicUsize::new(0),
+            slots: AtomicUsize::new(0),
+            most_chunks: AtomicUsize::new(usize::MAX),
+        })
     }
 
     /// Whether a slot of that size can exist at all.
     pub(crate) fn fits(&self, slot_bytes: usize) -> bool {
-        slot_bytes <= self.chunk_bytes * self.chunks.len()
-    }
-
-    /// Bytes of the spans that a model holds.
-    pub(crate) fn held_bytes(&self, model: u32) -> usize {
-        let chunks: usize = self.spans.iter().flatten().filter(|s| s.model == model).map(|s| s.chunks).sum();
-        chunks * self.chunk_bytes
+        slot_bytes <= self.chunk_bytes * self.owners.len()
     }
 
     /// Takes a slot, opening a new span if there is room for one.
-    pub(crate) fn allocate(&mut self, model: u32, slot_bytes: usize) -> Option<Slot> {
-        if self.open.get(&model).is_none_or(Vec::is_empty) {
-            self.open_span(model, slot_bytes)?;
+    pub(crate) fn allocate(&self, class: &Arc<Class>) -> Option<Slot> {
+        self.allocate_near(class).or_else(|| self.search(class))
+    }
+
+    /// Takes a slot beside the one that this thread last took or gave back; it does not look elsewhere.
+    pub(crate) fn allocate_near(&self, class: &Class) -> Option<Slot> {
+        self.take(hint(class.key)?)
+    }
+
+    // Takes a slot of a word, if the span is still the one that is meant.
+    fn take(&self, hint: Hint) -> Option<Slot> {
+        let (chunk, word) = (hint.word / self.chunk_words, &self.bits[hint.word]);
+        let owner = &self.owners[chunk];
+        let mut free = word.load(Ordering::Relaxed);
+        while free != 0 {
+            let bit = free & free.wrapping_neg();
+            // Acquire pairs with the Release of who gave the slot back, or opened the span: what was done with the
+            // slot is done, and the stamp of a later span is seen below.
+            match word.compare_exchange_weak(free, free & !bit, Ordering::Acquire, Ordering::Relaxed) {
+                Ok(_) if owner.stamp.load(Ordering::Relaxed) == hint.stamp => {
+                    let first = owner.first_chunk.load(Ordering::Relaxed);
+                    let number = (hint.word - first * self.chunk_words) * 64 + bit.trailing_zeros() as usize;
+                    remember(hint);
+                    return Some(Slot(first * self.chunk_bytes + number * owner.slot_bytes.load(Ordering::Relaxed)));
+                }
+                // The span was closed, and another opened there.
+                Ok(_) => {
+                    word.fetch_or(bit, Ordering::Release);
+                    return None;
+                }
+                Err(now) => free = now,
+            }
         }
-        let open = self.open.get_mut(&model)?;
-        let index = *open.last()?;
-        let span = self.spans[index].as_mut()?;
-        debug_assert_eq!(span.slot_bytes, slot_bytes);
-        let word = span.bits.iter().position(|&w| w != u64::MAX)?;
-        let bit = span.bits[word].trailing_ones() as usize;
-        span.bits[word] |= 1 << bit;
-        span.used += 1;
-        if span.used == span.slots {
-            open.pop();
-        }
-        Some(Slot(span.first_chunk * self.chunk_bytes + (word * 64 + bit) * slot_bytes))
+        None
     }
 
     /// Gives a slot back.
-    pub(crate) fn free(&mut self, slot: Slot) {
-        let Some(index) = self.chunks[slot.0 / self.chunk_bytes] else {
-            debug_assert!(false, "free of a slot that is in no span");
-            return;
-        };
-        let Some(span) = self.spans[index].as_mut() else { return };
-        let number = (slot.0 - span.first_chunk * self.chunk_bytes) / span.slot_bytes;
-        let (word, bit) = (number / 64, 1u64 << (number % 64));
-        debug_assert!(span.bits[word] & bit != 0, "double free");
-        span.bits[word] &= !bit;
-        span.used -= 1;
-        let open = self.open.entry(span.model).or_default();
-        if span.used == 0 {
-            open.retain(|&i| i != index);
-            let (first, chunks) = (span.first_chunk, span.chunks);
-            self.chunks[first..first + chunks].fill(None);
-            self.spans[index] = None;
-        } else if span.used + 1 == span.slots {
-            open.push(index);
+    pub(crate) fn free(&self, slot: Slot) {
+        let owner = &self.owners[slot.0 / self.chunk_bytes];
+        // Relaxed: the slot came to this thread after its span was opened, and the span cannot close before this ends.
+        let read = |value: &AtomicUsize| value.load(Ordering::Relaxed);
+        let (first, slots) = (read(&owner.first_chunk), read(&owner.slots));
+        let number = (slot.0 - first * self.chunk_bytes) / read(&owner.slot_bytes);
+        let word = first * self.chunk_words + number / 64;
+        let (class, stamp) = (owner.class.load(Ordering::Relaxed), owner.stamp.load(Ordering::Relaxed));
+        remember(Hint { class, stamp, word });
+        let bit = 1u64 << (number % 64);
+        // Release: pairs with the Acquire of who takes the slot next.
+        let before = self.bits[word].fetch_or(bit, Ordering::Release);
+        debug_assert!(before & bit == 0, "double free");
+        // Relaxed: it says when a look is worth its while; the look itself takes every bit in turn.
+        if before | bit == free_bits(slots, number / 64) && !self.emptied.load(Ordering::Relaxed) {
+            self.emptied.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Slots that a model has or could open without anybody leaving.
-    pub(crate) fn slots_in_reach(&self, model: u32, slot_bytes: usize) -> usize {
-        let held: usize = self.spans.iter().flatten().filter(|s| s.model == model).map(|s| s.slots).sum();
-        let free = self.chunks.iter().filter(|c| c.is_none()).count();
-        held + free * self.chunk_bytes / slot_bytes
+    // Any word of the class that has room; else a new span.
+    fn search(&self, class: &Arc<Class>) -> Option<Slot> {
+        let mut books = self.books.lock();
+        for (&first, span) in books.spans.iter().filter(|(_, span)| span.class.key == class.key) {
+            let stamp = self.owners[first].stamp.load(Ordering::Relaxed);
+            for word in first * self.chunk_words..first * self.chunk_words + span.slots.div_ceil(64) {
+                if let Some(slot) = self.take(Hint { class: class.key, stamp, word }) {
+                    return Some(slot);
+                }
+            }
+        }
+        let first = self.open_span(&mut books, class).or_else(|| {
+            // Relaxed: a slot that comes back just now makes no difference to who did not see it.
+            let worth = self.emptied.swap(false, Ordering::Relaxed);
+            if worth { self.close_empty(&mut books).then(|| self.open_span(&mut books, class))? } else { None }
+        })?;
+        let stamp = self.owners[first].stamp.load(Ordering::Relaxed);
+        self.take(Hint { class: class.key, stamp, word: first * self.chunk_words })
+    }
+
+    fn open_span(&self, books: &mut Books, class: &Arc<Class>) -> Option<usize> {
+        let enough = class.slot_bytes.div_ceil(self.chunk_bytes);
+        let allowed = class.most_chunks.load(Ordering::Relaxed).saturating_sub(class.chunks.load(Ordering::Relaxed));
+        let best = self.span_chunks(class.slot_bytes)?.min(allowed);
+        // A shorter span is better than none when the arena is nearly full.
+        let free_run = |length: usize| books.covered.windows(length).position(|run| run.iter().all(Option::is_none));
+        let (first, chunks) = (enough..=best).rev().find_map(|n| Some((free_run(n)?, n)))?;
+        let slots = chunks * self.chunk_bytes / class.slot_bytes;
+        let stamp = unique();
+        for owner in &self.owners[first..first + chunks] {
+            // Relaxed: published by the bits below.
+            owner.class.store(class.key, Ordering::Relaxed);
+            owner.first_chunk.store(first, Ordering::Relaxed);
+            owner.slot_bytes.store(class.slot_bytes, Ordering::Relaxed);
+            owner.slots.store(slots, Ordering::Relaxed);
+            owner.stamp.store(stamp, Ordering::Relaxed);
+        }
+        books.covered[first..first + chunks].fill(Some(first));
+        books.spans.insert(first, Span { class: class.clone(), chunks, slots });
+        self.free_chunks.fetch_sub(chunks, Ordering::Relaxed);
+        class.chunks.fetch_add(chunks, Ordering::Relaxed);
+        class.slots.fetch_add(slots, Ordering::Relaxed);
+        for n in 0..slots.div_ceil(64) {
+            // Release: who takes a bit sees the owner above. Added, not stored: a thread that took the place for that
+            // of an earlier span may be about to give a bit back.
+            self.bits[first * self.chunk_words + n].fetch_or(free_bits(slots, n), Ordering::Release);
+        }
+        Some(first)
+    }
+
+    // Closes every span of which each slot could be taken; whether there was one.
+    fn close_empty(&self, books: &mut Books) -> bool {
+        let empty = |first: usize, span: &Span| {
+            let words = first * self.chunk_words..first * self.chunk_words + span.slots.div_ceil(64);
+            let all = |n: usize| free_bits(span.slots, n);
+            // Acquire: what was done with these slots is done.
+            let took = |n: usize, word: usize| {
+                self.bits[word].compare_exchange(all(n), 0, Ordering::Acquire, Ordering::Relaxed).is_ok()
+            };
+            let taken = words.clone().enumerate().take_while(|&(n, word)| took(n, word)).count();
+            if taken < words.len() {
+                for (n, word) in words.enumerate().take(taken) {
+                    self.bits[word].fetch_or(all(n), Ordering::Release);
+                }
+            }
+            taken == span.slots.div_ceil(64)
+        };
+        let gone: Vec<usize> =
+            books.spans.iter().filter(|&(&first, span)| empty(first, span)).map(|(&f, _)| f).collect();
+        for &first in &gone {
+            let Some(span) = books.spans.remove(&first) else { continue };
+            for owner in &self.owners[first..first + span.chunks] {
+                // Relaxed: no bit of it can be taken before a new span is opened, which orders this.
+                owner.stamp.store(0, Ordering::Relaxed);
+            }
+            books.covered[first..first + span.chunks].fill(None);
+            self.free_chunks.fetch_add(span.chunks, Ordering::Relaxed);
+            span.class.chunks.fetch_sub(span.chunks, Ordering::Relaxed);
+            span.class.slots.fetch_sub(span.slots, Ordering::Relaxed);
+        }
+        !gone.is_empty()
+    }
+
+    /// Closes the spans that are empty.
+    pub(crate) fn settle(&self) {
+        if self.emptied.swap(false, Ordering::Relaxed) {
+            self.close_empty(&mut self.books.lock());
+        }
+    }
+
+    /// Bytes of the spans that a class holds.
+    pub(crate) fn held_bytes(&self, class: &Class) -> usize {
+        // Relaxed, as below: a count to steer by.
+        class.chunks.load(Ordering::Relaxed) * self.chunk_bytes
+    }
+
+    /// Slots that a class has or could open without anybody leaving.
+    pub(crate) fn slots_in_reach(&self, class: &Class) -> usize {
+        let held = class.chunks.load(Ordering::Relaxed);
+        let allowed = class.most_chunks.load(Ordering::Relaxed).saturating_sub(held);
+        let free = self.free_chunks.load(Ordering::Relaxed).min(allowed);
+        class.slots.load(Ordering::Relaxed) + free * self.chunk_bytes / class.slot_bytes
+    }
+
+    /// Sets the most bytes of spans that a class may hold; what it holds beyond stays until it is emptied.
+    pub(crate) fn set_budget(&self, class: &Class, bytes: u64) {
+        let chunks = usize::try_from(bytes / self.chunk_bytes as u64).unwrap_or(usize::MAX);
+        class.most_chunks.store(chunks.max(class.slot_bytes.div_ceil(self.chunk_bytes)), Ordering::Relaxed);
+    }
+
+    /// Whether a class holds more than its budget.
+    pub(crate) fn over_budget(&self, class: &Class) -> bool {
+        class.chunks.load(Ordering::Relaxed) > class.most_chunks.load(Ordering::Relaxed)
     }
 
     /// The places where a span for such a slot could be, each with the spans that would have to go: their models and
     /// taken slots.
-    pub(crate) fn places_for(&self, slot_bytes: usize) -> impl Iterator<Item = Vec<(u32, Vec<Slot>)>> + '_ {
-        self.chunks.windows(slot_bytes.div_ceil(self.chunk_bytes)).map(|window| {
+    pub(crate) fn places_for(&self, slot_bytes: usize) -> Vec<Vec<(u32, Vec<Slot>)>> {
+        let books = self.books.lock();
+        let places = books.covered.windows(slot_bytes.div_ceil(self.chunk_bytes)).map(|window| {
             let mut covered: Vec<usize> = window.iter().copied().flatten().collect();
             covered.dedup();
-            covered.into_iter().filter_map(|index| Some(self.taken(self.spans[index].as_ref()?))).collect()
-        })
+            covered.into_iter().map(|first| self.taken(first, &books.spans[&first])).collect()
+        });
+        places.collect()
     }
 
-    fn taken(&self, span: &Span) -> (u32, Vec<Slot>) {
-        let taken = (0..span.slots).filter(|n| span.bits[n / 64] >> (n % 64) & 1 == 1);
-        let first = span.first_chunk * self.chunk_bytes;
-        (span.model, taken.map(|n| Slot(first + n * span.slot_bytes)).collect())
+    /// The spans of a class: the taken slots of each.
+    pub(crate) fn spans_of(&self, class: &Class) -> Vec<Vec<Slot>> {
+        let books = self.books.lock();
+        let own = books.spans.iter().filter(|(_, span)| span.class.key == class.key);
+        own.map(|(&first, span)| self.taken(first, span).1).collect()
+    }
+
+    fn taken(&self, first: usize, span: &Span) -> (u32, Vec<Slot>) {
+        let bit = |n: usize| self.bits[first * self.chunk_words + n / 64].load(Ordering::Relaxed) >> (n % 64) & 1;
+        let taken = (0..span.slots).filter(|&n| bit(n) == 0);
+        let slots = taken.map(|n| Slot(first * self.chunk_bytes + n * span.class.slot_bytes));
+        (span.class.model, slots.collect())
     }
 
     // The fewest chunks that waste at most 1/16, else the least wasteful number.
     fn span_chunks(&self, slot_bytes: usize) -> Option<usize> {
         let waste = |chunks: usize| (chunks * self.chunk_bytes) % slot_bytes;
         let enough = slot_bytes.div_ceil(self.chunk_bytes);
-        let candidates = enough..=self.chunks.len().min(MAX_SPAN_CHUNKS.max(enough));
+        let candidates = enough..=self.owners.len().min(MAX_SPAN_CHUNKS.max(enough));
         let good = candidates.clone().find(|&c| waste(c) * 16 <= c * self.chunk_bytes);
         good.or_else(|| candidates.min_by(|&a, &b| (waste(a) * b).cmp(&(waste(b) * a))))
     }
+}
 
-    fn open_span(&mut self, model: u32, slot_bytes: usize) -> Option<()> {
-        let best = self.span_chunks(slot_bytes)?;
-        let enough = slot_bytes.div_ceil(self.chunk_bytes);
-        // A shorter span is better than none when the arena is nearly full.
-        let (first, chunks) = (enough..=best).rev().find_map(|n| Some((self.free_run(n)?, n)))?;
-        let slots = chunks * self.chunk_bytes / slot_bytes;
-        let mut bits = vec![0u64; slots.div_ceil(64)];
-        if !slots.is_multiple_of(64) {
-            bits[slots / 64] = u64::MAX << (slots % 64);
-        }
-        let span = Span { model, first_chunk: first, chunks, slot_bytes, slots, used: 0, bits };
-        let index = self.spans.iter().position(Option::is_none).unwrap_or(self.spans.len());
-        if index == self.spans.len() {
-            self.spans.push(None);
-        }
-        self.spans[index] = Some(span);
-        self.chunks[first..first + chunks].fill(Some(index));
-        self.open.entry(model).or_default().push(index);
-        Some(())
-    }
-
-    fn free_run(&self, length: usize) -> Option<usize> {
-        self.chunks.windows(length).position(|run| run.iter().all(Option::is_none))
-    }
+// Word `n` of a span of so many slots while all are free.
+fn free_bits(slots: usize, n: usize) -> u64 {
+    u64::MAX >> 64usize.saturating_sub(slots - n * 64)
 }
 
 #[cfg(test)]
@@ -268,6 +459,11 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::HashMap;
 
+    fn used_slots(pool: &Pool) -> usize {
+        let books = pool.books.lock();
+        books.spans.iter().map(|(&first, span)| pool.taken(first, span).1.len()).sum()
+    }
+
     proptest! {
         #[test]
         fn slots_never_overlap_and_every_byte_comes_back(
@@ -275,37 +471,92 @@ mod tests {
             steps in prop::collection::vec((0usize..4, any::<bool>(), any::<prop::sample::Index>()), 1..300),
         ) {
             let capacity = 24 << 20;
-            let mut pool = Pool::new(capacity);
+            let pool = Pool::new(capacity);
+            let classes: Vec<_> = sizes.iter().enumerate().map(|(n, pages)| pool.class(n as u32, pages * 4096)).collect();
             let mut live: HashMap<Slot, usize> = HashMap::new();
             for (model, give, pick) in steps {
-                let model = model % sizes.len();
-                let bytes = sizes[model] * 4096;
+                let class = &classes[model % sizes.len()];
                 if give && !live.is_empty() {
                     let slot = *live.keys().nth(pick.index(live.len())).expect("index is in range");
                     live.remove(&slot);
                     pool.free(slot);
-                } else if let Some(slot) = pool.allocate(model as u32, bytes) {
+                } else if let Some(slot) = pool.allocate(class) {
                     for (other, len) in &live {
-                        prop_assert!(slot.0 + bytes <= other.0 || other.0 + len <= slot.0);
+                        prop_assert!(slot.0 + class.slot_bytes <= other.0 || other.0 + len <= slot.0);
                     }
-                    prop_assert!(slot.0 + bytes <= capacity);
-                    live.insert(slot, bytes);
+                    prop_assert!(slot.0 + class.slot_bytes <= capacity);
+                    live.insert(slot, class.slot_bytes);
                 }
-                prop_assert_eq!(pool.used_bytes(), live.values().sum::<usize>());
+                prop_assert_eq!(used_slots(&pool), live.len());
             }
             for slot in live.into_keys() {
                 pool.free(slot);
             }
-            prop_assert_eq!(pool.used_bytes(), 0);
-            prop_assert!(pool.chunks.iter().all(Option::is_none));
+            pool.settle();
+            prop_assert!(pool.books.lock().covered.iter().all(Option::is_none));
+            prop_assert!(pool.bits.iter().all(|word| word.load(Ordering::Relaxed) == 0));
+            prop_assert!(classes.iter().all(|class| pool.held_bytes(class) == 0));
         }
     }
 
     #[test]
     fn one_model_can_use_nearly_the_whole_arena() {
-        let mut pool = Pool::new(64 << 20);
-        let slot = 737 * 1024 / 4096 * 4096;
-        let taken = std::iter::from_fn(|| pool.allocate(0, slot)).count();
-        assert!(taken * slot > (64 << 20) * 15 / 16, "{taken} slots of {slot}");
+        let pool = Pool::new(64 << 20);
+        let class = pool.class(0, 737 * 1024 / 4096 * 4096);
+        let taken = std::iter::from_fn(|| pool.allocate(&class)).count();
+        assert!(taken * class.slot_bytes > (64 << 20) * 15 / 16, "{taken} slots of {}", class.slot_bytes);
+    }
+
+    #[test]
+    fn a_class_opens_no_span_beyond_its_budget() {
+        let pool = Pool::new(64 << 20);
+        let class = pool.class(0, 4096);
+        pool.set_budget(&class, 5 << 20);
+        assert_eq!(std::iter::from_fn(|| pool.allocate(&class)).count(), 2 * 512);
+        assert!(!pool.over_budget(&class));
+        pool.set_budget(&class, 0);
+        assert!(pool.over_budget(&class), "one span is the least");
+    }
+
+    // Each slot has one owner at a time: who has it writes its mark there, and finds it when giving it back.
+    #[test]
+    fn threads_never_share_a_slot_while_spans_come_and_go() {
+        let pool = Pool::new(8 << 20);
+        let classes = [1, 2, 3].map(|pages| pool.class(pages as u32, pages * 4096));
+        let marks: Vec<AtomicU64> = std::iter::repeat_with(AtomicU64::default).take((8 << 20) / 4096).collect();
+        std::thread::scope(|scope| {
+            for thread in 1..=4u64 {
+                let (pool, marks, classes) = (&pool, &marks, &classes);
+                scope.spawn(move || {
+                    let mut held: Vec<(Slot, usize)> = Vec::new();
+                    let give_back = |(slot, pages): (Slot, usize)| {
+                        for mark in &marks[slot.0 / 4096..slot.0 / 4096 + pages] {
+                            assert_eq!(mark.swap(0, Ordering::Relaxed), thread);
+                        }
+                        pool.free(slot);
+                    };
+                    let mut chance = thread;
+                    for step in 0..1_000_000u64 {
+                        chance = chance.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(thread);
+                        let pages = 1 + (step / 1000 + thread) as usize % 3;
+                        // Now and then everything goes, so that spans are closed and opened by others.
+                        if step % 1000 == 0 {
+                            held.drain(..).for_each(give_back);
+                        } else if chance >> 60 < 7 {
+                            held.pop().map_or((), give_back);
+                        } else if let Some(slot) = pool.allocate(&classes[pages - 1]) {
+                            for mark in &marks[slot.0 / 4096..slot.0 / 4096 + pages] {
+                                assert_eq!(mark.swap(thread, Ordering::Relaxed), 0);
+                            }
+                            held.push((slot, pages));
+                        }
+                    }
+                    held.into_iter().for_each(give_back);
+                });
+            }
+        });
+        assert_eq!(used_slots(&pool), 0);
+        pool.settle();
+        assert!(pool.books.lock().covered.iter().all(Option::is_none));
     }
 }

@@ -4,7 +4,7 @@
 //! valid at each step that can panic, so the guard is taken anyway and serving goes on.
 
 pub(crate) use std::sync::Arc;
-pub(crate) use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+pub(crate) use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use std::sync::PoisonError;
 use std::time::Duration;

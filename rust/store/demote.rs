@@ -230,8 +230,8 @@ impl State {
     // A model whose turn it is to have blocks written. With `write_back` that is one of which less than a quarter of
     // what it can reach of RAM is clean or free.
     fn model_to_demote(&self, policy: WritePolicy) -> Option<u32> {
-        let due = |(id, model): &(&u32, &ModelState)| {
-            let slots = self.ram.pool.slots_in_reach(**id, model.geometry.record_bytes()) as u64;
+        let due = |(_, model): &(&u32, &ModelState)| {
+            let slots = self.ram.pool.slots_in_reach(&model.class) as u64;
             let wanted =
                 self.flushing > 0 || policy == WritePolicy::WriteThrough || model.dirty_blocks * 4 >= slots * 3;
             wanted && !model.dirty.is_empty() && model.disk.is_some()

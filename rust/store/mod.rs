@@ -239,6 +239,7 @@ impl Store {
         }
         let id = state.next_model;
         state.next_model += 1;
+        let class = state.ram.pool.class(id, geometry.record_bytes());
         // The name is taken from here on; the file is read without the lock.
         state.models.insert(
             id,
@@ -246,6 +247,7 @@ impl Store {
                 name: name.clone(),
                 geometry: *geometry,
                 weight: u64::from((*weight).max(1)),
+                class,
                 counts: Counts::default(),
                 disk: None,
                 dirty: VecDeque::new(),
@@ -319,6 +321,7 @@ impl Store {
             state.retired.add(&gone.counts);
         }
         state.ram.forget(model.id);
+        state.ram.pool.settle();
         drop(state);
         let (Some(ssd), Some(disk)) = (&self.shared.ssd, disk) else { return Ok(()) };
         let path = disk.file.path();

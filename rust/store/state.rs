@@ -6,7 +6,7 @@
 //! (in RAM, not leased, no child in RAM).
 
 use crate::block::{BlockHash, Geometry};
-use crate::pool::Slot;
+use crate::pool::{Class, Slot};
 use crate::ram::Ram;
 use crate::ssd::record::Entry;
 use crate::ssd::{ModelFile, Phase, Place, Segment, Ssd, Stale, control_bytes};
@@ -22,6 +22,8 @@ pub(crate) struct ModelState {
     pub(crate) name: String,
     pub(crate) geometry: Geometry,
     pub(crate) weight: u64,
+    /// Its slots in RAM.
+    pub(crate) class: Arc<Class>,
     pub(crate) counts: Counts,
     pub(crate) disk: Option<Disk>,
     /// Blocks put and not yet on SSD, by rising ticket. An entry may be outdated; its node's `queued` tells.
@@ -253,12 +255,13 @@ impl State {
     /// Takes a slot for a model, making room if need be. A model below its share of the arena takes from those above
     /// theirs; otherwise it evicts its own. `may_lose` allows evicting blocks that are not on SSD.
     pub(crate) fn allocate(&mut self, model: u32, may_lose: bool) -> Option<Slot> {
+        let class = self.models.get(&model)?.class.clone();
         let slot_bytes = self.models.get(&model)?.geometry.record_bytes();
         loop {
-            if let Some(slot) = self.ram.pool.allocate(model, slot_bytes) {
+            if let Some(slot) = self.ram.pool.allocate(&class) {
                 return Some(slot);
             }
-            let below_share = self.ram.pool.held_bytes(model) as u64 + slot_bytes as u64 <= self.ram_share(model);
+            let below_share = self.ram.pool.held_bytes(&class) as u64 + slot_bytes as u64 <= self.ram_share(model);
             let own_first: [fn(&mut Self, u32, bool) -> bool; 2] = [Self::evict_own, Self::take_span];
             let others_first = [own_first[1], own_first[0]];
             let ways = if below_share { others_first } else { own_first };
@@ -295,8 +298,10 @@ impl State {
     // Empties the coldest place for one slot that is held by models above their shares.
     fn take_span(&mut self, taker: u32, may_lose: bool) -> bool {
         let Some(slot_bytes) = self.models.get(&taker).map(|m| m.geometry.record_bytes()) else { return false };
-        let above = |id: u32| id != taker && self.ram.pool.held_bytes(id) as u64 > self.ram_share(id);
-        let givers: Vec<u32> = self.models.keys().copied().filter(|&id| above(id)).collect();
+        let above = |&(&id, model): &(&u32, &ModelState)| {
+            id != taker && self.ram.pool.held_bytes(&model.class) as u64 > self.ram_share(id)
+        };
+        let givers: Vec<u32> = self.models.iter().filter(above).map(|(&id, _)| id).collect();
         let last_use = |slot: &Slot| {
             let node = &self.trie[self.ram.holder(*slot)?];
             (node.refs == 0 && !node.doomed && (may_lose || node.ssd.is_some())).then_some(node.last_use)
@@ -305,6 +310,7 @@ impl State {
             .ram
             .pool
             .places_for(slot_bytes)
+            .into_iter()
             .filter(|spans| !spans.is_empty() && spans.iter().all(|(model, _)| givers.contains(model)))
             .filter_map(|spans| {
                 let slots: Vec<Slot> = spans.into_iter().flat_map(|(_, slots)| slots).collect();
