@@ -3,13 +3,15 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-engines check bench wheel clean
+.PHONY: help setup demo test test-engines prove check bench wheel clean
 
 PYTHON ?= python3
 SUITE ?= main
 ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+# These builds replace the atomics of the whole crate.
+PROOFS := $(or $(CARGO_TARGET_DIR),target)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
 # Stamps: a step runs again only when what it reads has changed.
@@ -38,6 +40,12 @@ test-engines: $(NATIVE) $(ENGINES) ## Run the tests against torch and transforme
 	@echo 'make: Python tests on real engines, and the demo on a tiny model'
 	$(BIN)/python -m pytest tests/engines
 	$(BIN)/stratakv demo --tiny
+
+prove: $(TOOLS) ## Check the index: all executions of its state word, random schedules of the whole; ROUNDS= for more.
+	@echo 'make: every execution (loom)'
+	RUSTFLAGS='--cfg loom' cargo test --locked --release --lib --target-dir '$(PROOFS)/loom' executions
+	@echo 'make: random schedules (shuttle)'
+	RUSTFLAGS='--cfg shuttle' cargo test --locked --release --lib --target-dir '$(PROOFS)/shuttle' schedules
 
 check: $(NATIVE) ## Format, lints, types, stubs, floors; warnings are errors.
 	cargo fmt --check

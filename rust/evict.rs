@@ -1,11 +1,11 @@
 //! Order of eviction inside one tier and model: least recently used first, among the leaves.
 //!
-//! Only blocks that may leave are listed: in the tier, not leased, and with no child in the tier. When the last child
+//! Only leaves are listed: blocks in the tier with no child in the tier. Whether one is leased is asked when it is to go. When the last child
 //! leaves, its parent is listed with its own last use, so a cold chain leaves as a whole, tail first.
 
 use std::collections::BTreeSet;
 
-/// Blocks that may leave, coldest first.
+/// Leaves, coldest first.
 #[derive(Debug, Default)]
 pub(crate) struct Lru {
     order: BTreeSet<(u64, u32)>,
@@ -21,7 +21,8 @@ impl Lru {
         debug_assert!(listed, "a block is removed under the use it was listed with");
     }
 
-    pub(crate) fn coldest(&self) -> Option<u32> {
-        self.order.first().map(|&(_, node)| node)
+    /// The coldest of those that may leave.
+    pub(crate) fn coldest(&self, may_leave: impl Fn(u32) -> bool) -> Option<u32> {
+        self.order.iter().map(|&(_, node)| node).find(|&node| may_leave(node))
     }
 }

@@ -543,7 +543,7 @@ mod tests {
                         if step % 1000 == 0 {
                             held.drain(..).for_each(give_back);
                         } else if chance >> 60 < 7 {
-                            held.pop().map_or((), give_back);
+                            held.pop().into_iter().for_each(give_back);
                         } else if let Some(slot) = pool.allocate(&classes[pages - 1]) {
                             for mark in &marks[slot.0 / 4096..slot.0 / 4096 + pages] {
                                 assert_eq!(mark.swap(thread, Ordering::Relaxed), 0);

@@ -21,9 +21,9 @@ impl Evictable {
     }
 
     /// The block that leaves next.
-    pub(crate) fn victim(&self, may_lose: bool) -> Option<NodeId> {
-        let dirty = || if may_lose { self.dirty.coldest() } else { None };
-        self.clean.coldest().or_else(dirty)
+    pub(crate) fn victim(&self, may_lose: bool, may_leave: impl Fn(NodeId) -> bool) -> Option<NodeId> {
+        let dirty = || if may_lose { self.dirty.coldest(&may_leave) } else { None };
+        self.clean.coldest(&may_leave).or_else(dirty)
     }
 }
 
@@ -53,9 +53,8 @@ impl Ram {
         self.holders.insert(slot, node);
     }
 
-    pub(crate) fn release(&mut self, slot: Slot) {
+    pub(crate) fn let_go(&mut self, slot: Slot) {
         self.holders.remove(&slot);
-        self.pool.free(slot);
     }
 
     /// The block in a slot; `None` while the slot is being filled and belongs to no block yet.

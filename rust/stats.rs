@@ -168,6 +168,10 @@ pub struct Snapshot {
     pub ssd_io: &'static str,
     /// Why the SSD tier takes no writes at present, if so.
     pub ssd_read_only: Option<String>,
-    /// Nodes of the index.
+    /// Blocks in the index.
     pub index_blocks: u64,
+    /// Bytes of memory that it takes when full.
+    pub index_bytes: u64,
+    /// Blocks that it had no room for.
+    pub index_refused: u64,
 }

@@ -479,3 +479,43 @@ fn an_arena_of_no_or_of_endless_bytes_is_refused() {
         assert!([ErrorKind::Config, ErrorKind::Io].contains(&opened.expect_err("no such memory").kind()));
     }
 }
+
+#[test]
+fn a_lowered_ram_budget_is_met_behind_and_blocks_stay_on_the_ssd() {
+    for on_ssd in [false, true] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = on_ssd.then(|| directory.path());
+        let store = Store::open(options(path, 16 * MIB, 64 * MIB)).expect("the directory is free");
+        let (model, other) = (register(&store, "m", COARSE), register(&store, "other", FINE));
+        (0..8).for_each(|seed| assert_eq!(put(&store, &model, &sequence(seed, 15, &COARSE)), 15));
+        let held = hold(&store, &model, &sequence(3, 15, &COARSE));
+        let used = |store: &Store| store.snapshot().models[0].1.tiers[0].used_bytes;
+        assert!(used(&store) > 15 * MIB);
+        store.set_ram_budget(&model, Some(4 * MIB)).expect("it is more than one block");
+        let started = std::time::Instant::now();
+        while used(&store) > 4 * MIB {
+            assert!(started.elapsed().as_secs() < 30, "{} bytes are left", used(&store));
+            thread::yield_now();
+        }
+        assert_eq!(load(&held, &model, &sequence(3, 15, &COARSE)), 15, "what is held stays");
+        let found: usize = (0..8).map(|seed| fetch(&store, &model, &sequence(seed, 15, &COARSE))).sum();
+        assert!(if on_ssd { found == 120 } else { (15..=30).contains(&found) }, "{found} blocks");
+        assert!(put(&store, &model, &sequence(9, 15, &COARSE)) > 0 && used(&store) <= 4 * MIB);
+        assert!(put(&store, &other, &sequence(0, 170, &FINE)) == 170, "the room is free for others");
+        assert_eq!(store.set_ram_budget(&model, Some(MIB / 8)).expect_err("below a block").kind(), ErrorKind::Input);
+        store.set_ram_budget(&model, None).expect("it is registered");
+        assert_eq!(put(&store, &model, &sequence(10, 60, &COARSE)), 60);
+    }
+}
+
+#[test]
+fn a_full_index_stores_no_more_and_counts_it() {
+    let index_bytes = Some(77 * 10);
+    let store = Store::open(Options { index_bytes, ..options(None, 4 * MIB, 0) }).expect("memory is to be had");
+    let model = register(&store, "m", FINE);
+    assert_eq!(put(&store, &model, &sequence(0, 12, &FINE)), 10);
+    assert_eq!(fetch(&store, &model, &sequence(0, 12, &FINE)), 10);
+    let snapshot = store.snapshot();
+    assert!(snapshot.index_refused >= 1 && snapshot.total.put_refused == 2 && snapshot.index_blocks == 10);
+    assert!(snapshot.index_bytes <= 96 * 10);
+}

@@ -18,6 +18,7 @@ class Store:
         ssd: tuple[str | os.PathLike[str] | None, int | str, int | str, str] | None,
         secret: str | None,
         threads: int,
+        index_bytes: int | str | None,
     ) -> Store: ...
     def register(
         self, name: str, weights_version: str, geometry: tuple[int, int, int, int, str, int], weight: int
@@ -34,6 +35,7 @@ class Model:
     def put(
         self, tokens: object, kv: object, layout: str, batch: int, pages: object, adapter: str, tenant: str
     ) -> int: ...
+    def set_ram_budget(self, budget_bytes: int | None) -> None: ...
     def unregister(self) -> None: ...
 
 @final

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from stratakv import _native
-from stratakv.config import Geometry
+from stratakv.config import Geometry, parse_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,6 +243,22 @@ class ModelCache:
             ClosedError: the store is closed.
         """
         return self._model.put(tokens, kv, layout, batch, pages, adapter, tenant)
+
+    def set_ram_budget(self, budget: int | str | None) -> None:
+        """Limits what the model holds of RAM from now on, to whole chunks of the arena and one at least.
+
+        What it holds beyond is written to SSD, where there is one, and evicted, behind this call.
+
+        Args:
+            budget: bytes, as ``4 << 30`` or ``"4GiB"``; ``None`` ends the limit.
+
+        Raises:
+            ConfigError: a size that makes no sense.
+            InputError: a budget below one block.
+            ModelNotFoundError: the model is not registered.
+            ClosedError: the store is closed.
+        """
+        self._model.set_ram_budget(None if budget is None else parse_bytes(budget, "budget"))
 
     def stats(self) -> Stats:
         """Counters of this model."""

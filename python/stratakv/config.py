@@ -150,10 +150,13 @@ class StoreConfig:
     Attributes:
         secret: what block hashes are keyed with. ``None``: the SSD directory keeps a random one of its own.
         threads: threads that copy and read, the caller's included; 0 is one per core.
+        index_bytes: memory that the index may take; it is used as blocks come, about 77 bytes for each. ``None``:
+            enough for blocks of 16 KiB in all tiers. A full index takes no new blocks, and counts them.
     """
 
     secret: str | None = field(default=None, repr=False)
     threads: int = 0
+    index_bytes: int | str | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -161,6 +164,8 @@ class StoreConfig:
             raise ConfigError("store.secret is empty or not text, expected a passphrase, or no setting at all")
         if not isinstance(self.threads, int) or isinstance(self.threads, bool) or not 0 <= self.threads <= 1024:
             raise ConfigError(f"store.threads is {self.threads!r}, expected an integer from 0 to 1024")
+        if self.index_bytes is not None:
+            object.__setattr__(self, "index_bytes", parse_bytes(self.index_bytes, "store.index_bytes"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

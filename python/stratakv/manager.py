@@ -29,6 +29,8 @@ class Status:
         ssd_io: ``direct``, ``buffered`` or ``off``.
         ssd_read_only: why the SSD takes no writes at present; ``None`` if it does.
         index_blocks: blocks in the index.
+        index_bytes: memory that the index takes when it is full.
+        index_refused_blocks: blocks that were not stored because it was full.
         threads: threads that copy and read.
     """
 
@@ -39,6 +41,8 @@ class Status:
     ssd_io: str
     ssd_read_only: str | None
     index_blocks: int
+    index_bytes: int
+    index_refused_blocks: int
     threads: int
 
 
@@ -59,6 +63,7 @@ class CacheManager:
             ssd=tier,
             secret=config.store.secret,
             threads=config.store.threads,
+            index_bytes=config.store.index_bytes,
         )
         self._lock = threading.Lock()
         self._models: dict[str, tuple[ModelCache, _native.Model, tuple[str, int]]] = {}
@@ -102,10 +107,13 @@ class CacheManager:
 
         Raises:
             ModelNotFoundError: no such model.
+            StoreError: its file cannot be removed, and is in the way of a model that is registered as this one was.
         """
         with self._lock:
-            self._entry(name)[1].unregister()
+            model = self._entry(name)[1]
+            # Whatever becomes of its file, its blocks are forgotten.
             del self._models[name]
+            model.unregister()
 
     def __getitem__(self, name: str) -> ModelCache:
         """The cache of a registered model.

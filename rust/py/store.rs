@@ -20,13 +20,14 @@ pub(super) struct Store {
 impl Store {
     /// Opens a store. `ssd` is `(path, capacity_bytes, segment_bytes, policy)` or `None`.
     #[new]
-    #[pyo3(signature = (*, ram_capacity_bytes, ssd, secret, threads))]
+    #[pyo3(signature = (*, ram_capacity_bytes, ssd, secret, threads, index_bytes))]
     fn new(
         py: Python<'_>,
         ram_capacity_bytes: u64,
         ssd: Option<(std::path::PathBuf, u64, u64, String)>,
         secret: Option<String>,
         threads: usize,
+        index_bytes: Option<u64>,
     ) -> PyResult<Self> {
         let mut policy = WritePolicy::default();
         let mut tier = None;
@@ -41,7 +42,7 @@ impl Store {
             };
             tier = Some(SsdOptions { path, capacity_bytes, segment_bytes });
         }
-        let options = Options { ram_capacity_bytes, ssd: tier, policy, secret, threads };
+        let options = Options { ram_capacity_bytes, ssd: tier, policy, secret, threads, index_bytes };
         let store = py.detach(|| crate::Store::open(options)).or_raise(py)?;
         Ok(Self { store: Arc::new(store) })
     }
@@ -91,6 +92,8 @@ impl Store {
         out.set_item("ssd_io", snapshot.ssd_io)?;
         out.set_item("ssd_read_only", snapshot.ssd_read_only)?;
         out.set_item("index_blocks", snapshot.index_blocks)?;
+        out.set_item("index_bytes", snapshot.index_bytes)?;
+        out.set_item("index_refused_blocks", snapshot.index_refused)?;
         out.set_item("threads", self.store.threads())?;
         Ok(out)
     }
@@ -176,6 +179,11 @@ impl Model {
         let outcome = py.detach(|| self.store.put(&self.model, &ids, adapter, tenant, &view));
         keep_alive(tensors);
         Ok(outcome.or_raise(py)?.tokens)
+    }
+
+    /// Limits the model's bytes in RAM, or no longer.
+    fn set_ram_budget(&self, py: Python<'_>, budget_bytes: Option<u64>) -> PyResult<()> {
+        py.detach(|| self.store.set_ram_budget(&self.model, budget_bytes)).or_raise(py)
     }
 
     /// Frees everything of the model.

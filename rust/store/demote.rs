@@ -4,7 +4,10 @@
 //! to the open segment. A block stays in RAM, held, while it is written; afterwards it is *clean* and may leave RAM at
 //! once. With `write_back` the thread keeps a quarter of RAM clean or free, with `write_through` everything. Nothing
 //! waits for it: a block that has to leave RAM before its turn is lost, and counted.
+//!
+//! The same thread takes RAM back from a model whose budget was lowered, once its blocks are on SSD.
 
+use super::nodes::NodeId;
 use super::room::{Leaver, Room};
 use super::state::{ModelState, State, Writing};
 use super::{Shared, WritePolicy};
@@ -13,7 +16,6 @@ use crate::pool::Slot;
 use crate::ssd::record::{Entry, RecordIdentity, record_head};
 use crate::ssd::{ModelFile, Phase, Place, Segment};
 use crate::sync::Arc;
-use crate::trie::NodeId;
 use std::time::{Duration, Instant};
 
 /// A run is at most this long, unless one record is longer.
@@ -83,7 +85,7 @@ impl Shared {
         if ended.is_err() {
             let mut state = self.state.lock();
             let held = state.writing.take().map_or_else(Vec::new, |w| w.blocks);
-            state.release(&held);
+            state.nodes.release(&held);
             state.ssd_read_only = Some(("the demotion thread panicked".into(), Instant::now()));
             self.idle.notify_all();
         }
@@ -92,6 +94,13 @@ impl Shared {
     fn demote_until_closed(&self) {
         let mut state = self.state.lock();
         while !state.closed {
+            state.catch_up(&self.touched);
+            if state.shrink_one() {
+                // Requests come first.
+                drop(state);
+                state = self.state.lock();
+                continue;
+            }
             if let Some(since) = state.ssd_read_only.as_ref().map(|(_, since)| *since) {
                 self.idle.notify_all();
                 if since.elapsed() < RETRY {
@@ -102,7 +111,9 @@ impl Shared {
             }
             let Some(model) = state.model_to_demote(self.policy) else {
                 self.idle.notify_all();
-                state = self.work.wait(state);
+                // What is still held today may be free later, and nobody calls for that.
+                let shrinking = state.models.values().any(|m| state.ram.pool.over_budget(&m.class));
+                state = if shrinking { self.work.wait_timeout(state, RETRY) } else { self.work.wait(state) };
                 continue;
             };
             match self.next(&mut state, model) {
@@ -142,11 +153,10 @@ impl Shared {
         if let Some(index) = open_place(state, model, bytes) {
             return self.run(state, model, (first, ticket), index, false).map_or(Next::Skip, Next::Write);
         }
-        // Held meanwhile: the segment that gives way must not hold what this block continues.
-        let path: Vec<NodeId> = std::iter::successors(Some(first), |&id| state.trie[id].parent).collect();
-        state.lease(&path);
+        // Held meanwhile, and so all that it continues: what gives way for it must not be that.
+        let held = state.nodes.lease(&[first]).to_vec();
         let room = state.room_for_segment(model);
-        state.release(&path);
+        state.nodes.release(&held);
         match room {
             Room::Here(reused) => {
                 let Some(index) = state.open_segment(model, reused) else { return Next::Skip };
@@ -176,18 +186,22 @@ impl Shared {
         let mut blocks: Vec<Block> = Vec::new();
         let mut next = Some(first);
         while let Some((id, ticket)) = next {
-            let node = &state.trie[id];
-            let Some(slot) = node.ram.filter(|_| blocks.len() < most) else {
+            let nodes = &state.nodes;
+            let Some(slot) = nodes[id].ram.filter(|_| blocks.len() < most) else {
                 state.requeue_dirty(id, ticket);
                 break;
             };
+            if nodes.lease(&[id]).is_empty() {
+                // A million matches hold it: it stays in RAM alone.
+                next = next_dirty(state, model);
+                continue;
+            }
             let identity = RecordIdentity {
-                hash: secret.seal(node.hash),
-                parent: node.parent.map_or([0; 16], |p| secret.seal(state.trie[p].hash)),
-                depth: node.depth,
+                hash: secret.seal(nodes.hash(id)),
+                parent: nodes.parent(id).map_or([0; 16], |p| secret.seal(nodes.hash(p))),
+                depth: nodes.depth(id),
             };
             blocks.push(Block { node: id, slot, identity, ticket });
-            state.lease(&[id]);
             next = next_dirty(state, model);
         }
         if let Some(segment) = state.segment(model, index) {
@@ -232,8 +246,10 @@ impl State {
     fn model_to_demote(&self, policy: WritePolicy) -> Option<u32> {
         let due = |(_, model): &(&u32, &ModelState)| {
             let slots = self.ram.pool.slots_in_reach(&model.class) as u64;
-            let wanted =
-                self.flushing > 0 || policy == WritePolicy::WriteThrough || model.dirty_blocks * 4 >= slots * 3;
+            let wanted = self.flushing > 0
+                || policy == WritePolicy::WriteThrough
+                || model.dirty_blocks * 4 >= slots * 3
+                || self.ram.pool.over_budget(&model.class);
             wanted && !model.dirty.is_empty() && model.disk.is_some()
         };
         self.models.iter().filter(due).max_by_key(|(id, model)| (model.dirty_blocks, **id)).map(|(id, _)| *id)
@@ -241,20 +257,20 @@ impl State {
 
     /// Notes a block that is in RAM only.
     pub(super) fn enqueue_dirty(&mut self, id: NodeId) {
-        let (model, hash) = (self.trie[id].model, self.trie[id].hash);
-        self.trie[id].queued = true;
+        let (model, hash) = (self.nodes.model(id), self.nodes.hash(id));
+        self.nodes[id].queued = true;
         self.last_ticket += 1;
         let Some(books) = self.models.get_mut(&model) else { return };
         books.dirty.push_back((self.last_ticket, hash));
         if books.dirty.len() as u64 > 1024 + 4 * books.dirty_blocks {
-            let trie = &self.trie;
-            books.dirty.retain(|&(_, hash)| trie.find(hash).is_some_and(|id| trie[id].queued));
+            let nodes = &self.nodes;
+            books.dirty.retain(|&(_, hash)| nodes.find(hash).is_some_and(|id| nodes[id].queued));
         }
     }
 
     fn requeue_dirty(&mut self, id: NodeId, ticket: u64) {
-        let (model, hash) = (self.trie[id].model, self.trie[id].hash);
-        self.trie[id].queued = true;
+        let (model, hash) = (self.nodes.model(id), self.nodes.hash(id));
+        self.nodes[id].queued = true;
         if let Some(books) = self.models.get_mut(&model) {
             books.dirty.push_front((ticket, hash));
         }
@@ -269,8 +285,8 @@ impl State {
 
 fn next_dirty(state: &mut State, model: u32) -> Option<(NodeId, u64)> {
     while let Some((ticket, hash)) = state.models.get_mut(&model)?.dirty.pop_front() {
-        if let Some(id) = state.trie.find(hash) {
-            let node = &mut state.trie[id];
+        if let Some(id) = state.nodes.find(hash) {
+            let node = &mut state.nodes[id];
             let due = std::mem::take(&mut node.queued) && node.ram.is_some() && node.ssd.is_none();
             if due {
                 return Some((id, ticket));
@@ -318,7 +334,7 @@ fn commit(state: &mut State, run: Run, outcome: Outcome) {
         Outcome::Written => {
             for (n, block) in run.blocks.iter().enumerate() {
                 let place = Place { offset: run.place.offset + n as u64 * bytes, ..run.place };
-                if !state.trie[block.node].doomed {
+                if state.nodes.is_linked(block.node) {
                     let entry = Entry { block: block.identity, offset: place.offset, bytes };
                     state.place_on_ssd(block.node, place, entry);
                 }
@@ -327,7 +343,7 @@ fn commit(state: &mut State, run: Run, outcome: Outcome) {
         Outcome::Failed { error, vacant } => {
             fail(state, run.model, &error);
             for block in run.blocks.iter().rev() {
-                if !state.trie[block.node].doomed {
+                if state.nodes.is_linked(block.node) {
                     state.requeue_dirty(block.node, block.ticket);
                 }
             }
@@ -342,7 +358,7 @@ fn commit(state: &mut State, run: Run, outcome: Outcome) {
         }
     }
     let ids: Vec<NodeId> = run.blocks.iter().map(|b| b.node).collect();
-    state.release(&ids);
+    state.nodes.release(&ids);
 }
 
 fn fail(state: &mut State, model: u32, error: &std::io::Error) {

@@ -13,6 +13,7 @@ use crate::ssd::record::{read_record, tokens_of};
 use crate::ssd::{ModelFile, Place};
 use crate::stats::{Miss, Tier};
 use crate::sync::{Arc, Mutex, Ordering};
+use crate::trie::NodeId;
 use std::ops::Range;
 
 /// What a load did.
@@ -41,7 +42,7 @@ impl Lease {
     pub fn load(&self, view: &KvView) -> Result<LoadOutcome> {
         let geometry = self.model.spec().geometry;
         check_view(&geometry, view, self.tokens.len())?;
-        let sources = self.plan()?;
+        let (held, sources) = self.plan()?;
         let results: Vec<Mutex<std::result::Result<Tier, Miss>>> =
             sources.iter().map(|_| Mutex::new(Err(Miss::Closed))).collect();
         self.copy_from_ram(&geometry, view, &sources, &results);
@@ -53,7 +54,7 @@ impl Lease {
             }
         });
         let results: Vec<_> = results.iter().map(|r| *r.lock()).collect();
-        Ok(self.settle(&geometry, &sources, &results))
+        Ok(self.settle(&geometry, &held, &sources, &results))
     }
 
     // The token ids that block `n` must carry.
@@ -62,28 +63,32 @@ impl Lease {
         &self.tokens[n * size..(n + 1) * size]
     }
 
-    // Holds the path once more until `settle`, so that a release in the midst of the load takes nothing away.
-    fn plan(&self) -> Result<Vec<Source>> {
+    // Where each block lies. Those that are still there are held one by one until `settle`: neither a release in the
+    // midst of the load nor room made for a promotion takes them away.
+    fn plan(&self) -> Result<(Vec<NodeId>, Vec<Source>)> {
         let mut state = self.shared.state.lock();
-        // Acquire pairs with the swap in `release`, whose effect on the path follows under this lock.
+        // Acquire pairs with the swap in `release`.
         if self.released.load(Ordering::Acquire) {
             return Err(Error::new(ErrorKind::Closed, "the match was released before this load; match again"));
         }
-        state.lease(&self.path);
+        state.catch_up(&self.shared.touched);
         let alive = !state.closed && state.models.contains_key(&self.model.id);
-        let mut sources = Vec::with_capacity(self.path.len());
-        for &id in &self.path {
-            let node = &state.trie[id];
+        let matched = &self.hashes[..self.blocks()];
+        if !alive {
+            return Ok((Vec::new(), matched.iter().map(|_| Source::Gone(Miss::Closed)).collect()));
+        }
+        let held: Vec<NodeId> = matched.iter().map_while(|&hash| state.nodes.find(hash)).collect();
+        let held = state.nodes.lease(&held).to_vec();
+        let mut sources = Vec::with_capacity(matched.len());
+        for &id in &held {
+            let node = &state.nodes[id];
             let source = match (node.ram, node.ssd) {
-                _ if !alive => Source::Gone(Miss::Closed),
                 (Some(slot), _) => Source::Ram(slot),
-                // Its segment may have been reused since it became unfindable.
-                (None, _) if node.doomed => Source::Gone(Miss::Evicted),
                 (None, Some(place)) => {
                     let disk = state.models.get(&self.model.id).and_then(|m| m.disk.as_ref());
                     match disk.map(|d| (d.file.clone(), d.segments[place.segment as usize].epoch)) {
                         Some((file, epoch)) => {
-                            let hash = self.shared.secret.seal(node.hash);
+                            let hash = self.shared.secret.seal(state.nodes.hash(id));
                             let again = state.alter(id, |node| {
                                 node.ssd_reads += 1;
                                 node.ssd_reads > 1
@@ -98,7 +103,8 @@ impl Lease {
             };
             sources.push(source);
         }
-        Ok(sources)
+        sources.resize_with(matched.len(), || Source::Gone(Miss::Evicted));
+        Ok((held, sources))
     }
 
     fn copy_from_ram(
@@ -131,6 +137,7 @@ impl Lease {
     fn settle(
         &self,
         geometry: &Geometry,
+        held: &[NodeId],
         sources: &[Source],
         results: &[std::result::Result<Tier, Miss>],
     ) -> LoadOutcome {
@@ -138,14 +145,15 @@ impl Lease {
         let model = self.model.id;
         let mut state = self.shared.state.lock();
         for (n, (source, result)) in sources.iter().zip(results).enumerate() {
-            let id = self.path[n];
+            // It may have been unlinked meanwhile.
+            let linked = held.get(n).copied().filter(|&id| state.nodes.is_linked(id));
             if let Source::Ssd { promote: Some(slot), .. } = source {
-                let wanted = result.is_ok() && state.trie[id].ram.is_none() && !state.trie[id].doomed;
-                if wanted {
-                    state.place_in_ram(id, *slot);
-                    state.counts(model).promoted += 1;
-                } else {
-                    state.ram.pool.free(*slot);
+                match linked.filter(|&id| result.is_ok() && state.nodes[id].ram.is_none()) {
+                    Some(id) => {
+                        state.place_in_ram(id, *slot);
+                        state.counts(model).promoted += 1;
+                    }
+                    None => state.ram.pool.free(*slot),
                 }
             }
             if n > good {
@@ -166,12 +174,12 @@ impl Lease {
             if let Err(miss) = result {
                 counts.corrupt += u64::from(*miss == Miss::Corrupt);
                 counts.io_errors += u64::from(*miss == Miss::Io);
-                if !matches!(source, Source::Gone(_)) && !state.trie[id].doomed {
+                if let Some(id) = linked.filter(|_| !matches!(source, Source::Gone(_))) {
                     state.drop_subtree(id);
                 }
             }
         }
-        state.release(&self.path);
+        state.nodes.release(held);
         let tokens = good * geometry.block_tokens as usize;
         let counts = state.counts(model);
         counts.loaded_tokens += tokens as u64;

@@ -5,30 +5,37 @@
 //!  tokens ──▶│
 //!            put ─▶ slots in RAM, findable ─ ─ ─(behind)─ ─ ─▶ records on SSD
 //! ```
-//! The lock is held for bookkeeping only: hashing, copying, reading and writing happen outside of it. A block is
-//! published after its bytes are complete, and its bytes never change afterwards. Lock order: registration,
-//! the store's state, a scratch list.
+//! A match takes no lock: it asks the index, counts, and leaves a note of what it touched. The lock is held for
+//! bookkeeping only: hashing, copying, reading and writing happen outside of it. A block is published after its bytes
+//! are complete, and its bytes never change afterwards. Lock order: registration, the store's state, a scratch list.
 
 mod demote;
+mod lease;
 mod load;
+mod model;
+mod nodes;
 mod recover;
 mod room;
 mod state;
 
+pub use lease::Lease;
 pub use load::LoadOutcome;
+pub use model::{Model, ModelSpec};
 
-use crate::block::{BlockHash, Geometry, Hasher, RECORD_HEADER_BYTES, Secret};
+use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES, Secret};
 use crate::copy::{BlockCopy, Direction, KvView, Workers};
 use crate::error::{Error, ErrorKind, Result, input};
 use crate::pool::{Arena, Slot};
 use crate::ssd::io::{FileIo, Io};
 use crate::ssd::record::{MAX_NAME_BYTES, write_tokens};
 use crate::ssd::{Ssd, SsdOptions, Stale};
-use crate::stats::{Counts, Miss, Snapshot, Tier};
+use crate::stats::{Counts, Snapshot};
 use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
-use crate::trie::NodeId;
+use crate::trie::{NodeId, Trie};
+use lease::{Held, Touched};
+use model::Matches;
 use state::{FILE_HEAD_BYTES, ModelState, State};
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::thread::JoinHandle;
 
 /// When blocks are written to SSD.
@@ -54,58 +61,21 @@ pub struct Options {
     pub secret: Option<String>,
     /// Threads for copies and reads, the caller's included; 0 means one per core.
     pub threads: usize,
+    /// Memory that the index may take; it is used as blocks come. `None`: enough for blocks of 16 KiB in all tiers.
+    pub index_bytes: Option<u64>,
 }
 
-/// What a model is registered with.
-#[derive(Debug, Clone)]
-pub struct ModelSpec {
-    /// Name of the model.
-    pub name: String,
-    /// Version of its weights; another version shares nothing with this one.
-    pub weights_version: String,
-    /// Shape of its blocks.
-    pub geometry: Geometry,
-    /// Weight of its share of every tier.
-    pub weight: u32,
-}
-
-/// Hashers of the adapters and tenants of one model that are kept ready.
-const HASHERS: usize = 1024;
-
-/// A registered model.
-#[derive(Debug)]
-pub struct Model {
-    id: u32,
-    spec: ModelSpec,
-    hashers: Mutex<HashMap<(String, String), Arc<Hasher>>>,
-}
-
-impl Model {
-    /// What the model was registered with.
-    pub fn spec(&self) -> &ModelSpec {
-        &self.spec
-    }
-
-    fn hashes(&self, secret: &Secret, tokens: &[u32], adapter: &str, tenant: &str) -> Vec<BlockHash> {
-        let key = (adapter.to_owned(), tenant.to_owned());
-        let known = self.hashers.lock().get(&key).cloned();
-        let hasher = known.unwrap_or_else(|| {
-            let ModelSpec { name, weights_version, geometry, .. } = &self.spec;
-            let new = Arc::new(Hasher::new(secret, name, weights_version, geometry, adapter, tenant));
-            let mut hashers = self.hashers.lock();
-            if hashers.len() >= HASHERS {
-                hashers.clear();
-            }
-            hashers.insert(key, new.clone());
-            new
-        });
-        hasher.hashes(tokens)
-    }
-}
+/// The index has room for blocks of this size in every tier, unless it is told otherwise.
+const INDEXED_BYTES: u64 = 16 << 10;
+/// Sequences that are forgotten in one use of the lock.
+const SOME: usize = 256;
 
 /// What the threads of a store share.
 #[derive(Debug)]
 struct Shared {
+    trie: Arc<Trie>,
+    touched: Touched,
+    closed: AtomicBool,
     state: Mutex<State>,
     /// Held while a model's file comes, goes or shrinks: the one lock that is held across I/O, and never by a request.
     registration: Mutex<()>,
@@ -135,19 +105,6 @@ pub struct PutOutcome {
     pub tokens: usize,
     /// Blocks that were new.
     pub new_blocks: usize,
-}
-
-/// A match: the longest cached prefix of some tokens, held until this is released or dropped.
-#[derive(Debug)]
-pub struct Lease {
-    shared: Arc<Shared>,
-    model: Arc<Model>,
-    path: Vec<NodeId>,
-    tokens: Vec<u32>,
-    asked_tokens: usize,
-    miss: Option<Miss>,
-    places: Vec<Tier>,
-    released: AtomicBool,
 }
 
 impl Store {
@@ -180,11 +137,17 @@ impl Store {
                 return Err(Error::new(ErrorKind::Config, message));
             }
         };
-        let mut state = State::new(arena.bytes(), ssd.as_ref(), stale);
+        let all_bytes = arena.bytes() as u64 + ssd.as_ref().map_or(0, Ssd::capacity_bytes);
+        let blocks = options.index_bytes.map_or((all_bytes / INDEXED_BYTES).max(1 << 16), Trie::blocks_in);
+        let trie = Arc::new(Trie::new(blocks as usize)?);
+        let mut state = State::new(trie.clone(), arena.bytes(), ssd.as_ref(), stale);
         if let Some(ssd) = &ssd {
             room::fit_stale_files(&mut state, ssd)?;
         }
         let shared = Arc::new(Shared {
+            trie,
+            touched: Touched::default(),
+            closed: AtomicBool::new(false),
             state: Mutex::new(state),
             registration: Mutex::default(),
             work: Condvar::default(),
@@ -196,16 +159,13 @@ impl Store {
             workers: Workers::new(options.threads)?,
             pid: std::process::id(),
         });
-        let demoter = match shared.ssd {
-            Some(_) => {
-                let shared = shared.clone();
-                let thread = std::thread::Builder::new().name("stratakv-demote".into());
-                let spawned = thread.spawn(move || shared.demote());
-                Some(spawned.map_err(|e| Error::io("cannot start the demotion thread", e))?)
-            }
-            None => None,
-        };
-        Ok(Self { shared, demoter: Mutex::new(demoter) })
+        let thread = std::thread::Builder::new().name("stratakv-demote".into());
+        let demoter = thread.spawn({
+            let shared = shared.clone();
+            move || shared.demote()
+        });
+        let demoter = demoter.map_err(|e| Error::io("cannot start the demotion thread", e))?;
+        Ok(Self { shared, demoter: Mutex::new(Some(demoter)) })
     }
 
     /// Registers a model and recovers what its file holds.
@@ -237,6 +197,7 @@ impl Store {
                 ),
             ));
         }
+        let matches = Arc::new(Matches::default());
         let id = state.next_model;
         state.next_model += 1;
         let class = state.ram.pool.class(id, geometry.record_bytes());
@@ -249,6 +210,7 @@ impl Store {
                 weight: u64::from((*weight).max(1)),
                 class,
                 counts: Counts::default(),
+                matches: matches.clone(),
                 disk: None,
                 dirty: VecDeque::new(),
                 dirty_blocks: 0,
@@ -293,7 +255,7 @@ impl Store {
             }
             None => {}
         }
-        Ok(Arc::new(Model { id, spec, hashers: Mutex::default() }))
+        Ok(Arc::new(Model::new(id, spec, &self.shared.secret, matches)))
     }
 
     /// Forgets a model: its blocks, its share and its file. Its leases stay safe, and load nothing more.
@@ -304,67 +266,64 @@ impl Store {
     pub fn unregister(&self, model: &Model) -> Result<()> {
         let _registration = self.shared.registration.lock();
         let mut state = self.shared.open_state()?;
-        let Some(disk) = state.models.get_mut(&model.id).map(|m| m.disk.take()) else {
+        if !state.models.contains_key(&model.id) {
             let name = &model.spec.name;
             return Err(Error::new(ErrorKind::ModelNotFound, format!("model {name:?} is not registered")));
-        };
-        for hash in state.trie.of_model(model.id) {
-            // Dropping a block takes those below it along.
-            if let Some(id) = state.trie.find(hash) {
-                state.drop_subtree(id);
-            }
         }
-        if let Some(mut gone) = state.models.remove(&model.id) {
-            for tier in &mut gone.counts.tiers {
-                (tier.blocks, tier.used_bytes) = (0, 0);
+        model.matches.end();
+        let mut from = 0;
+        loop {
+            let first = state.nodes.first_of_model(model.id, SOME, &mut from);
+            if first.is_empty() {
+                break;
             }
+            first.into_iter().for_each(|id| state.drop_subtree(id));
+            // Nothing is added to it any more; others need not wait until all is gone.
+            drop(state);
+            state = self.shared.state.lock();
+        }
+        let file = state.models.get(&model.id).and_then(|m| Some(m.disk.as_ref()?.file.clone()));
+        drop(state);
+        let (mut left, mut removed) = (None, Ok(0));
+        if let (Some(ssd), Some(file)) = (&self.shared.ssd, file) {
+            let path = file.path();
+            removed = ssd.shrink(path, 0).map_err(|e| Error::io(format!("cannot remove {}", path.display()), e));
+            left = Stale::at(path.to_owned()).map(|stale| Stale { unwanted: true, ..stale });
+        }
+        let mut state = self.shared.state.lock();
+        state.stale.extend(left);
+        if let Some(gone) = state.models.remove(&model.id) {
             state.retired.add(&gone.counts);
+            state.leaving.push(gone.matches);
         }
+        // What nobody can match with any more counts no further.
+        let ended = state.leaving.extract_if(.., |m| Arc::strong_count(m) == 1).collect::<Vec<_>>();
+        ended.iter().for_each(|matches| matches.add_to(&mut state.retired));
         state.ram.forget(model.id);
         state.ram.pool.settle();
-        drop(state);
-        let (Some(ssd), Some(disk)) = (&self.shared.ssd, disk) else { return Ok(()) };
-        let path = disk.file.path();
-        ssd.shrink(path, 0).map(drop).map_err(|e| {
-            let left = Stale::at(path.to_owned()).map(|stale| Stale { unwanted: true, ..stale });
-            self.shared.state.lock().stale.extend(left);
-            Error::io(format!("cannot remove {}", path.display()), e)
-        })
+        removed.map(drop)
     }
 
-    /// Finds the longest cached prefix of `tokens` and holds it. Counts every whole block as asked.
+    /// Limits the bytes of RAM that a model may hold, from now on, to whole chunks of the arena and one at least; `None`
+    /// ends that. What it holds beyond is written to SSD, where there is one, and evicted, behind this call.
     ///
     /// # Errors
-    /// The store is closed.
-    pub fn match_prefix(&self, model: &Arc<Model>, tokens: &[u32], adapter: &str, tenant: &str) -> Result<Lease> {
-        let hashes = model.hashes(&self.shared.secret, tokens, adapter, tenant);
-        let mut state = self.shared.open_state()?;
-        let path = state.trie.longest_prefix(&hashes);
-        state.touch(&path);
-        state.lease(&path);
-        let miss = hashes.get(path.len()).map(|&hash| match state.models.contains_key(&model.id) {
-            true => state.miss_reason(hash),
-            false => Miss::Closed,
-        });
-        let counts = state.counts(model.id);
-        counts.matches += 1;
-        counts.asked += hashes.len() as u64;
-        counts.hit += path.len() as u64;
-        counts.miss += (hashes.len() - path.len()) as u64;
-        let tier = |&id: &NodeId| if state.trie[id].ram.is_some() { Tier::Ram } else { Tier::Ssd };
-        let places = path.iter().map(tier).collect();
+    /// The model is not registered, or the budget is below one block.
+    pub fn set_ram_budget(&self, model: &Model, bytes: Option<u64>) -> Result<()> {
+        let state = self.shared.open_state()?;
+        let (name, record) = (&model.spec.name, model.spec.geometry.record_bytes() as u64);
+        let Some(books) = state.models.get(&model.id) else {
+            return Err(Error::new(ErrorKind::ModelNotFound, format!("model {name:?} is not registered")));
+        };
+        if let Some(bytes) = bytes.filter(|&bytes| bytes < record) {
+            return Err(input(format!(
+                "RAM budget of model {name:?}: {bytes} bytes, expected at least {record}, one block"
+            )));
+        }
+        state.ram.pool.set_budget(&books.class, bytes.unwrap_or(u64::MAX));
         drop(state);
-        let matched = path.len() * model.spec.geometry.block_tokens as usize;
-        Ok(Lease {
-            shared: self.shared.clone(),
-            model: model.clone(),
-            path,
-            tokens: tokens[..matched].to_vec(),
-            asked_tokens: tokens.len(),
-            miss,
-            places,
-            released: AtomicBool::new(false),
-        })
+        self.shared.work.notify_all();
+        Ok(())
     }
 
     /// Stores the blocks of `tokens` that are not cached yet, and makes them findable. The SSD follows behind.
@@ -376,18 +335,23 @@ impl Store {
         check_view(&geometry, view, tokens.len())?;
         let block_tokens = geometry.block_tokens as usize;
         let hashes = model.hashes(&self.shared.secret, tokens, adapter, tenant);
+        self.shared.check_open()?;
+        let found = self.shared.find(model, &hashes)?;
+        let known = found.map_or(0, |(_, blocks)| blocks);
+        let parent = Held { trie: &self.shared.trie, id: found.map(|(id, _)| id) };
+        if known == hashes.len() {
+            return Ok(PutOutcome { tokens: known * block_tokens, new_blocks: 0 });
+        }
         let mut state = self.shared.open_state()?;
-        let known = state.trie.longest_prefix(&hashes);
-        state.touch(&known);
-        state.lease(&known);
-        let slots: Vec<Slot> = (known.len()..hashes.len()).map_while(|_| state.allocate(model.id, true)).collect();
+        state.catch_up(&self.shared.touched);
+        let slots: Vec<Slot> = (known..hashes.len()).map_while(|_| state.allocate(model.id, true)).collect();
         drop(state);
 
         let blocks: Vec<BlockCopy> = slots
             .iter()
             .enumerate()
             .map(|(n, &slot)| {
-                let first_token = (known.len() + n) * block_tokens;
+                let first_token = (known + n) * block_tokens;
                 let at = self.shared.arena.at(slot);
                 let body_end = geometry.payload_offset() + geometry.block_bytes();
                 // SAFETY: the slot was allocated above and is not published: this thread alone has it.
@@ -402,10 +366,8 @@ impl Store {
         self.shared.workers.copy(&geometry, view, &blocks, Direction::Gather);
 
         let mut state = self.shared.state.lock();
-        let refused = hashes.len() - known.len() - slots.len();
-        let new_blocks = state.publish(model.id, &known, &hashes[known.len()..], slots);
-        state.release(&known);
-        let cached = state.trie.longest_prefix(&hashes).len();
+        let (published, new_blocks) = state.publish(model, parent.id, &hashes[known..], slots);
+        let (cached, refused) = (known + published, hashes.len() - known - published);
         let counts = state.counts(model.id);
         counts.put_blocks += new_blocks as u64;
         counts.put_bytes += (new_blocks * geometry.block_bytes()) as u64;
@@ -478,6 +440,7 @@ impl Store {
     }
 
     fn stop(&self) {
+        self.shared.closed.store(true, Ordering::Release);
         self.shared.state.lock().closed = true;
         self.shared.work.notify_all();
         self.shared.idle.notify_all();
@@ -490,9 +453,16 @@ impl Store {
     /// All counters at one instant.
     pub fn snapshot(&self) -> Snapshot {
         let shared = &self.shared;
-        let state = shared.state.lock();
+        let mut state = shared.state.lock();
+        state.catch_up(&shared.touched);
         let mut total = state.retired;
-        let mut models: Vec<_> = state.models.values().map(|m| (m.name.clone(), m.counts)).collect();
+        state.leaving.iter().for_each(|matches| matches.add_to(&mut total));
+        let counts = |m: &ModelState| {
+            let mut counts = m.counts;
+            m.matches.add_to(&mut counts);
+            counts
+        };
+        let mut models: Vec<_> = state.models.values().map(|m| (m.name.clone(), counts(m))).collect();
         models.sort_by(|a, b| a.0.cmp(&b.0));
         for (_, counts) in &models {
             total.add(counts);
@@ -510,7 +480,9 @@ impl Store {
                 (Some(_), _) => "direct",
             },
             ssd_read_only: state.ssd_read_only.as_ref().map(|(reason, _)| reason.clone()),
-            index_blocks: state.trie.len() as u64,
+            index_blocks: shared.trie.len() as u64,
+            index_bytes: shared.trie.bytes() as u64,
+            index_refused: shared.trie.refused(),
             models,
         }
     }
@@ -534,84 +506,56 @@ impl Drop for Store {
 }
 
 impl Shared {
-    fn open_state(&self) -> Result<crate::sync::Guard<'_, State>> {
+    fn check_open(&self) -> Result<()> {
         // Threads do not survive a fork, and a lock may be held by one of them for ever.
         if self.pid != std::process::id() {
             return Err(Error::new(ErrorKind::Closed, "the store was opened before a fork; open one in this process"));
         }
-        let state = self.state.lock();
-        if state.closed {
+        if self.closed.load(Ordering::Acquire) {
             return Err(Error::new(ErrorKind::Closed, "the store is closed; open it again"));
         }
+        Ok(())
+    }
+
+    fn open_state(&self) -> Result<crate::sync::Guard<'_, State>> {
+        self.check_open()?;
+        let state = self.state.lock();
+        // It may have been closed while this waited.
+        self.check_open()?;
         Ok(state)
-    }
-}
-
-impl Lease {
-    /// Tokens of the match: whole blocks.
-    pub fn tokens(&self) -> usize {
-        self.tokens.len()
-    }
-
-    /// Shape of the model's blocks.
-    pub fn geometry(&self) -> &Geometry {
-        &self.model.spec.geometry
-    }
-
-    /// Tokens that were asked for.
-    pub fn asked_tokens(&self) -> usize {
-        self.asked_tokens
-    }
-
-    /// The cheapest tier that had each block when it was matched.
-    pub fn places(&self) -> &[Tier] {
-        &self.places
-    }
-
-    /// Why the match is not longer; `None` if every whole block is cached.
-    pub fn miss(&self) -> Option<Miss> {
-        self.miss
-    }
-
-    /// Gives the blocks free. Releasing twice does nothing.
-    pub fn release(&self) {
-        // AcqRel: exactly one caller sees `false`, and sees the path as it was leased.
-        if !self.released.swap(true, Ordering::AcqRel) && self.shared.pid == std::process::id() {
-            self.shared.state.lock().release(&self.path);
-        }
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        self.release();
     }
 }
 
 impl State {
     // Makes blocks findable whose bytes are complete; gives the slots of those back that others have put meanwhile.
-    fn publish(&mut self, model: u32, known: &[NodeId], hashes: &[BlockHash], slots: Vec<Slot>) -> usize {
-        let mut parent = known.last().copied();
-        let attached = parent.is_none_or(|p| !self.trie[p].doomed) && self.models.contains_key(&model);
+    // Returns how many of the blocks are cached now, and how many of them are new.
+    fn publish(
+        &mut self,
+        model: &Model,
+        mut parent: Option<NodeId>,
+        hashes: &[BlockHash],
+        slots: Vec<Slot>,
+    ) -> (usize, usize) {
+        let (mut cached, mut new_blocks) = (0, 0);
+        let mut attached = parent.is_none_or(|p| self.nodes.is_linked(p)) && self.models.contains_key(&model.id);
+        attached &= !model.matches.ended();
         let now = self.tick();
-        let mut new_blocks = 0;
         for (&hash, slot) in hashes.iter().zip(slots) {
-            let existing = self.trie.find(hash);
-            if !attached || existing.is_some() {
+            if attached && let Some(id) = self.nodes.insert(parent, hash, model.id) {
+                self.nodes[id].last_use = now;
+                self.place_in_ram(id, slot);
+                if self.ssd_capacity_bytes > 0 {
+                    self.enqueue_dirty(id);
+                }
+                new_blocks += 1;
+            } else {
                 self.ram.pool.free(slot);
-                parent = existing;
-                continue;
             }
-            let id = self.trie.insert(parent, hash, model);
-            self.trie[id].last_use = now;
-            self.place_in_ram(id, slot);
-            if self.ssd_capacity_bytes > 0 {
-                self.enqueue_dirty(id);
-            }
-            parent = Some(id);
-            new_blocks += 1;
+            parent = self.nodes.find(hash);
+            attached &= parent.is_some();
+            cached += usize::from(attached);
         }
-        new_blocks
+        (cached, new_blocks)
     }
 }
 

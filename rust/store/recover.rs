@@ -36,16 +36,13 @@ impl State {
             let hash = secret.unseal(block.hash);
             let parent = match depth {
                 0 => None,
-                _ => self.trie.find(secret.unseal(block.parent)).filter(|&p| self.trie[p].depth + 1 == depth),
+                _ => self.nodes.find(secret.unseal(block.parent)).filter(|&p| self.nodes.depth(p) + 1 == depth),
             };
-            if self.trie.find(hash).is_some() || (depth > 0 && parent.is_none()) {
+            if depth > 0 && parent.is_none() {
                 continue;
             }
-            let id = self.trie.insert(parent, hash, model);
-            self.alter(id, |node| {
-                node.ssd = Some(place);
-                node.last_use = 0;
-            });
+            let Some(id) = self.nodes.insert(parent, hash, model) else { continue };
+            self.alter(id, |node| node.ssd = Some(place));
             if let Some(segment) = self.segment(model, place.segment) {
                 segment.blocks.push(hash);
             }

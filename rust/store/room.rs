@@ -9,7 +9,6 @@
 
 use super::Shared;
 use super::state::{Disk, FILE_HEAD_BYTES, State};
-use crate::block::BlockHash;
 use crate::error::{Error, Result};
 use crate::ssd::{MAX_SEGMENTS, ModelFile, Phase, Segment, Ssd};
 use crate::stats::Tier;
@@ -108,20 +107,20 @@ impl State {
         let gone = |i: &u32| matches!(disk.segments[*i as usize].phase, Phase::Empty | Phase::Leaving);
         let mut held: Vec<_> = (0..disk.segments.len() as u32).filter(|i| !gone(i) && !writing(i)).collect();
         held.sort_by_key(|&i| (disk.segments[i as usize].last_use, disk.segments[i as usize].epoch));
-        let leased = |hash: &BlockHash| self.trie.find(*hash).is_some_and(|id| self.trie[id].refs > 0);
-        held.into_iter().find(|&i| !disk.segments[i as usize].blocks.iter().any(leased))
+        let blocks = |i: u32| disk.segments[i as usize].blocks.iter().filter_map(|&hash| self.nodes.find(hash));
+        held.into_iter().find(|&i| !self.nodes.are_held(blocks(i)))
     }
 
     // Forgets every block whose bytes lie there.
     fn clear_segment(&mut self, model: u32, index: u32) {
         let Some(segment) = self.segment(model, index) else { return };
         for hash in std::mem::take(&mut segment.blocks) {
-            let Some(id) = self.trie.find(hash) else { continue };
-            if self.trie[id].ssd.is_none_or(|p| p.segment != index) {
+            let Some(id) = self.nodes.find(hash) else { continue };
+            if self.nodes[id].ssd.is_none_or(|p| p.segment != index) {
                 continue;
             }
             self.counts(model).tier(Tier::Ssd).evicted += 1;
-            if self.trie[id].ram.is_some() {
+            if self.nodes[id].ram.is_some() {
                 // Not written again: it is as cold as its segment, and RAM may hold more than the cap.
                 self.alter(id, |node| node.ssd = None);
             } else {

@@ -5,6 +5,9 @@
 //! alone, at every instant: a model's block and byte counts, the bytes not yet on SSD, and the evictable blocks
 //! (in RAM, not leased, no child in RAM).
 
+use super::lease::Touched;
+use super::model::Matches;
+use super::nodes::{Node, NodeId, Nodes};
 use crate::block::{BlockHash, Geometry};
 use crate::pool::{Class, Slot};
 use crate::ram::Ram;
@@ -12,7 +15,7 @@ use crate::ssd::record::Entry;
 use crate::ssd::{ModelFile, Phase, Place, Segment, Ssd, Stale, control_bytes};
 use crate::stats::{Counts, Miss, Tier};
 use crate::sync::Arc;
-use crate::trie::{Node, NodeId, Trie};
+use crate::trie::Trie;
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
@@ -25,6 +28,8 @@ pub(crate) struct ModelState {
     /// Its slots in RAM.
     pub(crate) class: Arc<Class>,
     pub(crate) counts: Counts,
+    /// What its matches count without the lock.
+    pub(crate) matches: Arc<Matches>,
     pub(crate) disk: Option<Disk>,
     /// Blocks put and not yet on SSD, by rising ticket. An entry may be outdated; its node's `queued` tells.
     pub(crate) dirty: VecDeque<(u64, BlockHash)>,
@@ -63,13 +68,14 @@ pub(crate) struct Writing {
 
 #[derive(Debug)]
 pub(crate) struct State {
-    pub(crate) trie: Trie,
+    pub(crate) nodes: Nodes,
     pub(crate) ram: Ram,
     pub(crate) ram_bytes: u64,
     pub(crate) models: HashMap<u32, ModelState>,
     pub(crate) next_model: u32,
-    /// Counters of models that were unregistered.
+    /// Counters of models that were unregistered; and of those of which somebody still has a handle.
     pub(crate) retired: Counts,
+    pub(crate) leaving: Vec<Arc<Matches>>,
     pub(crate) clock: u64,
     pub(crate) ssd_capacity_bytes: u64,
     pub(crate) stale: Vec<Stale>,
@@ -83,14 +89,15 @@ pub(crate) struct State {
 }
 
 impl State {
-    pub(crate) fn new(ram_bytes: usize, ssd: Option<&Ssd>, stale: Vec<Stale>) -> Self {
+    pub(crate) fn new(trie: Arc<Trie>, ram_bytes: usize, ssd: Option<&Ssd>, stale: Vec<Stale>) -> Self {
         Self {
-            trie: Trie::default(),
+            nodes: Nodes::new(trie),
             ram: Ram::new(ram_bytes),
             ram_bytes: ram_bytes as u64,
             models: HashMap::new(),
             next_model: 0,
             retired: Counts::default(),
+            leaving: Vec::new(),
             clock: 0,
             ssd_capacity_bytes: ssd.map_or(0, Ssd::capacity_bytes),
             stale,
@@ -115,18 +122,18 @@ impl State {
     /// Changes one node; see the page above.
     pub(crate) fn alter<R>(&mut self, id: NodeId, change: impl FnOnce(&mut Node) -> R) -> R {
         self.account(id, false);
-        let result = change(&mut self.trie[id]);
+        let result = change(&mut self.nodes[id]);
         self.account(id, true);
         result
     }
 
     fn account(&mut self, id: NodeId, add: bool) {
-        let node = &mut self.trie[id];
-        let (model, in_ram, on_ssd) = (node.model, node.ram.is_some(), node.ssd.is_some());
-        let dirty = in_ram && !on_ssd && !node.doomed;
+        let model = self.nodes.model(id);
+        let node = &mut self.nodes[id];
+        let (in_ram, on_ssd) = (node.ram.is_some(), node.ssd.is_some());
         if add {
-            let free_to_leave = in_ram && !node.doomed && node.refs == 0 && node.ram_children == 0;
-            if free_to_leave {
+            // Whether it is leased is looked up when it is to leave.
+            if in_ram && node.ram_children == 0 {
                 node.listed = Some((on_ssd, node.last_use));
                 let last_use = node.last_use;
                 self.ram.evictable(model).list(on_ssd).insert(last_use, id);
@@ -136,7 +143,10 @@ impl State {
         }
         let Some(bytes) = self.models.get(&model).map(|m| m.geometry.record_bytes() as u64) else { return };
         let shift = |value: &mut u64, by: u64| *value = if add { *value + by } else { *value - by };
-        if dirty && let Some(model) = self.models.get_mut(&model) {
+        if in_ram
+            && !on_ssd
+            && let Some(model) = self.models.get_mut(&model)
+        {
             shift(&mut model.dirty_blocks, 1);
         }
         let counts = self.counts(model);
@@ -148,17 +158,39 @@ impl State {
         }
     }
 
-    /// Marks a path as used now, in the index and in the segments that hold it.
-    pub(crate) fn touch(&mut self, path: &[NodeId]) {
+    /// Takes in what happened without the lock: what was matched is used as of now, and what nobody holds any more
+    /// comes back.
+    pub(crate) fn catch_up(&mut self, touched: &Touched) {
+        while let Some((id, life)) = touched.pop() {
+            if self.nodes.is_this_life(id, life) {
+                self.touch(id);
+            }
+        }
+        for slot in self.nodes.freed() {
+            self.ram.pool.free(slot);
+        }
+    }
+
+    /// Marks a path as used now, in the nodes and in the segments that hold it.
+    pub(crate) fn touch(&mut self, deepest: NodeId) {
         let now = self.tick();
-        for &id in path {
-            let (model, place) = self.alter(id, |node| {
-                node.last_use = now;
-                (node.model, node.ssd)
-            });
-            if let Some(segment) = place.and_then(|p| self.segment(model, p.segment)) {
+        let model = self.nodes.model(deepest);
+        let (mut next, mut last_segment) = (Some(deepest), None);
+        while let Some(id) = next {
+            // Only what is listed stands anywhere under its last use.
+            if self.nodes[id].listed.is_some() {
+                self.alter(id, |node| node.last_use = now);
+            } else {
+                self.nodes[id].last_use = now;
+            }
+            let segment = self.nodes[id].ssd.map(|place| place.segment);
+            if segment != last_segment
+                && let Some(segment) = segment.and_then(|index| self.segment(model, index))
+            {
                 segment.last_use = now;
             }
+            last_segment = segment;
+            next = self.nodes.parent(id);
         }
     }
 
@@ -166,40 +198,19 @@ impl State {
         self.models.get_mut(&model)?.disk.as_mut()?.segments.get_mut(index as usize)
     }
 
-    pub(crate) fn lease(&mut self, path: &[NodeId]) {
-        for &id in path {
-            self.alter(id, |node| node.refs += 1);
-        }
-    }
-
-    pub(crate) fn release(&mut self, path: &[NodeId]) {
-        for &id in path {
-            let gone = self.alter(id, |node| {
-                node.refs -= 1;
-                node.doomed && node.refs == 0
-            });
-            if gone {
-                self.forget(id);
-            }
-        }
-    }
-
     /// Gives a block its bytes in RAM.
     pub(crate) fn place_in_ram(&mut self, id: NodeId, slot: Slot) {
         self.ram.hold(slot, id);
-        let parent = self.alter(id, |node| {
-            node.ram = Some(slot);
-            node.parent
-        });
-        if let Some(parent) = parent {
+        self.alter(id, |node| node.ram = Some(slot));
+        if let Some(parent) = self.nodes.parent(id) {
             self.alter(parent, |node| node.ram_children += 1);
         }
     }
 
     /// Takes a block's bytes out of RAM; without a copy on SSD the block and all below it are gone.
     pub(crate) fn evict_from_ram(&mut self, id: NodeId, ssd_expected: bool) {
-        let model = self.trie[id].model;
-        let clean = self.trie[id].ssd.is_some();
+        let model = self.nodes.model(id);
+        let clean = self.nodes[id].ssd.is_some();
         let counts = self.counts(model);
         counts.tier(Tier::Ram).evicted += 1;
         counts.demotions_dropped += u64::from(!clean && ssd_expected);
@@ -211,45 +222,28 @@ impl State {
     }
 
     fn leave_ram(&mut self, id: NodeId) {
-        let (slot, parent) = self.alter(id, |node| (node.ram.take(), node.parent));
-        if let Some(slot) = slot {
-            self.ram.release(slot);
-            if let Some(parent) = parent {
-                self.alter(parent, |node| node.ram_children -= 1);
-            }
+        let Some(slot) = self.alter(id, |node| node.ram.take()) else { return };
+        self.ram.let_go(slot);
+        self.ram.pool.free(slot);
+        if let Some(parent) = self.nodes.parent(id) {
+            self.alter(parent, |node| node.ram_children -= 1);
         }
     }
 
-    /// Makes a block and all below it unfindable. Leased blocks keep their bytes until they are released.
+    /// Makes a block and all below it unfindable. Held blocks keep their slots until nobody holds them.
     pub(crate) fn drop_subtree(&mut self, root: NodeId) {
-        for id in self.trie.subtree(root) {
-            let (hash, refs, in_ram, parent) = {
-                let node = &self.trie[id];
-                (node.hash, node.refs, node.ram.is_some(), node.parent)
-            };
-            self.trie.remember_eviction(hash);
-            if let Some(parent) = parent.filter(|_| in_ram) {
-                self.alter(parent, |node| node.ram_children -= 1);
-            }
+        for id in self.nodes.subtree(root) {
             self.account(id, false);
-            self.trie.unlink(id);
-            self.account(id, true);
-            if refs == 0 {
-                self.forget(id);
+            if let Some(slot) = self.nodes[id].ram {
+                self.ram.let_go(slot);
+                if let Some(parent) = self.nodes.parent(id) {
+                    self.alter(parent, |node| node.ram_children -= 1);
+                }
+            }
+            if let Some(slot) = self.nodes.remove(id) {
+                self.ram.pool.free(slot);
             }
         }
-    }
-
-    // The end of an unlinked, unleased node.
-    fn forget(&mut self, id: NodeId) {
-        let slot = self.alter(id, |node| {
-            node.ssd = None;
-            node.ram.take()
-        });
-        if let Some(slot) = slot {
-            self.ram.release(slot);
-        }
-        self.trie.remove(id);
     }
 
     /// Takes a slot for a model, making room if need be. A model below its share of the arena takes from those above
@@ -290,7 +284,9 @@ impl State {
     }
 
     fn evict_own(&mut self, model: u32, may_lose: bool) -> bool {
-        let Some(victim) = self.ram.evictable(model).victim(may_lose) else { return false };
+        let nodes = &self.nodes;
+        let victim = self.ram.evictable(model).victim(may_lose, |id| !nodes.are_held([id]));
+        let Some(victim) = victim else { return false };
         self.evict_from_ram(victim, self.ssd_in_use());
         true
     }
@@ -302,28 +298,44 @@ impl State {
             id != taker && self.ram.pool.held_bytes(&model.class) as u64 > self.ram_share(id)
         };
         let givers: Vec<u32> = self.models.iter().filter(above).map(|(&id, _)| id).collect();
+        let places = self.ram.pool.places_for(slot_bytes).into_iter();
+        let places = places.filter(|spans| !spans.is_empty() && spans.iter().all(|(id, _)| givers.contains(id)));
+        let places = places.map(|spans| spans.into_iter().flat_map(|(_, slots)| slots).collect());
+        self.empty_coldest(places.collect(), may_lose)
+    }
+
+    /// Empties one span of a model that holds more than its budget, as far as its blocks are on SSD where there is one
+    /// that takes them. `false`: there is none, or none that can be emptied now.
+    pub(super) fn shrink_one(&mut self) -> bool {
+        let may_lose = !self.ssd_in_use() || self.ssd_read_only.is_some();
+        let over = self.models.values().filter(|m| self.ram.pool.over_budget(&m.class));
+        let places: Vec<Vec<Slot>> = over.flat_map(|m| self.ram.pool.spans_of(&m.class)).collect();
+        let emptied = self.empty_coldest(places, may_lose);
+        self.ram.pool.settle();
+        emptied
+    }
+
+    // Empties the place that was used longest ago, of those where nothing is held.
+    fn empty_coldest(&mut self, places: Vec<Vec<Slot>>, may_lose: bool) -> bool {
         let last_use = |slot: &Slot| {
-            let node = &self.trie[self.ram.holder(*slot)?];
-            (node.refs == 0 && !node.doomed && (may_lose || node.ssd.is_some())).then_some(node.last_use)
+            let node = &self.nodes[self.ram.holder(*slot)?];
+            (may_lose || node.ssd.is_some()).then_some(node.last_use)
         };
-        let coldest = self
-            .ram
-            .pool
-            .places_for(slot_bytes)
+        let mut known: Vec<(u64, Vec<Slot>)> = places
             .into_iter()
-            .filter(|spans| !spans.is_empty() && spans.iter().all(|(model, _)| givers.contains(model)))
-            .filter_map(|spans| {
-                let slots: Vec<Slot> = spans.into_iter().flat_map(|(_, slots)| slots).collect();
+            .filter_map(|slots| {
                 let uses: Option<Vec<u64>> = slots.iter().map(last_use).collect();
                 Some((uses?.into_iter().max()?, slots))
             })
-            .min_by_key(|(last_use, _)| *last_use);
-        let Some((_, slots)) = coldest else { return false };
-        let blocks = slots.into_iter().filter_map(|slot| self.ram.holder(slot));
-        let hashes: Vec<_> = blocks.map(|id| self.trie[id].hash).collect();
+            .collect();
+        known.sort_unstable_by_key(|(last_use, _)| *last_use);
+        let blocks = |slots: Vec<Slot>| slots.into_iter().filter_map(|slot| self.ram.holder(slot)).collect::<Vec<_>>();
+        let mut coldest_first = known.into_iter().map(|(_, slots)| blocks(slots));
+        let Some(leaving) = coldest_first.find(|ids| !self.nodes.are_held(ids.iter().copied())) else { return false };
+        let hashes: Vec<_> = leaving.into_iter().map(|id| self.nodes.hash(id)).collect();
         for hash in hashes {
             // Dropping one block may have taken others along.
-            if let Some(id) = self.trie.find(hash).filter(|&id| self.trie[id].ram.is_some()) {
+            if let Some(id) = self.nodes.find(hash).filter(|&id| self.nodes[id].ram.is_some()) {
                 self.evict_from_ram(id, self.ssd_in_use());
             }
         }
@@ -341,7 +353,7 @@ impl State {
 
     /// Notes that a block's record was written.
     pub(crate) fn place_on_ssd(&mut self, id: NodeId, place: Place, entry: Entry) {
-        let (model, hash) = (self.trie[id].model, self.trie[id].hash);
+        let (model, hash) = (self.nodes.model(id), self.nodes.hash(id));
         self.alter(id, |node| node.ssd = Some(place));
         self.counts(model).demoted += 1;
         if let Some(segment) = self.segment(model, place.segment) {
@@ -352,6 +364,6 @@ impl State {
 
     /// Why a block is not cached.
     pub(crate) fn miss_reason(&self, hash: BlockHash) -> Miss {
-        if self.trie.was_evicted(hash) { Miss::Evicted } else { Miss::NeverStored }
+        if self.nodes.was_evicted(hash) { Miss::Evicted } else { Miss::NeverStored }
     }
 }

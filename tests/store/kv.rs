@@ -95,6 +95,7 @@ pub(crate) fn options(directory: Option<&Path>, ram: u64, cap: u64) -> Options {
         policy: WritePolicy::WriteBack,
         secret: None,
         threads: 2,
+        index_bytes: None,
     }
 }
 

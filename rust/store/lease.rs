@@ -1,0 +1,157 @@
+//! Matching, without a lock: ask the index, count, and leave a note of what was touched. A match holds its deepest
+//! block, and so every block before it.
+
+use super::model::Model;
+use super::{Shared, Store};
+use crate::block::{BlockHash, Geometry};
+use crate::error::{Result, input};
+use crate::stats::{Miss, Tier};
+use crate::sync::{Arc, AtomicBool, Ordering};
+use crate::trie::{NodeId, TooManyLeases, Trie};
+use crossbeam_queue::ArrayQueue;
+
+/// Blocks that were matched since somebody last had the lock: the deepest of each path, and which life of it.
+#[derive(Debug)]
+pub(super) struct Touched(ArrayQueue<(NodeId, u16)>);
+
+impl Default for Touched {
+    fn default() -> Self {
+        Self(ArrayQueue::new(TOUCHED))
+    }
+}
+
+impl Touched {
+    pub(super) fn pop(&self) -> Option<(NodeId, u16)> {
+        self.0.pop()
+    }
+}
+
+/// Matches between two uses of the lock that are remembered.
+const TOUCHED: usize = 4096;
+
+/// A match: the longest cached prefix of some tokens, held until this is released or dropped.
+#[derive(Debug)]
+pub struct Lease {
+    pub(super) shared: Arc<Shared>,
+    pub(super) model: Arc<Model>,
+    deepest: Option<NodeId>,
+    /// Of every whole block that was asked for.
+    pub(super) hashes: Vec<BlockHash>,
+    /// Of the blocks that were found.
+    pub(super) tokens: Vec<u32>,
+    asked_tokens: usize,
+    pub(super) released: AtomicBool,
+}
+
+impl Store {
+    /// Finds the longest cached prefix of `tokens` and holds it. Counts every whole block as asked.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn match_prefix(&self, model: &Arc<Model>, tokens: &[u32], adapter: &str, tenant: &str) -> Result<Lease> {
+        self.shared.check_open()?;
+        let hashes = model.hashes(&self.shared.secret, tokens, adapter, tenant);
+        let found = self.shared.find(model, &hashes)?;
+        let blocks = found.map_or(0, |(_, blocks)| blocks);
+        model.matches.count(blocks, hashes.len() - blocks);
+        let matched = blocks * model.spec.geometry.block_tokens as usize;
+        Ok(Lease {
+            shared: self.shared.clone(),
+            model: model.clone(),
+            deepest: found.map(|(id, _)| id),
+            hashes,
+            tokens: tokens[..matched].to_vec(),
+            asked_tokens: tokens.len(),
+            released: AtomicBool::new(false),
+        })
+    }
+}
+
+impl Shared {
+    /// The longest cached prefix: its deepest block, leased and noted as touched, and its length.
+    pub(super) fn find(&self, model: &Model, hashes: &[BlockHash]) -> Result<Option<(NodeId, usize)>> {
+        let found = match model.matches.ended() {
+            true => None,
+            false => self.trie.longest_prefix(hashes).map_err(|TooManyLeases| {
+                input("a block of these tokens has 2^20 leases, the most there are; release matches that are done with")
+            })?,
+        };
+        if let Some((id, _)) = found {
+            let note = (id, self.trie.generation(id));
+            if let Err(note) = self.touched.0.push(note) {
+                // Nobody had the lock for long; should it be taken now, the oldest note gives way.
+                if let Some(mut state) = self.state.try_lock() {
+                    state.catch_up(&self.touched);
+                }
+                self.touched.0.force_push(note);
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// A lease on one block while a call lasts.
+pub(super) struct Held<'a> {
+    pub(super) trie: &'a Trie,
+    pub(super) id: Option<NodeId>,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if let Some(id) = self.id {
+            self.trie.release(id);
+        }
+    }
+}
+
+impl Lease {
+    /// Tokens of the match: whole blocks.
+    pub fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Shape of the model's blocks.
+    pub fn geometry(&self) -> &Geometry {
+        &self.model.spec.geometry
+    }
+
+    /// Tokens that were asked for.
+    pub fn asked_tokens(&self) -> usize {
+        self.asked_tokens
+    }
+
+    /// The cheapest tier that has each block of the match now; it ends where a block was lost.
+    pub fn places(&self) -> Vec<Tier> {
+        let state = self.shared.state.lock();
+        let matched = self.hashes[..self.blocks()].iter();
+        let tier = |id: NodeId| if state.nodes[id].ram.is_some() { Tier::Ram } else { Tier::Ssd };
+        matched.map_while(|&hash| state.nodes.find(hash).map(tier)).collect()
+    }
+
+    /// Why the match is not longer; `None` if every whole block was cached.
+    pub fn miss(&self) -> Option<Miss> {
+        let next = *self.hashes.get(self.blocks())?;
+        let gone = self.model.matches.ended();
+        Some(if gone { Miss::Closed } else { self.shared.state.lock().miss_reason(next) })
+    }
+
+    pub(super) fn blocks(&self) -> usize {
+        self.tokens.len() / self.model.spec.geometry.block_tokens as usize
+    }
+
+    /// Gives the blocks free. Releasing twice does nothing.
+    pub fn release(&self) {
+        // AcqRel: exactly one caller sees `false`.
+        if !self.released.swap(true, Ordering::AcqRel)
+            && let Some(id) = self.deepest
+        {
+            self.shared.trie.release(id);
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.release();
+    }
+}

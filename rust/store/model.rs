@@ -1,0 +1,107 @@
+//! A registered model: how its blocks are named, and what its matches count.
+
+use crate::block::{BlockHash, Geometry, Hasher, Secret};
+use crate::stats::Counts;
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
+use std::collections::HashMap;
+
+/// Hashers of the adapters and tenants of one model that are kept ready.
+const HASHERS: usize = 1024;
+
+/// What a model is registered with.
+#[derive(Debug, Clone)]
+pub struct ModelSpec {
+    /// Name of the model.
+    pub name: String,
+    /// Version of its weights; another version shares nothing with this one.
+    pub weights_version: String,
+    /// Shape of its blocks.
+    pub geometry: Geometry,
+    /// Weight of its share of every tier.
+    pub weight: u32,
+}
+
+/// A registered model.
+#[derive(Debug)]
+pub struct Model {
+    pub(super) id: u32,
+    pub(super) spec: ModelSpec,
+    /// Of no adapter and no tenant, which most requests have.
+    plain: Hasher,
+    hashers: Mutex<HashMap<(String, String), Arc<Hasher>>>,
+    pub(super) matches: Arc<Matches>,
+}
+
+/// What the matches of a model count, without a lock. Asked is hit and miss together, by definition.
+#[derive(Debug, Default)]
+pub(crate) struct Matches {
+    matches: AtomicU64,
+    hit: AtomicU64,
+    miss: AtomicU64,
+    /// Set when the model is unregistered: from then on it matches nothing.
+    gone: AtomicBool,
+}
+
+impl Matches {
+    /// Counts one match.
+    pub(super) fn count(&self, hit: usize, miss: usize) {
+        // Relaxed, as all counts here: each is right by itself.
+        self.matches.fetch_add(1, Ordering::Relaxed);
+        self.hit.fetch_add(hit as u64, Ordering::Relaxed);
+        self.miss.fetch_add(miss as u64, Ordering::Relaxed);
+    }
+
+    /// From now on the model matches nothing.
+    pub(super) fn end(&self) {
+        // Release: the blocks are forgotten after this.
+        self.gone.store(true, Ordering::Release);
+    }
+
+    /// Whether the model was unregistered.
+    pub(super) fn ended(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
+    pub(super) fn add_to(&self, counts: &mut Counts) {
+        let (hit, miss) = (self.hit.load(Ordering::Relaxed), self.miss.load(Ordering::Relaxed));
+        counts.matches += self.matches.load(Ordering::Relaxed);
+        counts.hit += hit;
+        counts.miss += miss;
+        counts.asked += hit + miss;
+    }
+}
+
+impl Model {
+    pub(super) fn new(id: u32, spec: ModelSpec, secret: &Secret, matches: Arc<Matches>) -> Self {
+        let plain = hasher(&spec, secret, "", "");
+        Self { id, spec, plain, hashers: Mutex::default(), matches }
+    }
+
+    /// What the model was registered with.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Hashes of all whole blocks.
+    pub(super) fn hashes(&self, secret: &Secret, tokens: &[u32], adapter: &str, tenant: &str) -> Vec<BlockHash> {
+        if adapter.is_empty() && tenant.is_empty() {
+            return self.plain.hashes(tokens);
+        }
+        let key = (adapter.to_owned(), tenant.to_owned());
+        let known = self.hashers.lock().get(&key).cloned();
+        let hasher = known.unwrap_or_else(|| {
+            let new = Arc::new(hasher(&self.spec, secret, adapter, tenant));
+            let mut hashers = self.hashers.lock();
+            if hashers.len() >= HASHERS {
+                hashers.clear();
+            }
+            hashers.insert(key, new.clone());
+            new
+        });
+        hasher.hashes(tokens)
+    }
+}
+
+fn hasher(spec: &ModelSpec, secret: &Secret, adapter: &str, tenant: &str) -> Hasher {
+    Hasher::new(secret, &spec.name, &spec.weights_version, &spec.geometry, adapter, tenant)
+}

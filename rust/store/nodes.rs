@@ -1,0 +1,281 @@
+//! What the tiers know of each block, under the store's lock.
+//!
+//! The index names blocks and counts who holds them; here stands where their bytes are. A block has a node while at least
+//! one tier has it. Only who has the lock inserts and unlinks, so under it a node that is there stays there.
+//!
+//! What is unlinked while somebody holds it is found no more; its slot waits in limbo until the last lease went.
+
+use crate::block::BlockHash;
+use crate::pool::Slot;
+use crate::ssd::Place;
+use crate::sync::Arc;
+pub(crate) use crate::trie::NodeId;
+use crate::trie::{Inserted, Trie};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// How many evictions are remembered, to tell `evicted` from `never_stored`.
+const GHOSTS: usize = 1 << 16;
+
+/// One cached block.
+#[derive(Debug, Default)]
+pub(crate) struct Node {
+    pub(crate) last_use: u64,
+    pub(crate) ram: Option<Slot>,
+    pub(crate) ram_children: u32,
+    pub(crate) ssd: Option<Place>,
+    pub(crate) ssd_reads: u32,
+    /// Stands in its model's queue of blocks to demote.
+    pub(crate) queued: bool,
+    /// Under which use, and in which list, the RAM tier has it as evictable.
+    pub(crate) listed: Option<(bool, u64)>,
+    first_child: Option<NodeId>,
+    next: Option<NodeId>,
+    previous: Option<NodeId>,
+}
+
+/// Nodes of all models.
+#[derive(Debug)]
+pub(crate) struct Nodes {
+    trie: Arc<Trie>,
+    nodes: Vec<Option<Node>>,
+    // Slots of unlinked blocks that are still held: the node, and the life of it that held them.
+    limbo: Vec<(NodeId, u16, Slot)>,
+    ghosts: Ghosts,
+}
+
+impl std::ops::Index<NodeId> for Nodes {
+    type Output = Node;
+    fn index(&self, id: NodeId) -> &Node {
+        self.nodes[id as usize].as_ref().expect("a node is there as long as its block is linked")
+    }
+}
+
+impl std::ops::IndexMut<NodeId> for Nodes {
+    fn index_mut(&mut self, id: NodeId) -> &mut Node {
+        self.nodes[id as usize].as_mut().expect("a node is there as long as its block is linked")
+    }
+}
+
+impl Nodes {
+    pub(crate) fn new(trie: Arc<Trie>) -> Self {
+        Self { trie, nodes: Vec::new(), limbo: Vec::new(), ghosts: Ghosts::default() }
+    }
+
+    pub(crate) fn find(&self, hash: BlockHash) -> Option<NodeId> {
+        self.trie.find(hash)
+    }
+
+    /// Whether a node is still linked, of which the caller has a lease.
+    pub(crate) fn is_linked(&self, id: NodeId) -> bool {
+        self.trie.is_live(id)
+    }
+
+    /// Whether a node is the one that was linked when its generation was this.
+    pub(crate) fn is_this_life(&self, id: NodeId, life: u16) -> bool {
+        self.trie.generation(id) == life && self.trie.is_live(id)
+    }
+
+    pub(crate) fn hash(&self, id: NodeId) -> BlockHash {
+        self.trie.hash(id)
+    }
+
+    pub(crate) fn model(&self, id: NodeId) -> u32 {
+        self.trie.model(id)
+    }
+
+    pub(crate) fn depth(&self, id: NodeId) -> u32 {
+        self.trie.depth(id)
+    }
+
+    pub(crate) fn parent(&self, id: NodeId) -> Option<NodeId> {
+        self.trie.parent(id)
+    }
+
+    /// Whether somebody has a lease on this very block.
+    pub(crate) fn is_leased(&self, id: NodeId) -> bool {
+        self.trie.leases(id) > 0
+    }
+
+    /// Whether somebody has a lease on one of these blocks, or on one that continues it.
+    pub(crate) fn are_held(&self, ids: impl IntoIterator<Item = NodeId>) -> bool {
+        let (mut seen, mut rest) = (HashSet::new(), ids.into_iter().collect::<Vec<_>>());
+        while let Some(id) = rest.pop() {
+            if !seen.insert(id) {
+                continue;
+            }
+            if self.is_leased(id) {
+                return true;
+            }
+            rest.extend(self.children(id));
+        }
+        false
+    }
+
+    fn children(&self, id: NodeId) -> impl Iterator<Item = NodeId> + '_ {
+        std::iter::successors(self[id].first_child, |&child| self[child].next)
+    }
+
+    /// Adds a block below its parent. `None`: it is there already, or the index has no room.
+    pub(crate) fn insert(&mut self, parent: Option<NodeId>, hash: BlockHash, model: u32) -> Option<NodeId> {
+        let id = match self.trie.insert(parent, hash, model) {
+            Inserted::New(id) => id,
+            Inserted::Known(id) => {
+                self.trie.release(id);
+                return None;
+            }
+            Inserted::Full | Inserted::Orphan => return None,
+        };
+        // Under the lock it cannot be unlinked.
+        self.trie.release(id);
+        let next = parent.and_then(|p| self[p].first_child);
+        if self.nodes.len() <= id as usize {
+            self.nodes.resize_with(id as usize + 1, || None);
+        }
+        self.nodes[id as usize] = Some(Node { next, ..Node::default() });
+        if let Some(next) = next {
+            self[next].previous = Some(id);
+        }
+        if let Some(parent) = parent {
+            self[parent].first_child = Some(id);
+        }
+        Some(id)
+    }
+
+    /// A node and all below it, children before parents.
+    pub(crate) fn subtree(&self, root: NodeId) -> Vec<NodeId> {
+        let mut order = vec![root];
+        let mut visited = 0;
+        while visited < order.len() {
+            let parent = order[visited];
+            order.extend(self.children(parent));
+            visited += 1;
+        }
+        order.reverse();
+        order
+    }
+
+    /// Takes a childless block out of the index, and remembers that it was there. Returns its slot, unless somebody
+    /// holds the block.
+    pub(crate) fn remove(&mut self, id: NodeId) -> Option<Slot> {
+        let (hash, parent, life) = (self.hash(id), self.parent(id), self.trie.generation(id));
+        let node = self.nodes[id as usize].take()?;
+        debug_assert!(node.first_child.is_none(), "children leave before their parent");
+        match (node.previous, parent) {
+            (Some(previous), _) => self[previous].next = node.next,
+            (None, Some(parent)) => self[parent].first_child = node.next,
+            (None, None) => {}
+        }
+        if let Some(next) = node.next {
+            self[next].previous = node.previous;
+        }
+        self.ghosts.insert(hash.0 as u64);
+        let unlinked = self.trie.unlink(id, true);
+        debug_assert!(unlinked, "only who has the lock gives a block children, or unlinks it");
+        match node.ram {
+            Some(slot) if self.trie.generation(id) == life => {
+                self.limbo.push((id, life, slot));
+                None
+            }
+            slot => slot,
+        }
+    }
+
+    /// Slots in limbo that nobody holds any more.
+    pub(crate) fn freed(&mut self) -> Vec<Slot> {
+        let trie = &self.trie;
+        self.limbo.extract_if(.., |&mut (id, life, _)| trie.generation(id) != life).map(|(_, _, slot)| slot).collect()
+    }
+
+    /// Takes leases on linked nodes; returns the leading ones that could be leased.
+    pub(crate) fn lease<'a>(&self, path: &'a [NodeId]) -> &'a [NodeId] {
+        let leased = path.iter().take_while(|&&id| self.trie.lease(id)).count();
+        &path[..leased]
+    }
+
+    pub(crate) fn release(&self, path: &[NodeId]) {
+        path.iter().for_each(|&id| self.trie.release(id));
+    }
+
+    pub(crate) fn was_evicted(&self, hash: BlockHash) -> bool {
+        self.ghosts.counts.contains_key(&(hash.0 as u64))
+    }
+
+    /// Some blocks of a model that continue no other; nothing left of it, none.
+    pub(crate) fn first_of_model(&self, model: u32, most: usize, from: &mut usize) -> Vec<NodeId> {
+        let mut found = Vec::new();
+        while *from < self.nodes.len() && found.len() < most {
+            let id = *from as NodeId;
+            if self.nodes[*from].is_some() && self.model(id) == model && self.parent(id).is_none() {
+                found.push(id);
+            }
+            *from += 1;
+        }
+        found
+    }
+}
+
+// Hashes are uniform already; hashing them again would only cost time.
+#[derive(Default)]
+struct Uniform(u64);
+
+impl Hasher for Uniform {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for chunk in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            self.0 ^= u64::from_le_bytes(word);
+        }
+    }
+    fn write_u64(&mut self, value: u64) {
+        self.0 ^= value;
+    }
+}
+
+// The last evictions, in a ring; a tag may be in it more than once.
+#[derive(Default)]
+struct Ghosts {
+    ring: VecDeque<u64>,
+    counts: HashMap<u64, u32, BuildHasherDefault<Uniform>>,
+}
+
+impl std::fmt::Debug for Ghosts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ghosts").field("len", &self.ring.len()).finish_non_exhaustive()
+    }
+}
+
+impl Ghosts {
+    fn insert(&mut self, tag: u64) {
+        if self.ring.len() == GHOSTS
+            && let Some(oldest) = self.ring.pop_front()
+            && let Some(count) = self.counts.get_mut(&oldest)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.counts.remove(&oldest);
+            }
+        }
+        self.ring.push_back(tag);
+        *self.counts.entry(tag).or_default() += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_eviction_is_remembered_until_enough_others_followed() {
+        let mut ghosts = Ghosts::default();
+        ghosts.insert(7);
+        assert!(ghosts.counts.contains_key(&7));
+        for i in 0..GHOSTS as u64 {
+            ghosts.insert(100 + i);
+        }
+        assert!(!ghosts.counts.contains_key(&7) && ghosts.counts.len() == GHOSTS);
+    }
+}
