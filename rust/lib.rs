@@ -10,7 +10,7 @@
 pub mod block;
 mod copy;
 mod error;
-mod evict;
+pub mod evict;
 mod pool;
 mod ram;
 mod ssd;

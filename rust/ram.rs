@@ -1,52 +1,38 @@
-//! The RAM tier's books: who holds which slot, and which blocks of a model may leave it.
-//!
-//! A model's evictable blocks stand in two lists: *clean* ones, whose bytes are on SSD too, and *dirty* ones, which
-//! leaving would lose. Clean ones go first.
+//! The RAM tier's books: who holds which slot, and the order in which a model's blocks leave.
 
-use crate::evict::Lru;
+use crate::evict::{Kind, Order};
 use crate::pool::{Pool, Slot};
 use crate::trie::NodeId;
 use std::collections::HashMap;
 
-/// Evictable blocks of one model.
-#[derive(Debug, Default)]
-pub(crate) struct Evictable {
-    clean: Lru,
-    dirty: Lru,
-}
-
-impl Evictable {
-    pub(crate) fn list(&mut self, clean: bool) -> &mut Lru {
-        if clean { &mut self.clean } else { &mut self.dirty }
-    }
-
-    /// The block that leaves next.
-    pub(crate) fn victim(&self, may_lose: bool, may_leave: impl Fn(NodeId) -> bool) -> Option<NodeId> {
-        let dirty = || if may_lose { self.dirty.coldest(&may_leave) } else { None };
-        self.clean.coldest(&may_leave).or_else(dirty)
-    }
-}
-
-/// Slots, their holders and the evictable blocks of every model.
+/// Slots, their holders and the order of eviction of every model.
 #[derive(Debug)]
 pub(crate) struct Ram {
     pub(crate) pool: Pool,
     holders: HashMap<Slot, NodeId>,
-    evictable: HashMap<u32, Evictable>,
+    orders: HashMap<u32, Order>,
+    eviction: Kind,
 }
 
 impl Ram {
-    pub(crate) fn new(capacity: usize) -> Self {
-        Self { pool: Pool::new(capacity), holders: HashMap::new(), evictable: HashMap::new() }
+    pub(crate) fn new(capacity: usize, eviction: Kind) -> Self {
+        Self { pool: Pool::new(capacity), holders: HashMap::new(), orders: HashMap::new(), eviction }
     }
 
-    pub(crate) fn evictable(&mut self, model: u32) -> &mut Evictable {
-        self.evictable.entry(model).or_default()
+    /// The order of eviction of a model.
+    pub(crate) fn order(&mut self, model: u32) -> &mut Order {
+        let eviction = self.eviction;
+        self.orders.entry(model).or_insert_with(|| Order::new(eviction, 1))
+    }
+
+    /// Which policy runs for a model at present.
+    pub(crate) fn running(&self, model: u32) -> Kind {
+        self.orders.get(&model).map_or(self.eviction, Order::running)
     }
 
     /// A model is gone, and all of its blocks.
     pub(crate) fn forget(&mut self, model: u32) {
-        self.evictable.remove(&model);
+        self.orders.remove(&model);
     }
 
     pub(crate) fn hold(&mut self, slot: Slot, node: NodeId) {

@@ -3,6 +3,8 @@
 //! Every counter moves under its owner's lock, so a snapshot is one instant: `asked = hit + miss` holds in it exactly,
 //! per tier and in total, and the sum over models equals the total.
 
+use crate::evict::Kind;
+
 /// The tiers of this process, fastest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Tier {
@@ -168,6 +170,8 @@ pub struct Snapshot {
     pub ssd_io: &'static str,
     /// Why the SSD tier takes no writes at present, if so.
     pub ssd_read_only: Option<String>,
+    /// The eviction policy that runs in RAM at present, by model.
+    pub ram_eviction: Vec<(String, Kind)>,
     /// Blocks in the index.
     pub index_blocks: u64,
     /// Bytes of memory that it takes when full.

@@ -15,6 +15,7 @@ class Store:
         cls,
         *,
         ram_capacity_bytes: int | str,
+        eviction: str,
         ssd: tuple[str | os.PathLike[str] | None, int | str, int | str, str] | None,
         secret: str | None,
         threads: int,

@@ -22,6 +22,7 @@ Dtype = Literal["fp32", "fp16", "bf16", "uint8"]
 """Element types of cached tensors; ``uint8`` carries either FP8 format."""
 
 Policy = Literal["write_back", "write_through"]
+Eviction = Literal["lru", "lfu", "s3fifo", "arc", "wtinylfu", "gdsf", "adaptive"]
 """When blocks are written to SSD: when RAM fills, or as soon as they are put."""
 
 _UNITS = {"": 1, "B": 1} | {
@@ -105,13 +106,18 @@ class RamConfig:
 
     Attributes:
         capacity_bytes: size of its arena, headers of blocks included.
+        eviction: in which order blocks leave: ``lru``, ``lfu`` (aged), ``s3fifo``, ``arc``, ``wtinylfu``, ``gdsf``, or
+            ``adaptive``: whichever of these does best on a sample of the present load.
     """
 
     capacity_bytes: int | str = "2GiB"
+    eviction: Eviction = "adaptive"
 
     def __post_init__(self) -> None:
-        """Turns the size into bytes."""
+        """Checks every field and turns the size into bytes."""
         object.__setattr__(self, "capacity_bytes", parse_bytes(self.capacity_bytes, "ram.capacity_bytes"))
+        if self.eviction not in get_args(Eviction):
+            raise ConfigError(f"ram.eviction is {self.eviction!r}, expected one of {', '.join(get_args(Eviction))}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

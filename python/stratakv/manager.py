@@ -24,6 +24,7 @@ class Status:
     Attributes:
         ram_capacity_bytes: size of the RAM tier.
         ram_pages: ``huge`` or ``ordinary``: what the arena was granted.
+        ram_eviction: the eviction policy that runs at present, by model.
         ssd_capacity_bytes: cap of the SSD tier; 0 if it is off.
         ssd_file_bytes: bytes its files take.
         ssd_io: ``direct``, ``buffered`` or ``off``.
@@ -36,6 +37,7 @@ class Status:
 
     ram_capacity_bytes: int
     ram_pages: str
+    ram_eviction: dict[str, str]
     ssd_capacity_bytes: int
     ssd_file_bytes: int
     ssd_io: str
@@ -60,6 +62,7 @@ class CacheManager:
         tier = (ssd.path, ssd.capacity_bytes, ssd.segment_bytes, ssd.policy) if ssd.enabled else None
         self._store = _native.Store(
             ram_capacity_bytes=config.ram.capacity_bytes,
+            eviction=config.ram.eviction,
             ssd=tier,
             secret=config.store.secret,
             threads=config.store.threads,

@@ -4,6 +4,7 @@ use super::tensor::{Placement, Tensor, integers, view};
 use super::{OrRaise, raise};
 use crate::block::{Dtype, Geometry};
 use crate::error::input;
+use crate::evict::Kind;
 use crate::stats::{Counts, Tier, TierCounts};
 use crate::{ModelSpec, Options, SsdOptions, WritePolicy};
 use pyo3::prelude::*;
@@ -20,15 +21,17 @@ pub(super) struct Store {
 impl Store {
     /// Opens a store. `ssd` is `(path, capacity_bytes, segment_bytes, policy)` or `None`.
     #[new]
-    #[pyo3(signature = (*, ram_capacity_bytes, ssd, secret, threads, index_bytes))]
+    #[pyo3(signature = (*, ram_capacity_bytes, eviction, ssd, secret, threads, index_bytes))]
     fn new(
         py: Python<'_>,
         ram_capacity_bytes: u64,
+        eviction: &str,
         ssd: Option<(std::path::PathBuf, u64, u64, String)>,
         secret: Option<String>,
         threads: usize,
         index_bytes: Option<u64>,
     ) -> PyResult<Self> {
+        let eviction = Kind::parse(eviction).or_raise(py)?;
         let mut policy = WritePolicy::default();
         let mut tier = None;
         if let Some((path, capacity_bytes, segment_bytes, name)) = ssd {
@@ -42,7 +45,7 @@ impl Store {
             };
             tier = Some(SsdOptions { path, capacity_bytes, segment_bytes });
         }
-        let options = Options { ram_capacity_bytes, ssd: tier, policy, secret, threads, index_bytes };
+        let options = Options { ram_capacity_bytes, eviction, ssd: tier, policy, secret, threads, index_bytes };
         let store = py.detach(|| crate::Store::open(options)).or_raise(py)?;
         Ok(Self { store: Arc::new(store) })
     }
@@ -91,6 +94,11 @@ impl Store {
         out.set_item("ssd_file_bytes", snapshot.ssd_file_bytes)?;
         out.set_item("ssd_io", snapshot.ssd_io)?;
         out.set_item("ssd_read_only", snapshot.ssd_read_only)?;
+        let running = PyDict::new(py);
+        for (name, kind) in &snapshot.ram_eviction {
+            running.set_item(name, kind.name())?;
+        }
+        out.set_item("ram_eviction", running)?;
         out.set_item("index_blocks", snapshot.index_blocks)?;
         out.set_item("index_bytes", snapshot.index_bytes)?;
         out.set_item("index_refused_blocks", snapshot.index_refused)?;

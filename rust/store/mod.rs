@@ -25,6 +25,7 @@ pub use model::{Model, ModelSpec};
 use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES, Secret};
 use crate::copy::{BlockCopy, Direction, KvView, Workers};
 use crate::error::{Error, ErrorKind, Result, input};
+use crate::evict::Kind;
 use crate::pool::{Arena, Slot};
 use crate::ssd::io::{FileIo, Io};
 use crate::ssd::record::{MAX_NAME_BYTES, write_tokens};
@@ -55,6 +56,8 @@ pub struct Options {
     pub ram_capacity_bytes: u64,
     /// The SSD tier, if there is one.
     pub ssd: Option<SsdOptions>,
+    /// The order in which blocks leave RAM.
+    pub eviction: Kind,
     /// When blocks go to SSD.
     pub policy: WritePolicy,
     /// What block hashes are keyed with. Without one the SSD directory's own is used, or a random one.
@@ -140,7 +143,7 @@ impl Store {
         let all_bytes = arena.bytes() as u64 + ssd.as_ref().map_or(0, Ssd::capacity_bytes);
         let blocks = options.index_bytes.map_or((all_bytes / INDEXED_BYTES).max(1 << 16), Trie::blocks_in);
         let trie = Arc::new(Trie::new(blocks as usize)?);
-        let mut state = State::new(trie.clone(), arena.bytes(), ssd.as_ref(), stale);
+        let mut state = State::new(trie.clone(), options.eviction, arena.bytes(), ssd.as_ref(), stale);
         if let Some(ssd) = &ssd {
             room::fit_stale_files(&mut state, ssd)?;
         }
@@ -480,6 +483,7 @@ impl Store {
                 (Some(_), _) => "direct",
             },
             ssd_read_only: state.ssd_read_only.as_ref().map(|(reason, _)| reason.clone()),
+            ram_eviction: state.models.iter().map(|(&id, m)| (m.name.clone(), state.ram.running(id))).collect(),
             index_blocks: shared.trie.len() as u64,
             index_bytes: shared.trie.bytes() as u64,
             index_refused: shared.trie.refused(),
@@ -536,26 +540,34 @@ impl State {
         hashes: &[BlockHash],
         slots: Vec<Slot>,
     ) -> (usize, usize) {
-        let (mut cached, mut new_blocks) = (0, 0);
+        let mut cached = 0;
         let mut attached = parent.is_none_or(|p| self.nodes.is_linked(p)) && self.models.contains_key(&model.id);
         attached &= !model.matches.ended();
+        // Matches tell what was found; this is what was not.
+        self.ram.order(model.id).request(hashes.iter().map(|&hash| state::tag(hash)));
+        if let Some(known) = parent.filter(|_| attached) {
+            self.touch(known);
+        }
         let now = self.tick();
+        let mut placed = Vec::with_capacity(slots.len());
         for (&hash, slot) in hashes.iter().zip(slots) {
-            if attached && let Some(id) = self.nodes.insert(parent, hash, model.id) {
-                self.nodes[id].last_use = now;
-                self.place_in_ram(id, slot);
-                if self.ssd_capacity_bytes > 0 {
-                    self.enqueue_dirty(id);
-                }
-                new_blocks += 1;
-            } else {
-                self.ram.pool.free(slot);
+            match if attached { self.nodes.insert(parent, hash, model.id) } else { None } {
+                Some(id) => placed.push((id, slot)),
+                None => self.ram.pool.free(slot),
             }
             parent = self.nodes.find(hash);
             attached &= parent.is_some();
             cached += usize::from(attached);
         }
-        (cached, new_blocks)
+        // From the end to the start, as paths are touched.
+        for &(id, slot) in placed.iter().rev() {
+            self.nodes[id].last_use = now;
+            self.place_in_ram(id, slot);
+        }
+        if self.ssd_capacity_bytes > 0 {
+            placed.iter().for_each(|&(id, _)| self.enqueue_dirty(id));
+        }
+        (cached, placed.len())
     }
 }
 

@@ -6,13 +6,13 @@
 //! What is unlinked while somebody holds it is found no more; its slot waits in limbo until the last lease went.
 
 use crate::block::BlockHash;
+use crate::evict::Ghosts;
 use crate::pool::Slot;
 use crate::ssd::Place;
 use crate::sync::Arc;
 pub(crate) use crate::trie::NodeId;
 use crate::trie::{Inserted, Trie};
-use std::collections::{HashMap, HashSet, VecDeque};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::collections::HashSet;
 
 /// How many evictions are remembered, to tell `evicted` from `never_stored`.
 const GHOSTS: usize = 1 << 16;
@@ -27,8 +27,6 @@ pub(crate) struct Node {
     pub(crate) ssd_reads: u32,
     /// Stands in its model's queue of blocks to demote.
     pub(crate) queued: bool,
-    /// Under which use, and in which list, the RAM tier has it as evictable.
-    pub(crate) listed: Option<(bool, u64)>,
     first_child: Option<NodeId>,
     next: Option<NodeId>,
     previous: Option<NodeId>,
@@ -112,6 +110,11 @@ impl Nodes {
         false
     }
 
+    /// A block and those before it, back to the first of the sequence.
+    pub(crate) fn path(&self, id: NodeId) -> impl Iterator<Item = NodeId> + '_ {
+        std::iter::successors(Some(id), |&id| self.parent(id))
+    }
+
     fn children(&self, id: NodeId) -> impl Iterator<Item = NodeId> + '_ {
         std::iter::successors(self[id].first_child, |&child| self[child].next)
     }
@@ -169,7 +172,7 @@ impl Nodes {
         if let Some(next) = node.next {
             self[next].previous = node.previous;
         }
-        self.ghosts.insert(hash.0 as u64);
+        self.ghosts.insert(hash.0 as u64, GHOSTS);
         let unlinked = self.trie.unlink(id, true);
         debug_assert!(unlinked, "only who has the lock gives a block children, or unlinks it");
         match node.ram {
@@ -198,7 +201,7 @@ impl Nodes {
     }
 
     pub(crate) fn was_evicted(&self, hash: BlockHash) -> bool {
-        self.ghosts.counts.contains_key(&(hash.0 as u64))
+        self.ghosts.contains(hash.0 as u64)
     }
 
     /// Some blocks of a model that continue no other; nothing left of it, none.
@@ -212,70 +215,5 @@ impl Nodes {
             *from += 1;
         }
         found
-    }
-}
-
-// Hashes are uniform already; hashing them again would only cost time.
-#[derive(Default)]
-struct Uniform(u64);
-
-impl Hasher for Uniform {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for chunk in bytes.chunks(8) {
-            let mut word = [0; 8];
-            word[..chunk.len()].copy_from_slice(chunk);
-            self.0 ^= u64::from_le_bytes(word);
-        }
-    }
-    fn write_u64(&mut self, value: u64) {
-        self.0 ^= value;
-    }
-}
-
-// The last evictions, in a ring; a tag may be in it more than once.
-#[derive(Default)]
-struct Ghosts {
-    ring: VecDeque<u64>,
-    counts: HashMap<u64, u32, BuildHasherDefault<Uniform>>,
-}
-
-impl std::fmt::Debug for Ghosts {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Ghosts").field("len", &self.ring.len()).finish_non_exhaustive()
-    }
-}
-
-impl Ghosts {
-    fn insert(&mut self, tag: u64) {
-        if self.ring.len() == GHOSTS
-            && let Some(oldest) = self.ring.pop_front()
-            && let Some(count) = self.counts.get_mut(&oldest)
-        {
-            *count -= 1;
-            if *count == 0 {
-                self.counts.remove(&oldest);
-            }
-        }
-        self.ring.push_back(tag);
-        *self.counts.entry(tag).or_default() += 1;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_eviction_is_remembered_until_enough_others_followed() {
-        let mut ghosts = Ghosts::default();
-        ghosts.insert(7);
-        assert!(ghosts.counts.contains_key(&7));
-        for i in 0..GHOSTS as u64 {
-            ghosts.insert(100 + i);
-        }
-        assert!(!ghosts.counts.contains_key(&7) && ghosts.counts.len() == GHOSTS);
     }
 }

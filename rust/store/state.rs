@@ -1,14 +1,14 @@
 //! Everything the store knows about its blocks, under one lock that is never held across I/O or a copy.
 //!
 //! One rule keeps the books right: whatever alters a node goes through [`State::alter`], which takes the node out of
-//! the lists and sums, applies the change, and puts it back as it then is. So each of these follows from the nodes
-//! alone, at every instant: a model's block and byte counts, the bytes not yet on SSD, and the evictable blocks
-//! (in RAM, not leased, no child in RAM).
+//! the sums, applies the change, and puts it back as it then is. So a model's block and byte counts, and the blocks not
+//! yet on SSD, follow from the nodes alone, at every instant.
 
 use super::lease::Touched;
 use super::model::Matches;
 use super::nodes::{Node, NodeId, Nodes};
 use crate::block::{BlockHash, Geometry};
+use crate::evict::Kind;
 use crate::pool::{Class, Slot};
 use crate::ram::Ram;
 use crate::ssd::record::Entry;
@@ -88,11 +88,16 @@ pub(crate) struct State {
     pub(crate) closed: bool,
 }
 
+/// What policies know a block by.
+pub(super) fn tag(hash: BlockHash) -> u64 {
+    hash.0 as u64
+}
+
 impl State {
-    pub(crate) fn new(trie: Arc<Trie>, ram_bytes: usize, ssd: Option<&Ssd>, stale: Vec<Stale>) -> Self {
+    pub(crate) fn new(trie: Arc<Trie>, eviction: Kind, ram_bytes: usize, ssd: Option<&Ssd>, stale: Vec<Stale>) -> Self {
         Self {
             nodes: Nodes::new(trie),
-            ram: Ram::new(ram_bytes),
+            ram: Ram::new(ram_bytes, eviction),
             ram_bytes: ram_bytes as u64,
             models: HashMap::new(),
             next_model: 0,
@@ -129,18 +134,7 @@ impl State {
 
     fn account(&mut self, id: NodeId, add: bool) {
         let model = self.nodes.model(id);
-        let node = &mut self.nodes[id];
-        let (in_ram, on_ssd) = (node.ram.is_some(), node.ssd.is_some());
-        if add {
-            // Whether it is leased is looked up when it is to leave.
-            if in_ram && node.ram_children == 0 {
-                node.listed = Some((on_ssd, node.last_use));
-                let last_use = node.last_use;
-                self.ram.evictable(model).list(on_ssd).insert(last_use, id);
-            }
-        } else if let Some((clean, last_use)) = node.listed.take() {
-            self.ram.evictable(model).list(clean).remove(last_use, id);
-        }
+        let (in_ram, on_ssd) = (self.nodes[id].ram.is_some(), self.nodes[id].ssd.is_some());
         let Some(bytes) = self.models.get(&model).map(|m| m.geometry.record_bytes() as u64) else { return };
         let shift = |value: &mut u64, by: u64| *value = if add { *value + by } else { *value - by };
         if in_ram
@@ -163,6 +157,8 @@ impl State {
     pub(crate) fn catch_up(&mut self, touched: &Touched) {
         while let Some((id, life)) = touched.pop() {
             if self.nodes.is_this_life(id, life) {
+                let path: Vec<u64> = self.nodes.path(id).map(|id| tag(self.nodes.hash(id))).collect();
+                self.ram.order(self.nodes.model(id)).request(path.into_iter().rev());
                 self.touch(id);
             }
         }
@@ -177,12 +173,9 @@ impl State {
         let model = self.nodes.model(deepest);
         let (mut next, mut last_segment) = (Some(deepest), None);
         while let Some(id) = next {
-            // Only what is listed stands anywhere under its last use.
-            if self.nodes[id].listed.is_some() {
-                self.alter(id, |node| node.last_use = now);
-            } else {
-                self.nodes[id].last_use = now;
-            }
+            self.nodes[id].last_use = now;
+            // From its end to its start: what continues a block is colder than the block.
+            self.ram.order(model).touch(id);
             let segment = self.nodes[id].ssd.map(|place| place.segment);
             if segment != last_segment
                 && let Some(segment) = segment.and_then(|index| self.segment(model, index))
@@ -201,6 +194,11 @@ impl State {
     /// Gives a block its bytes in RAM.
     pub(crate) fn place_in_ram(&mut self, id: NodeId, slot: Slot) {
         self.ram.hold(slot, id);
+        let (model, hash) = (self.nodes.model(id), self.nodes.hash(id));
+        // Attention over what came before costs as much as the rest of a model at about 32 k tokens.
+        let block_tokens = self.models.get(&model).map_or(1, |m| m.geometry.block_tokens);
+        let cost = 1.0 + (self.nodes.depth(id) * block_tokens) as f32 / 32_768.0;
+        self.ram.order(model).insert(id, tag(hash), cost);
         self.alter(id, |node| node.ram = Some(slot));
         if let Some(parent) = self.nodes.parent(id) {
             self.alter(parent, |node| node.ram_children += 1);
@@ -214,6 +212,7 @@ impl State {
         let counts = self.counts(model);
         counts.tier(Tier::Ram).evicted += 1;
         counts.demotions_dropped += u64::from(!clean && ssd_expected);
+        self.ram.order(model).remove(id, true);
         if clean {
             self.leave_ram(id);
         } else {
@@ -236,6 +235,7 @@ impl State {
             self.account(id, false);
             if let Some(slot) = self.nodes[id].ram {
                 self.ram.let_go(slot);
+                self.ram.order(self.nodes.model(id)).remove(id, false);
                 if let Some(parent) = self.nodes.parent(id) {
                     self.alter(parent, |node| node.ram_children -= 1);
                 }
@@ -284,8 +284,14 @@ impl State {
     }
 
     fn evict_own(&mut self, model: u32, may_lose: bool) -> bool {
+        let ssd_in_use = self.ssd_in_use();
         let nodes = &self.nodes;
-        let victim = self.ram.evictable(model).victim(may_lose, |id| !nodes.are_held([id]));
+        let order = self.ram.order(model);
+        order.set_capacity(order.len());
+        let clean = |id: NodeId| nodes[id].ssd.is_some();
+        let may_leave = |id: NodeId| nodes[id].ram_children == 0 && (may_lose || clean(id)) && !nodes.are_held([id]);
+        // Without an SSD no block is better to lose than another.
+        let victim = order.victim(may_leave, |id| clean(id) || !ssd_in_use);
         let Some(victim) = victim else { return false };
         self.evict_from_ram(victim, self.ssd_in_use());
         true

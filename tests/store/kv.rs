@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use std::{fs, os::unix::fs::MetadataExt as _, thread};
+use stratakv::evict::Kind;
 use stratakv::{Dtype, Geometry, KvView, Lease, Model, ModelSpec, Options, PlaneView, SsdOptions, Store, WritePolicy};
 
 pub(crate) const MIB: u64 = 1 << 20;
@@ -92,6 +93,7 @@ pub(crate) fn options(directory: Option<&Path>, ram: u64, cap: u64) -> Options {
     Options {
         ram_capacity_bytes: ram,
         ssd: directory.map(|path| SsdOptions { path: path.into(), capacity_bytes: cap, segment_bytes: 64 << 10 }),
+        eviction: Kind::Adaptive,
         policy: WritePolicy::WriteBack,
         secret: None,
         threads: 2,

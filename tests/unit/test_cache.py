@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 import stratakv
 from stores import NUMPY, assert_right, config, geometry, kv_of, loaded, tokens_of
+from stratakv.config import Eviction
 
 
 def test_a_prompt_is_found_again_up_to_its_last_whole_block(cache: stratakv.ModelCache) -> None:
@@ -330,3 +332,24 @@ def test_every_payload_dtype_has_a_numpy_twin() -> None:
         "bf16": 2,
         "uint8": 1,
     }
+
+
+@pytest.mark.parametrize("eviction", get_args(Eviction))
+def test_every_eviction_policy_serves_right_bytes_under_pressure_and_says_what_runs(eviction: str) -> None:
+    settings = stratakv.Config(
+        ram=stratakv.RamConfig(capacity_bytes="2MiB", eviction=eviction), ssd=stratakv.SsdConfig(enabled=False)
+    )
+    with stratakv.open(settings) as caches:
+        cache = caches.register("model", geometry())
+        random = np.random.default_rng(0)
+        for seed in random.zipf(1.3, 300) % 60:
+            tokens = np.concatenate([tokens_of(1000 + seed % 3, 32), tokens_of(seed, 64)])
+            assert_right(cache, tokens)
+            cache.put(tokens, kv_of(tokens, geometry()), layout="LKHND")
+            assert assert_right(cache, tokens).loaded_tokens == 96
+        stats = cache.stats()
+        assert stats.hit_blocks + stats.miss_blocks == stats.asked_blocks
+        assert stats.tiers["ram"].evicted_blocks > 0
+        assert caches.status().ram_eviction["model"] in (
+            get_args(Eviction)[:6] if eviction == "adaptive" else [eviction]
+        )

@@ -107,3 +107,10 @@ def test_a_geometry_that_makes_no_sense_names_its_field(wrong: dict[str, object]
 def test_a_section_of_another_kind_is_refused() -> None:
     with pytest.raises(stratakv.ConfigError, match="ssd is None, expected a SsdConfig"):
         stratakv.Config(ssd=None)  # type: ignore[arg-type]
+
+
+def test_an_unknown_eviction_policy_is_refused_with_the_list() -> None:
+    with pytest.raises(
+        stratakv.ConfigError, match="'fifo', expected one of lru, lfu, s3fifo, arc, wtin"
+    ):
+        stratakv.RamConfig(eviction="fifo")  # type: ignore[arg-type]

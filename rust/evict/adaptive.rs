@@ -1,0 +1,105 @@
+//! Which policy suits the present load: each one runs on a sample of it, as a cache in small, and the one that hits most
+//! there runs in the tier. A sampled cache of a share of the blocks with that share of the capacity hits about as often
+//! as the whole (SHARDS: Waldspurger et al., FAST 2015); all shadows see the same sample, so they differ by policy alone.
+//!
+//! A change costs a pass over the tier's blocks, so it takes a lead that is more than chance. Memory: five shadows of at
+//! most 1,024 blocks up to a capacity of half a million, of 1/1,024 of it beyond, with as many ghosts again.
+
+use super::ghosts::TagMap;
+use super::{Kind, NodeId, Policy, policy};
+
+/// Those that take turns.
+const CANDIDATES: [Kind; 5] = [Kind::Lru, Kind::S3Fifo, Kind::Arc, Kind::WTinyLfu, Kind::Gdsf];
+/// Blocks that a shadow should hold.
+const SHADOW: usize = 512;
+/// The shares that are sampled: one in 2^4 to one in 2^10.
+const SHIFTS: (u32, u32) = (4, 10);
+/// How much of a window's score counts on in the next.
+const MEMORY: f64 = 0.7;
+/// A lead must be by this share, and by so many standard deviations.
+const LEAD: f64 = 0.01;
+const DEVIATIONS: f64 = 1.0;
+
+#[derive(Debug)]
+struct Shadow {
+    policy: Box<dyn Policy>,
+    resident: TagMap<NodeId>,
+    tags: Vec<u64>,
+    free: Vec<NodeId>,
+    capacity: usize,
+    hits: u32,
+    score: f64,
+}
+
+impl Shadow {
+    fn new(kind: Kind, capacity: usize) -> Self {
+        let (tags, free) = (vec![0; capacity], (0..capacity as NodeId).rev().collect());
+        Self { policy: policy(kind, capacity), resident: TagMap::default(), tags, free, capacity, hits: 0, score: 0.0 }
+    }
+
+    fn ask(&mut self, tag: u64) {
+        if let Some(&node) = self.resident.get(&tag) {
+            self.hits += 1;
+            self.policy.touch(node, tag);
+            return;
+        }
+        if self.resident.len() == self.capacity
+            && let Some(victim) = self.policy.victim(&mut |_| true)
+        {
+            let gone = self.tags[victim as usize];
+            self.policy.remove(victim, gone, true);
+            self.resident.remove(&gone);
+            self.free.push(victim);
+        }
+        let Some(node) = self.free.pop() else { return };
+        self.tags[node as usize] = tag;
+        self.resident.insert(tag, node);
+        self.policy.insert(node, tag, 1.0);
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Adaptive {
+    shift: u32,
+    shadows: [Shadow; CANDIDATES.len()],
+    asked: usize,
+    window: usize,
+}
+
+impl Adaptive {
+    pub(super) fn new(capacity: usize) -> Self {
+        let shift = (capacity / SHADOW).max(1).ilog2().clamp(SHIFTS.0, SHIFTS.1);
+        let size = (capacity >> shift).max(4);
+        let shadows = CANDIDATES.map(|kind| Shadow::new(kind, size));
+        Self { shift, shadows, asked: 0, window: (4 * size).max(1024) }
+    }
+
+    /// Starts anew where the sample would be another; else the shadows go on at their new size.
+    pub(super) fn set_capacity(&mut self, capacity: usize) {
+        let next = Self::new(capacity);
+        if next.shift != self.shift || next.shadows[0].capacity != self.shadows[0].capacity {
+            *self = next;
+        }
+    }
+
+    /// Feeds the blocks of a request to the shadows. The policy that should run, at the end of a window.
+    pub(super) fn request(&mut self, tags: impl DoubleEndedIterator<Item = u64>, running: Kind) -> Option<Kind> {
+        let mask = (1u64 << self.shift) - 1;
+        // From its end to its start, as paths are touched.
+        for tag in tags.rev().filter(|tag| tag & mask == 0) {
+            self.asked += 1;
+            self.shadows.iter_mut().for_each(|shadow| shadow.ask(tag));
+        }
+        if self.asked < self.window {
+            return None;
+        }
+        self.asked = 0;
+        for shadow in &mut self.shadows {
+            shadow.score = shadow.score * MEMORY + f64::from(std::mem::take(&mut shadow.hits));
+        }
+        let score = |kind: Kind| CANDIDATES.iter().position(|&c| c == kind).map_or(0.0, |n| self.shadows[n].score);
+        let best = CANDIDATES.into_iter().max_by(|&a, &b| score(a).total_cmp(&score(b)))?;
+        let now = score(running);
+        (score(best) > now * (1.0 + LEAD) + DEVIATIONS * now.sqrt()).then_some(best)
+    }
+}

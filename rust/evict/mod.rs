@@ -1,0 +1,247 @@
+//! The order of eviction inside one tier and model.
+//!
+//! A policy knows blocks by their node and by a 64-bit tag, and decides which leaves next; it never sees bytes. A path is
+//! touched from its end to its start, so that what continues a block is always colder than the block. Whether a block
+//! may leave (it is held, or others in the tier continue it) is asked when it is chosen: who may not gets another turn.
+//!
+//! | name | idea | source |
+//! |---|---|---|
+//! | `lru` | least recently used | |
+//! | `lfu` | least frequently used, aged: what leaves raises the bar for what comes | as `gdsf`, with equal costs |
+//! | `gdsf` | least worth recomputing: frequency × cost, aged | Cherkasova, "Improving WWW Proxies Performance", 1998 |
+//! | `s3fifo` | a small queue on trial, a main queue, ghosts of the small | Yang et al., SOSP 2023 |
+//! | `arc` | recent against frequent, balanced by ghosts | Megiddo & Modha, FAST 2003 |
+//! | `wtinylfu` | a small window, then admission by frequency | Einziger et al., ACM TOS 2017 |
+//! | `adaptive` | whichever of these does best on a sample of the present load | |
+
+mod adaptive;
+mod arc;
+mod gdsf;
+mod ghosts;
+mod list;
+mod lru;
+mod s3fifo;
+mod wtinylfu;
+
+#[cfg(test)]
+mod contract;
+
+use crate::error::{Result, input};
+use adaptive::Adaptive;
+pub(crate) use ghosts::Ghosts;
+
+/// A node of the index.
+pub type NodeId = u32;
+
+/// How many blocks a choice looks at before it takes what it has, or gives up.
+const PATIENCE: usize = 128;
+
+/// Names of policies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Kind {
+    /// Least recently used.
+    Lru,
+    /// Least frequently used, aged.
+    Lfu,
+    /// S3-FIFO.
+    S3Fifo,
+    /// ARC.
+    Arc,
+    /// W-TinyLFU.
+    WTinyLfu,
+    /// Greedy-Dual-Size-Frequency.
+    Gdsf,
+    /// Whichever does best at present.
+    #[default]
+    Adaptive,
+}
+
+impl Kind {
+    /// All policies.
+    pub const ALL: [Self; 7] =
+        [Self::Lru, Self::Lfu, Self::S3Fifo, Self::Arc, Self::WTinyLfu, Self::Gdsf, Self::Adaptive];
+
+    /// The name used in configuration and status.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Lru => "lru",
+            Self::Lfu => "lfu",
+            Self::S3Fifo => "s3fifo",
+            Self::Arc => "arc",
+            Self::WTinyLfu => "wtinylfu",
+            Self::Gdsf => "gdsf",
+            Self::Adaptive => "adaptive",
+        }
+    }
+
+    /// The policy of a name.
+    ///
+    /// # Errors
+    /// There is none; the message lists those there are.
+    pub fn parse(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| {
+            let valid = Self::ALL.map(Self::name).join(", ");
+            input(format!("eviction policy {name:?}: expected one of {valid}"))
+        })
+    }
+}
+
+/// What every policy does. Nodes are dense numbers; a node is inserted once, and again only after it left.
+trait Policy: std::fmt::Debug + Send {
+    /// A block came into the tier.
+    fn insert(&mut self, node: NodeId, tag: u64, cost: f32);
+    /// A block was used.
+    fn touch(&mut self, node: NodeId, tag: u64);
+    /// A block left; `evicted`: because it was chosen.
+    fn remove(&mut self, node: NodeId, tag: u64, evicted: bool);
+    /// The block to leave next, of those that may; it stays until it is removed.
+    fn victim(&mut self, may_leave: &mut dyn FnMut(NodeId) -> bool) -> Option<NodeId>;
+    /// How many blocks the tier holds when it is full.
+    fn set_capacity(&mut self, blocks: usize);
+    /// All blocks, those that would leave first first.
+    fn coldest_first(&self) -> Vec<NodeId>;
+}
+
+fn policy(kind: Kind, capacity: usize) -> Box<dyn Policy> {
+    match kind {
+        Kind::Lru | Kind::Adaptive => Box::new(lru::Lru::default()),
+        Kind::Lfu | Kind::Gdsf => Box::new(gdsf::Gdsf::new(kind == Kind::Gdsf)),
+        Kind::S3Fifo => Box::new(s3fifo::S3Fifo::new(capacity)),
+        Kind::Arc => Box::new(arc::Arc::new(capacity)),
+        Kind::WTinyLfu => Box::new(wtinylfu::WTinyLfu::new(capacity)),
+    }
+}
+
+/// The order of one tier and model.
+#[derive(Debug)]
+pub struct Order {
+    kind: Kind,
+    running: Kind,
+    policy: Box<dyn Policy>,
+    adaptive: Option<Box<Adaptive>>,
+    capacity: usize,
+    /// Tag and cost of each block, by node.
+    blocks: Vec<Option<(u64, f32)>>,
+    len: usize,
+}
+
+impl Order {
+    /// An order of no blocks yet, of a tier that holds so many.
+    pub fn new(kind: Kind, capacity: usize) -> Self {
+        let adaptive = (kind == Kind::Adaptive).then(|| Box::new(Adaptive::new(capacity)));
+        let running = if kind == Kind::Adaptive { Kind::Lru } else { kind };
+        let policy = policy(running, capacity);
+        Self { kind, running, policy, adaptive, capacity, blocks: Vec::new(), len: 0 }
+    }
+
+    /// The policy that was asked for.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The policy that runs at present; another than [`kind`](Self::kind) only for `adaptive`.
+    pub fn running(&self) -> Kind {
+        self.running
+    }
+
+    /// Blocks in the tier.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Another policy from now on; every block stays.
+    pub fn set_kind(&mut self, kind: Kind) {
+        self.kind = kind;
+        self.adaptive = (kind == Kind::Adaptive).then(|| Box::new(Adaptive::new(self.capacity)));
+        if kind != Kind::Adaptive {
+            self.run(kind);
+        }
+    }
+
+    fn run(&mut self, kind: Kind) {
+        if kind == self.running {
+            return;
+        }
+        let mut next = policy(kind, self.capacity);
+        for node in self.policy.coldest_first() {
+            if let Some((tag, cost)) = self.blocks[node as usize] {
+                next.insert(node, tag, cost);
+            }
+        }
+        (self.policy, self.running) = (next, kind);
+    }
+
+    /// How many blocks the tier holds when it is full, from now on.
+    pub fn set_capacity(&mut self, blocks: usize) {
+        if blocks != self.capacity {
+            self.capacity = blocks;
+            self.policy.set_capacity(blocks);
+            if let Some(adaptive) = &mut self.adaptive {
+                adaptive.set_capacity(blocks);
+            }
+        }
+    }
+
+    /// Tells `adaptive` which blocks a request asked for, found or not, first to last.
+    pub fn request(&mut self, tags: impl ExactSizeIterator<Item = u64> + DoubleEndedIterator) {
+        if let Some(adaptive) = &mut self.adaptive
+            && let Some(best) = adaptive.request(tags, self.running)
+        {
+            self.run(best);
+        }
+    }
+
+    /// A block came into the tier; `cost` is what computing its bytes again would take, per byte.
+    pub fn insert(&mut self, node: NodeId, tag: u64, cost: f32) {
+        if self.blocks.len() <= node as usize {
+            self.blocks.resize(node as usize + 1, None);
+        }
+        debug_assert!(self.blocks[node as usize].is_none(), "a block comes once");
+        self.blocks[node as usize] = Some((tag, cost));
+        self.len += 1;
+        self.policy.insert(node, tag, cost);
+    }
+
+    /// A block was used; one that is not in the tier is left alone. A path is touched from its end to its start.
+    pub fn touch(&mut self, node: NodeId) {
+        if let Some(&Some((tag, _))) = self.blocks.get(node as usize) {
+            self.policy.touch(node, tag);
+        }
+    }
+
+    /// A block left the tier; `evicted`: because it was the victim.
+    pub fn remove(&mut self, node: NodeId, evicted: bool) {
+        if let Some((tag, _)) = self.blocks.get_mut(node as usize).and_then(Option::take) {
+            self.len -= 1;
+            self.policy.remove(node, tag, evicted);
+        }
+    }
+
+    /// The block that leaves next, of those that may. Of what it looks at, 128 blocks at most, one that `should` leave
+    /// is taken before others.
+    pub fn victim(
+        &mut self,
+        may_leave: impl Fn(NodeId) -> bool,
+        should_leave: impl Fn(NodeId) -> bool,
+    ) -> Option<NodeId> {
+        let mut second = None;
+        let mut looked = 0;
+        let chosen = self.policy.victim(&mut |node| {
+            looked += 1;
+            if !may_leave(node) {
+                return false;
+            }
+            if should_leave(node) || looked >= PATIENCE {
+                return true;
+            }
+            second = second.or(Some(node));
+            false
+        });
+        chosen.filter(|&node| should_leave(node)).or(second).or(chosen)
+    }
+}
