@@ -11,8 +11,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import itertools
-import json
-import operator
 import os
 import random
 import subprocess
@@ -25,17 +23,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from rows import OUT, ROOT, Row, finish, paired, row, skipped
 
 import stratakv
 from stratakv import Config, Geometry, ModelCache, RamConfig, SsdConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "benches" / "out"
 MIB = 1 << 20
 REPEATS = 9
 # Keys and values of Llama 3.2 1B: 32 KiB per token, and the shortest rows that common models have.
@@ -43,37 +39,8 @@ GEOMETRY = Geometry(layers=16, kv_heads=8, head_dim=64, dtype="fp16")
 ROTATE_BYTES = 512 * MIB  # Buffers are taken in turn: no processor cache holds what comes next.
 BATCH_BYTES = 64 * MIB  # What is timed at once.
 
-Row = dict[str, Any]
 Batch = Callable[[range], float]  # Works through the buffers of these numbers; seconds.
 Tensor = DynamicCache = Any  # Of libraries that may be missing.
-
-
-def row(name: str, value: float | None = None, unit: str = "", **more: object) -> Row:
-    """A row. `must` and `goal` read "field sign bound"; a result that is not `right` is never ok."""
-    blank, right = dict.fromkeys(("limit", "limit_value", "ratio", "must", "goal")), more.pop("right", None)
-    filled: Row = {"name": name, "value": value, "unit": unit, **blank, "ok": right, "n": 1, **more}
-    if filled["must"] and right is not False:
-        field, sign, bound = filled["must"].split()
-        filled["ok"] = {">=": operator.ge, ">": operator.gt, "<": operator.lt}[sign](filled[field], float(bound))
-    return filled
-
-
-def paired(name: str, unit: str, pairs: list[tuple[float, float]], limit: str, **more: object) -> Row:
-    """A row of measurements, each with the limit that was measured beside it."""
-    value, limit_value = map(median, zip(*pairs, strict=True))
-    ratio = median(mine / bound for mine, bound in pairs)
-    filled = {"limit": limit, "limit_value": limit_value, "ratio": ratio, "n": len(pairs)} | more
-    return row(name, value, unit, **filled)
-
-
-def skipped(what: str, *modules: str) -> list[Row]:
-    """A row that says which of the modules cannot be imported; none if all can."""
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            return [row(f"{what}: skipped, {module} is not installed", n=0)]
-    return []
 
 
 def buffers(size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -309,30 +276,9 @@ def size() -> list[Row]:
     return [imported, row("wheel: skipped, there is none in dist/ (make wheel)", n=0)]
 
 
-def facts() -> Row:
-    """The commit, marked if the tree differs from it, and the machine."""
-    git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    system, memory = os.uname(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    processor = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), system.machine)
-    machine = f"{os.cpu_count()} cores {processor}, {memory:.0f} GiB, {system.sysname} {system.release}"
-    return {"commit": git.stdout.strip() or "unknown", "machine": machine}
-
-
-def show(rows: list[Row]) -> None:
-    """Prints the table."""
-    columns = ("name", "value", "unit", "limit", "limit_value", "ratio", "must", "goal", "ok", "n")
-    text = lambda cell: "" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)  # noqa: E731
-    shown = [each | {"ok": {True: "yes", False: "NO"}.get(each["ok"]), "n": each["n"] or None} for each in rows]
-    table = [columns, *([text(each[column]) for column in columns] for each in shown)]
-    width = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(cell.ljust(size) for cell, size in zip(line, width, strict=True)).rstrip())
-
-
 def main() -> None:
     """Runs the sections, prints the table and writes `benches/out/main.json`."""
-    rows, run = [], facts()
+    rows: list[Row] = []
     OUT.mkdir(parents=True, exist_ok=True)
     for name in sys.argv[1:] or ("ttft", "copy", "lmcache", "size"):
         print(f"bench: {name}", file=sys.stderr, flush=True)
@@ -341,9 +287,7 @@ def main() -> None:
         except Exception as error:  # A section that breaks must not hide the others.
             traceback.print_exc()
             rows.append(row(f"{name}: failed, {type(error).__name__}", right=False, n=0))
-    show(rows)
-    print(f"\n{run['machine']}; commit {run['commit']}")
-    (OUT / "main.json").write_text(json.dumps([each | run for each in rows], indent=1) + "\n", encoding="utf-8")
+    finish("main", rows)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ impl Geometry {
 
 /// Name of a whole prefix, up to the end of one block. Secret: see the page above.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct BlockHash(pub(crate) u128);
+pub struct BlockHash(pub u128);
 
 impl std::fmt::Debug for BlockHash {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -278,38 +278,28 @@ impl Hasher {
 
     /// Hashes of all whole blocks of `tokens`; a partial block at the end has none.
     pub fn hashes(&self, tokens: &[u32]) -> Vec<BlockHash> {
-        let mut previous = self.seed;
-        tokens
-            .chunks_exact(self.block_tokens)
-            .map(|block| {
-                previous = self.extend(previous, block);
-                previous
-            })
-            .collect()
+        #[cfg(target_arch = "x86_64")]
+        if std::is_x86_feature_detected!("pclmulqdq") {
+            // SAFETY: PCLMULQDQ was detected on the line above; SSE2 is part of x86-64.
+            return unsafe { clmul::hashes(self, tokens) };
+        }
+        self.hashes_by_definition(tokens)
     }
 
-    /// The hash of the prefix that ends with `block`, given that of the prefix before it.
-    fn extend(&self, previous: BlockHash, block: &[u32]) -> BlockHash {
+    fn hashes_by_definition(&self, tokens: &[u32]) -> Vec<BlockHash> {
         let degree = self.powers.len();
-        let chain = (previous.0, self.powers[degree - 1]);
-        let elements = block.chunks(4).enumerate().map(|(j, four)| {
-            let mut lanes = [0u32; 4];
-            lanes[..four.len()].copy_from_slice(four);
-            let element = lanes.iter().rev().fold(0u128, |acc, &lane| acc << 32 | u128::from(lane));
-            (element, self.powers[degree - 1 - j])
-        });
-        BlockHash(gf_dot(std::iter::once(chain).chain(elements)))
+        let mut hash = self.seed.0;
+        let blocks = tokens.chunks_exact(self.block_tokens);
+        let next = |block: &[u32]| {
+            hash = gf_mul(hash, self.powers[degree - 1]);
+            for (j, four) in block.chunks(4).enumerate() {
+                let element = four.iter().rev().fold(0u128, |acc, &token| acc << 32 | u128::from(token));
+                hash ^= gf_mul(element, self.powers[degree - 1 - j]);
+            }
+            BlockHash(hash)
+        };
+        blocks.map(next).collect()
     }
-}
-
-/// Sum of products in GF(2^128) modulo x^128 + x^7 + x^2 + x + 1.
-fn gf_dot(terms: impl Iterator<Item = (u128, u128)>) -> u128 {
-    #[cfg(target_arch = "x86_64")]
-    if std::is_x86_feature_detected!("pclmulqdq") {
-        // SAFETY: PCLMULQDQ was detected on the line above; SSE2 is part of x86-64.
-        return unsafe { gf_dot_clmul(terms) };
-    }
-    terms.fold(0, |sum, (a, b)| sum ^ gf_mul(a, b))
 }
 
 /// Bit by bit: the definition that the fast path equals.
@@ -324,37 +314,88 @@ fn gf_mul(mut a: u128, b: u128) -> u128 {
     product
 }
 
-/// Carry-less products summed unreduced, then reduced once.
+/// The same by carry-less multiplication (Gueron & Kounavis, "Intel Carry-Less Multiplication Instruction and its Usage
+/// for Computing the GCM Mode", 2010). The products of a block are summed unreduced and reduced once, together with
+/// that of the chain: one reduction a block is all that waits for the block before.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "pclmulqdq")]
-fn gf_dot_clmul(terms: impl Iterator<Item = (u128, u128)>) -> u128 {
-    use std::arch::x86_64::{__m128i, _mm_clmulepi64_si128, _mm_cvtsi128_si64, _mm_set_epi64x, _mm_unpackhi_epi64};
+mod clmul {
+    use super::{BlockHash, Hasher};
+    use std::arch::x86_64::{
+        __m128i, _mm_clmulepi64_si128, _mm_cvtsi128_si64, _mm_set_epi32, _mm_set_epi64x, _mm_slli_si128,
+        _mm_srli_si128, _mm_unpackhi_epi64, _mm_xor_si128,
+    };
 
     #[target_feature(enable = "pclmulqdq")]
     fn load(v: u128) -> __m128i {
         _mm_set_epi64x((v >> 64) as i64, v as i64)
     }
+
     #[target_feature(enable = "pclmulqdq")]
     fn store(v: __m128i) -> u128 {
         let high = _mm_cvtsi128_si64(_mm_unpackhi_epi64(v, v)) as u64;
         u128::from(high) << 64 | u128::from(_mm_cvtsi128_si64(v) as u64)
     }
 
-    let (mut low, mut middle, mut high) = (0u128, 0u128, 0u128);
-    for (a, b) in terms {
-        let (a, b) = (load(a), load(b));
-        low ^= store(_mm_clmulepi64_si128::<0x00>(a, b));
-        high ^= store(_mm_clmulepi64_si128::<0x11>(a, b));
-        middle ^= store(_mm_clmulepi64_si128::<0x01>(a, b)) ^ store(_mm_clmulepi64_si128::<0x10>(a, b));
+    /// An unreduced product of 255 bits, in three overlapping parts.
+    #[derive(Clone, Copy)]
+    struct Product {
+        low: __m128i,
+        middle: __m128i,
+        high: __m128i,
     }
-    low ^= middle << 64;
-    high ^= middle >> 64;
-    // high * x^128 = high * 0x87: at most 135 bits, so the part above 128 folds once more.
-    let reduction = load(0x87);
-    let folded_low = store(_mm_clmulepi64_si128::<0x00>(load(high), reduction));
-    let folded_high = store(_mm_clmulepi64_si128::<0x01>(load(high), reduction));
-    let overflow = store(_mm_clmulepi64_si128::<0x00>(load(folded_high >> 64), reduction));
-    low ^ folded_low ^ folded_high << 64 ^ overflow
+
+    #[target_feature(enable = "pclmulqdq")]
+    fn product(a: __m128i, b: __m128i) -> Product {
+        Product {
+            low: _mm_clmulepi64_si128::<0x00>(a, b),
+            middle: _mm_xor_si128(_mm_clmulepi64_si128::<0x01>(a, b), _mm_clmulepi64_si128::<0x10>(a, b)),
+            high: _mm_clmulepi64_si128::<0x11>(a, b),
+        }
+    }
+
+    #[target_feature(enable = "pclmulqdq")]
+    fn sum(a: Product, b: Product) -> Product {
+        Product {
+            low: _mm_xor_si128(a.low, b.low),
+            middle: _mm_xor_si128(a.middle, b.middle),
+            high: _mm_xor_si128(a.high, b.high),
+        }
+    }
+
+    #[target_feature(enable = "pclmulqdq")]
+    fn reduce(p: Product) -> __m128i {
+        let low = _mm_xor_si128(p.low, _mm_slli_si128::<8>(p.middle));
+        let high = _mm_xor_si128(p.high, _mm_srli_si128::<8>(p.middle));
+        // high * x^128 = high * 0x87: at most 135 bits, so the part above 128 folds once more.
+        let fold = _mm_set_epi64x(0, 0x87);
+        let (first, second) = (_mm_clmulepi64_si128::<0x00>(high, fold), _mm_clmulepi64_si128::<0x01>(high, fold));
+        let over = _mm_clmulepi64_si128::<0x01>(second, fold);
+        let folded = _mm_xor_si128(_mm_xor_si128(first, over), _mm_slli_si128::<8>(second));
+        _mm_xor_si128(low, folded)
+    }
+
+    #[target_feature(enable = "pclmulqdq")]
+    pub(super) fn hashes(hasher: &Hasher, tokens: &[u32]) -> Vec<BlockHash> {
+        let powers: Vec<__m128i> = hasher.powers.iter().rev().map(|&power| load(power)).collect();
+        let mut hash = load(hasher.seed.0);
+        let mut out = Vec::with_capacity(tokens.len() / hasher.block_tokens);
+        for block in tokens.chunks_exact(hasher.block_tokens) {
+            let (fours, rest) = block.as_chunks::<4>();
+            let zero = _mm_set_epi64x(0, 0);
+            let mut all = Product { low: zero, middle: zero, high: zero };
+            for (&[a, b, c, d], &power) in fours.iter().zip(&powers) {
+                let element = _mm_set_epi32(d as i32, c as i32, b as i32, a as i32);
+                all = sum(all, product(element, power));
+            }
+            if !rest.is_empty() {
+                let at = |i: usize| rest.get(i).copied().unwrap_or(0) as i32;
+                all = sum(all, product(_mm_set_epi32(0, at(2), at(1), at(0)), powers[fours.len()]));
+            }
+            hash = reduce(sum(all, product(hash, powers[0])));
+            out.push(BlockHash(store(hash)));
+        }
+        out
+    }
 }
 
 #[cfg(test)]
@@ -372,9 +413,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_fast_product_equals_the_bitwise_definition(terms in prop::collection::vec((any::<u128>(), any::<u128>()), 0..9)) {
-            let slow = terms.iter().fold(0, |sum, &(a, b)| sum ^ gf_mul(a, b));
-            prop_assert_eq!(gf_dot(terms.into_iter()), slow);
+        fn fast_hashes_equal_their_definition(
+            tokens in prop::collection::vec(any::<u32>(), 0..200), block_tokens in 1u32..40, secret in any::<[u8; 8]>(),
+        ) {
+            let geometry = Geometry { block_tokens, ..geometry() };
+            let hasher = Hasher::new(&Secret::new(&secret), "m", "", &geometry, "", "");
+            prop_assert_eq!(hasher.hashes(&tokens), hasher.hashes_by_definition(&tokens));
         }
 
         #[test]

@@ -11,13 +11,13 @@ pub mod block;
 mod copy;
 mod error;
 pub mod evict;
-mod pool;
+pub mod pool;
 mod ram;
 mod ssd;
 pub mod stats;
 mod store;
 mod sync;
-mod trie;
+pub mod trie;
 
 #[cfg(feature = "python")]
 mod py;

@@ -126,11 +126,11 @@ impl Drop for Arena {
 
 /// One place for a record in the arena: its byte offset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Slot(usize);
+pub struct Slot(usize);
 
 /// The slots of one model.
 #[derive(Debug)]
-pub(crate) struct Class {
+pub struct Class {
     model: u32,
     slot_bytes: usize,
     // Never zero, and never given twice in a process.
@@ -148,13 +148,41 @@ struct Owner {
     first_chunk: AtomicUsize,
     slot_bytes: AtomicUsize,
     slots: AtomicUsize,
+    per_word: AtomicUsize,
+    stride: AtomicUsize,
+}
+
+/// How the bits of a span's slots lie: so many in a word, and words so far apart. As far as there is room each word has a
+/// cache line of its own, so that threads in different words do not slow each other.
+#[derive(Debug, Clone, Copy)]
+struct Layout {
+    slots: usize,
+    per_word: usize,
+    stride: usize,
+}
+
+impl Layout {
+    fn new(slots: usize, words: usize) -> Self {
+        let room = words / slots.div_ceil(64);
+        let stride = if room >= 8 { 8 } else { 1 };
+        Self { slots, per_word: slots.div_ceil(words / stride), stride }
+    }
+
+    fn words(self) -> usize {
+        self.slots.div_ceil(self.per_word)
+    }
+
+    /// Word `n` while all of its slots are free.
+    fn all_free(self, n: usize) -> u64 {
+        u64::MAX >> (64 - self.per_word.min(self.slots - n * self.per_word))
+    }
 }
 
 #[derive(Debug)]
 struct Span {
     class: Arc<Class>,
     chunks: usize,
-    slots: usize,
+    layout: Layout,
 }
 
 #[derive(Debug)]
@@ -167,7 +195,7 @@ struct Books {
 
 /// The allocator over the arena's chunks. It knows sizes and owners, never bytes.
 #[derive(Debug)]
-pub(crate) struct Pool {
+pub struct Pool {
     chunk_bytes: usize,
     chunk_words: usize,
     bits: Box<[AtomicU64]>,
@@ -191,6 +219,10 @@ thread_local! {
     static HINTS: [Cell<Hint>; 4] = const { [const { Cell::new(Hint { class: 0, stamp: 0, word: 0 }) }; 4] };
 }
 
+thread_local! {
+    static THREAD: u64 = unique();
+}
+
 fn hint(class: u64) -> Option<Hint> {
     let hint = HINTS.with(|hints| hints[class as usize % hints.len()].get());
     (hint.class == class).then_some(hint)
@@ -208,7 +240,8 @@ fn unique() -> u64 {
 }
 
 impl Pool {
-    pub(crate) fn new(capacity: usize) -> Self {
+    /// An allocator over so many bytes.
+    pub fn new(capacity: usize) -> Self {
         let chunk_bytes = (capacity / 64).next_multiple_of(HUGE_PAGE).clamp(HUGE_PAGE, 64 << 20);
         let chunks = (capacity / chunk_bytes).max(1);
         let chunk_words = chunk_bytes / SMALLEST_SLOT / 64;
@@ -224,7 +257,7 @@ impl Pool {
     }
 
     /// A model's slots; it has none yet.
-    pub(crate) fn class(&self, model: u32, slot_bytes: usize) -> Arc<Class> {
+    pub fn class(&self, model: u32, slot_bytes: usize) -> Arc<Class> {
         Arc::new(Class {
             model,
             slot_bytes: slot_bytes.next_multiple_of(SMALLEST_SLOT),
@@ -241,7 +274,7 @@ impl Pool {
     }
 
     /// Takes a slot, opening a new span if there is room for one.
-    pub(crate) fn allocate(&self, class: &Arc<Class>) -> Option<Slot> {
+    pub fn allocate(&self, class: &Arc<Class>) -> Option<Slot> {
         self.allocate_near(class).or_else(|| self.search(class))
     }
 
@@ -261,10 +294,12 @@ impl Pool {
             // slot is done, and the stamp of a later span is seen below.
             match word.compare_exchange_weak(free, free & !bit, Ordering::Acquire, Ordering::Relaxed) {
                 Ok(_) if owner.stamp.load(Ordering::Relaxed) == hint.stamp => {
-                    let first = owner.first_chunk.load(Ordering::Relaxed);
-                    let number = (hint.word - first * self.chunk_words) * 64 + bit.trailing_zeros() as usize;
+                    let first = read(&owner.first_chunk);
+                    let (per_word, stride) = (read(&owner.per_word), read(&owner.stride));
+                    let number =
+                        (hint.word - first * self.chunk_words) / stride * per_word + bit.trailing_zeros() as usize;
                     remember(hint);
-                    return Some(Slot(first * self.chunk_bytes + number * owner.slot_bytes.load(Ordering::Relaxed)));
+                    return Some(Slot(first * self.chunk_bytes + number * read(&owner.slot_bytes)));
                 }
                 // The span was closed, and another opened there.
                 Ok(_) => {
@@ -278,21 +313,20 @@ impl Pool {
     }
 
     /// Gives a slot back.
-    pub(crate) fn free(&self, slot: Slot) {
+    pub fn free(&self, slot: Slot) {
         let owner = &self.owners[slot.0 / self.chunk_bytes];
-        // Relaxed: the slot came to this thread after its span was opened, and the span cannot close before this ends.
-        let read = |value: &AtomicUsize| value.load(Ordering::Relaxed);
-        let (first, slots) = (read(&owner.first_chunk), read(&owner.slots));
+        let first = read(&owner.first_chunk);
+        let layout = Layout { slots: read(&owner.slots), per_word: read(&owner.per_word), stride: read(&owner.stride) };
         let number = (slot.0 - first * self.chunk_bytes) / read(&owner.slot_bytes);
-        let word = first * self.chunk_words + number / 64;
+        let (nth, bit) = (number / layout.per_word, 1u64 << (number % layout.per_word));
+        let word = first * self.chunk_words + nth * layout.stride;
         let (class, stamp) = (owner.class.load(Ordering::Relaxed), owner.stamp.load(Ordering::Relaxed));
         remember(Hint { class, stamp, word });
-        let bit = 1u64 << (number % 64);
         // Release: pairs with the Acquire of who takes the slot next.
         let before = self.bits[word].fetch_or(bit, Ordering::Release);
         debug_assert!(before & bit == 0, "double free");
         // Relaxed: it says when a look is worth its while; the look itself takes every bit in turn.
-        if before | bit == free_bits(slots, number / 64) && !self.emptied.load(Ordering::Relaxed) {
+        if before | bit == layout.all_free(nth) && !self.emptied.load(Ordering::Relaxed) {
             self.emptied.store(true, Ordering::Relaxed);
         }
     }
@@ -300,9 +334,15 @@ impl Pool {
     // Any word of the class that has room; else a new span.
     fn search(&self, class: &Arc<Class>) -> Option<Slot> {
         let mut books = self.books.lock();
-        for (&first, span) in books.spans.iter().filter(|(_, span)| span.class.key == class.key) {
+        // Threads begin at different places, so that they do not share a word.
+        let begin = THREAD.with(|number| *number) as usize;
+        let turn = begin % books.spans.len().max(1);
+        let spans = books.spans.iter().skip(turn).chain(books.spans.iter().take(turn));
+        for (&first, span) in spans.filter(|(_, span)| span.class.key == class.key) {
             let stamp = self.owners[first].stamp.load(Ordering::Relaxed);
-            for word in first * self.chunk_words..first * self.chunk_words + span.slots.div_ceil(64) {
+            let words = span.layout.words();
+            for n in (0..words).map(|n| (n + begin) % words) {
+                let word = first * self.chunk_words + n * span.layout.stride;
                 if let Some(slot) = self.take(Hint { class: class.key, stamp, word }) {
                     return Some(slot);
                 }
@@ -324,25 +364,27 @@ impl Pool {
         // A shorter span is better than none when the arena is nearly full.
         let free_run = |length: usize| books.covered.windows(length).position(|run| run.iter().all(Option::is_none));
         let (first, chunks) = (enough..=best).rev().find_map(|n| Some((free_run(n)?, n)))?;
-        let slots = chunks * self.chunk_bytes / class.slot_bytes;
+        let layout = Layout::new(chunks * self.chunk_bytes / class.slot_bytes, chunks * self.chunk_words);
         let stamp = unique();
         for owner in &self.owners[first..first + chunks] {
             // Relaxed: published by the bits below.
             owner.class.store(class.key, Ordering::Relaxed);
             owner.first_chunk.store(first, Ordering::Relaxed);
             owner.slot_bytes.store(class.slot_bytes, Ordering::Relaxed);
-            owner.slots.store(slots, Ordering::Relaxed);
+            owner.slots.store(layout.slots, Ordering::Relaxed);
+            owner.per_word.store(layout.per_word, Ordering::Relaxed);
+            owner.stride.store(layout.stride, Ordering::Relaxed);
             owner.stamp.store(stamp, Ordering::Relaxed);
         }
         books.covered[first..first + chunks].fill(Some(first));
-        books.spans.insert(first, Span { class: class.clone(), chunks, slots });
+        books.spans.insert(first, Span { class: class.clone(), chunks, layout });
         self.free_chunks.fetch_sub(chunks, Ordering::Relaxed);
         class.chunks.fetch_add(chunks, Ordering::Relaxed);
-        class.slots.fetch_add(slots, Ordering::Relaxed);
-        for n in 0..slots.div_ceil(64) {
+        class.slots.fetch_add(layout.slots, Ordering::Relaxed);
+        for n in 0..layout.words() {
             // Release: who takes a bit sees the owner above. Added, not stored: a thread that took the place for that
             // of an earlier span may be about to give a bit back.
-            self.bits[first * self.chunk_words + n].fetch_or(free_bits(slots, n), Ordering::Release);
+            self.bits[first * self.chunk_words + n * layout.stride].fetch_or(layout.all_free(n), Ordering::Release);
         }
         Some(first)
     }
@@ -350,19 +392,20 @@ impl Pool {
     // Closes every span of which each slot could be taken; whether there was one.
     fn close_empty(&self, books: &mut Books) -> bool {
         let empty = |first: usize, span: &Span| {
-            let words = first * self.chunk_words..first * self.chunk_words + span.slots.div_ceil(64);
-            let all = |n: usize| free_bits(span.slots, n);
+            let layout = span.layout;
+            let word = |n: usize| &self.bits[first * self.chunk_words + n * layout.stride];
             // Acquire: what was done with these slots is done.
-            let took = |n: usize, word: usize| {
-                self.bits[word].compare_exchange(all(n), 0, Ordering::Acquire, Ordering::Relaxed).is_ok()
+            let take_all = |n: &usize| {
+                word(*n).compare_exchange(layout.all_free(*n), 0, Ordering::Acquire, Ordering::Relaxed).is_ok()
             };
-            let taken = words.clone().enumerate().take_while(|&(n, word)| took(n, word)).count();
-            if taken < words.len() {
-                for (n, word) in words.enumerate().take(taken) {
-                    self.bits[word].fetch_or(all(n), Ordering::Release);
+            let taken = (0..layout.words()).take_while(take_all).count();
+            let all = taken == layout.words();
+            if !all {
+                for n in 0..taken {
+                    word(n).fetch_or(layout.all_free(n), Ordering::Release);
                 }
             }
-            taken == span.slots.div_ceil(64)
+            all
         };
         let gone: Vec<usize> =
             books.spans.iter().filter(|&(&first, span)| empty(first, span)).map(|(&f, _)| f).collect();
@@ -375,7 +418,7 @@ impl Pool {
             books.covered[first..first + span.chunks].fill(None);
             self.free_chunks.fetch_add(span.chunks, Ordering::Relaxed);
             span.class.chunks.fetch_sub(span.chunks, Ordering::Relaxed);
-            span.class.slots.fetch_sub(span.slots, Ordering::Relaxed);
+            span.class.slots.fetch_sub(span.layout.slots, Ordering::Relaxed);
         }
         !gone.is_empty()
     }
@@ -432,8 +475,9 @@ impl Pool {
     }
 
     fn taken(&self, first: usize, span: &Span) -> (u32, Vec<Slot>) {
-        let bit = |n: usize| self.bits[first * self.chunk_words + n / 64].load(Ordering::Relaxed) >> (n % 64) & 1;
-        let taken = (0..span.slots).filter(|&n| bit(n) == 0);
+        let Layout { slots, per_word, stride } = span.layout;
+        let word = |n: usize| self.bits[first * self.chunk_words + n / per_word * stride].load(Ordering::Relaxed);
+        let taken = (0..slots).filter(|&n| word(n) >> (n % per_word) & 1 == 0);
         let slots = taken.map(|n| Slot(first * self.chunk_bytes + n * span.class.slot_bytes));
         (span.class.model, slots.collect())
     }
@@ -448,9 +492,9 @@ impl Pool {
     }
 }
 
-// Word `n` of a span of so many slots while all are free.
-fn free_bits(slots: usize, n: usize) -> u64 {
-    u64::MAX >> 64usize.saturating_sub(slots - n * 64)
+// Relaxed: of an owner that cannot change, since the reader has a slot there.
+fn read(value: &AtomicUsize) -> usize {
+    value.load(Ordering::Relaxed)
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ use word::{Asked, Word};
 use words::Words;
 
 /// Index of a node; reused after the node is gone.
-pub(crate) type NodeId = u32;
+pub type NodeId = u32;
 
 // Words of a node: one cache line.
 const NODE: usize = 8;
@@ -53,11 +53,11 @@ const PROBES: usize = 7;
 
 /// More than 2^20 leases on one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct TooManyLeases;
+pub struct TooManyLeases;
 
 /// What became of an insertion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Inserted {
+pub enum Inserted {
     /// A new node, leased.
     New(NodeId),
     /// There is one already, now leased.
@@ -70,7 +70,7 @@ pub(crate) enum Inserted {
 
 /// The index; see the page above.
 #[derive(Debug)]
-pub(crate) struct Trie {
+pub struct Trie {
     table: Table,
     nodes: Words,
     capacity: usize,
@@ -84,7 +84,7 @@ pub(crate) struct Trie {
 
 impl Trie {
     /// An index of at most so many blocks.
-    pub(crate) fn new(capacity: usize) -> Result<Self> {
+    pub fn new(capacity: usize) -> Result<Self> {
         let capacity = capacity.clamp(1, u32::MAX as usize / 2);
         Ok(Self {
             table: Table::new(capacity)?,
@@ -103,12 +103,17 @@ impl Trie {
     }
 
     /// Blocks in the index.
-    pub(crate) fn len(&self) -> usize {
+    pub fn len(&self) -> usize {
         self.live.load(Ordering::Relaxed)
     }
 
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Bytes of memory that it takes when full.
-    pub(crate) fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         self.table.bytes() + self.capacity * NODE * 8
     }
 
@@ -129,10 +134,7 @@ impl Trie {
     ///
     /// # Errors
     /// That node has too many leases.
-    pub(crate) fn longest_prefix(
-        &self,
-        hashes: &[BlockHash],
-    ) -> std::result::Result<Option<(NodeId, usize)>, TooManyLeases> {
+    pub fn longest_prefix(&self, hashes: &[BlockHash]) -> std::result::Result<Option<(NodeId, usize)>, TooManyLeases> {
         let mut length = self.search(hashes);
         // What the search saw may have left since.
         let mut found = None;
@@ -206,7 +208,7 @@ impl Trie {
     /// Leases a node once more; the caller has a lease on it, or the lock under which nodes are unlinked. `false`: it
     /// was unlinked, or has too many leases.
     #[must_use]
-    pub(crate) fn lease(&self, id: NodeId) -> bool {
+    pub fn lease(&self, id: NodeId) -> bool {
         match self.word(id).lease() {
             Asked::Leased => true,
             Asked::NotLive(last) => {
@@ -220,14 +222,14 @@ impl Trie {
     }
 
     /// Gives a lease back. The last one on an unlinked node frees it.
-    pub(crate) fn release(&self, id: NodeId) {
+    pub fn release(&self, id: NodeId) {
         if self.word(id).release() {
             self.reclaim(id);
         }
     }
 
     /// Adds a block below its parent, on which the caller has a lease (none: the first block of a sequence).
-    pub(crate) fn insert(&self, parent: Option<NodeId>, hash: BlockHash, model: u32) -> Inserted {
+    pub fn insert(&self, parent: Option<NodeId>, hash: BlockHash, model: u32) -> Inserted {
         match self.lease_hash(hash) {
             Ok(Some(id)) => return Inserted::Known(id),
             Ok(None) => {}
@@ -309,7 +311,7 @@ impl Trie {
     /// Takes a block without children out of the index: matches find it no more. With `force`, leased ones too: their
     /// leases stay safe, and the last one given back frees the node. `false`: it has children or, without
     /// force, leases, or was unlinked already.
-    pub(crate) fn unlink(&self, id: NodeId, force: bool) -> bool {
+    pub fn unlink(&self, id: NodeId, force: bool) -> bool {
         if !self.word(id).retire(force) {
             return false;
         }
@@ -394,7 +396,7 @@ impl Trie {
     }
 
     /// The node of a hash, for who holds the lock under which nodes are inserted and unlinked.
-    pub(crate) fn find(&self, hash: BlockHash) -> Option<NodeId> {
+    pub fn find(&self, hash: BlockHash) -> Option<NodeId> {
         let is_it = |&(id, _): &(NodeId, u32)| self.word(id).is_live() && self.hash(id) == hash;
         self.table.candidates(hash).find(is_it).map(|(id, _)| id)
     }
