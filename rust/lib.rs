@@ -28,4 +28,4 @@ pub use error::{Error, ErrorKind, Result};
 pub use pool::PageKind;
 pub use ssd::SsdOptions;
 pub use ssd::io::{FileIo, Io, IoFile};
-pub use store::{Lease, LoadOutcome, Model, ModelSpec, Options, PutOutcome, Store, WritePolicy};
+pub use store::{BlockView, Lease, LoadOutcome, Model, ModelSpec, Options, PutOutcome, Store, WritePolicy};

@@ -13,6 +13,7 @@ from typing import Any
 
 from stratakv import _native
 from stratakv.config import Geometry, parse_bytes
+from stratakv.errors import InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +151,26 @@ class Match:
         """
         self._loaded = self._lease.load(kv, layout, batch, pages)
         return self._loaded[0]
+
+    def view(self, block: int) -> memoryview | None:
+        """One block where it lies in RAM, without a copy.
+
+        The block stays there as long as the view lives, whatever becomes of the match, the model and the store.
+
+        Args:
+            block: its number in the match, from 0.
+
+        Returns:
+            Its keys and values, read-only, ``[layer, plane, head, token, dim]``; of bfloat16 the bits, as 16-bit
+            integers. ``None`` if it is not in RAM, or the match was released: `load` reads every tier.
+
+        Raises:
+            InputError: the match has no such block.
+        """
+        blocks = self._lease.blocks
+        if not isinstance(block, int) or not 0 <= block < blocks:
+            raise InputError(f"block is {block!r}, expected an integer from 0, below {blocks}, the blocks of the match")
+        return self._lease.view(block)
 
     def explain(self) -> Explanation:
         """What was found, what was loaded, and why not more."""

@@ -3,6 +3,7 @@
 //! Arguments are read with the interpreter attached; then one detached call does the work. Errors become the exceptions
 //! of `stratakv.errors`, by kind.
 
+mod block;
 mod store;
 mod tensor;
 

@@ -1,5 +1,6 @@
 //! `Store`, `Model` and `Lease` for Python.
 
+use super::block::BlockBuffer;
 use super::tensor::{Placement, Tensor, integers, view};
 use super::{OrRaise, raise};
 use crate::block::{Dtype, Geometry};
@@ -8,7 +9,7 @@ use crate::evict::Kind;
 use crate::stats::{Counts, Tier, TierCounts};
 use crate::{ModelSpec, Options, SsdOptions, WritePolicy};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::types::{PyDict, PyList, PyMemoryView};
 use std::sync::Arc;
 
 /// A store of this process; `stratakv.CacheManager` wraps it.
@@ -219,6 +220,12 @@ impl Lease {
         self.lease.tokens()
     }
 
+    /// Matched blocks.
+    #[getter]
+    fn blocks(&self) -> usize {
+        self.lease.tokens() / self.lease.geometry().block_tokens as usize
+    }
+
     /// Tokens asked for.
     #[getter]
     fn asked_tokens(&self) -> usize {
@@ -254,6 +261,12 @@ impl Lease {
         let outcome = outcome.map_err(|e| raise(py, &e))?;
         let places = outcome.places.iter().map(|t| t.name()).collect();
         Ok((outcome.tokens, places, outcome.miss.map(|m| m.name())))
+    }
+
+    /// The bytes of one block, or `None`.
+    fn view<'py>(&self, py: Python<'py>, block: usize) -> PyResult<Option<Bound<'py, PyMemoryView>>> {
+        let Some(view) = self.lease.view(block) else { return Ok(None) };
+        PyMemoryView::from(Bound::new(py, BlockBuffer::new(view))?.as_any()).map(Some)
     }
 
     /// Gives the blocks free.

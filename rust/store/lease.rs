@@ -47,7 +47,7 @@ impl Store {
     /// Finds the longest cached prefix of `tokens` and holds it. Counts every whole block as asked.
     ///
     /// # Errors
-    /// The store is closed.
+    /// The store is closed, or one block has 2^20 leases.
     pub fn match_prefix(&self, model: &Arc<Model>, tokens: &[u32], adapter: &str, tenant: &str) -> Result<Lease> {
         self.shared.check_open()?;
         let hashes = model.hashes(&self.shared.secret, tokens, adapter, tenant);

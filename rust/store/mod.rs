@@ -17,10 +17,12 @@ mod nodes;
 mod recover;
 mod room;
 mod state;
+mod view;
 
 pub use lease::Lease;
 pub use load::LoadOutcome;
 pub use model::{Model, ModelSpec};
+pub use view::BlockView;
 
 use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES, Secret};
 use crate::copy::{BlockCopy, Direction, KvView, Workers};

@@ -353,3 +353,40 @@ def test_every_eviction_policy_serves_right_bytes_under_pressure_and_says_what_r
         assert caches.status().ram_eviction["model"] in (
             get_args(Eviction)[:6] if eviction == "adaptive" else [eviction]
         )
+
+
+@pytest.mark.parametrize("dtype", NUMPY)
+def test_a_block_by_reference_shows_its_bytes_and_stays_whatever_becomes_of_the_rest(dtype: str) -> None:
+    shape = geometry(dtype=dtype)
+    caches = stratakv.open(config(None, ram="2MiB"))
+    cache = caches.register("model", shape)
+    tokens = tokens_of(1, 40)
+    right = kv_of(tokens, shape)
+    cache.put(tokens, right, layout="LKHND")
+    with cache.match(tokens) as hit:
+        views = [hit.view(block) for block in range(10)]
+        with pytest.raises(stratakv.InputError, match="block is 10, expected an integer from 0, below 10"):
+            hit.view(10)
+    assert hit.view(0) is None
+    for seed in range(2, 40):
+        cache.put(tokens_of(seed, 400), kv_of(tokens_of(seed, 400), shape), layout="LKHND")
+    caches.unregister("model")
+    caches.close()
+    for block, view in enumerate(views):
+        got = np.asarray(view)
+        assert got.shape == (shape.layers, shape.planes, shape.kv_heads, shape.block_tokens, shape.head_dim)
+        assert got.tobytes() == right[:, :, :, 4 * block : 4 * block + 4].tobytes()
+        assert view.readonly
+        assert not got.flags.writeable
+
+
+def test_a_block_that_is_not_in_ram_has_no_view(tmp_path: Path) -> None:
+    with stratakv.open(config(tmp_path)) as caches:
+        cache = caches.register("model", geometry())
+        tokens = tokens_of(1, 16)
+        cache.put(tokens, kv_of(tokens, geometry()), layout="LKHND")
+    with stratakv.open(config(tmp_path)) as caches:
+        hit = caches.register("model", geometry()).match(tokens)
+        assert hit.tokens == 16
+        assert hit.view(0) is None
+        assert_right(caches["model"], tokens)

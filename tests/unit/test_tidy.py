@@ -39,6 +39,8 @@ UNSAFE_ALLOWED = {
     "store/demote.rs",  # A slot's bytes while the SSD reads them.
     "store/load.rs",  # A slot's bytes while a copy reads or writes them.
     "store/mod.rs",  # The same, for put.
+    "store/view.rs",  # The same, for a view.
+    "py/block.rs",  # Filling a buffer of the interpreter.
     "py/tensor.rs",  # Buffers and DLPack capsules.
 }
 
