@@ -1,12 +1,8 @@
-"""The index and the slot pool against the machine's cache misses and atomic additions; see benches/index.rs.
-
-`ARGS=index` or `ARGS=pool` runs one of the two.
-"""
+"""The index against the machine's cache misses and atomic additions; see benches/index.rs."""
 
 from __future__ import annotations
 
 import subprocess
-import sys
 
 from rows import ROOT, Row, finish, row
 
@@ -24,17 +20,16 @@ BOUNDS = {
 }
 
 
-def main() -> None:
-    """Measures the parts that are named, or both."""
-    parts = sys.argv[1:] or ["index", "pool"]
-    command = ["cargo", "bench", "--quiet", "--locked", "--bench", "index", "--", *parts]
+def main(part: str = "index") -> None:
+    """Measures one part of benches/index.rs."""
+    command = ["cargo", "bench", "--quiet", "--locked", "--bench", "index", "--", part]
     rows: list[Row] = []
     for line in subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines():
         name, value, unit, limit, bound, count = line.split("|")
         must, goal = BOUNDS.get(name, (None, None))
         more = {"limit": limit, "limit_value": float(bound), "ratio": float(value) / float(bound)} if limit else {}
         rows.append(row(name, float(value), unit, n=int(count), must=must, goal=goal, **more))
-    finish("index", rows)
+    finish(part, rows)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ impl Ram {
     /// The order of eviction of a model.
     pub(crate) fn order(&mut self, model: u32) -> &mut Order {
         let eviction = self.eviction;
-        self.orders.entry(model).or_insert_with(|| Order::new(eviction, 1))
+        self.orders.entry(model).or_insert_with(|| Order::new(eviction, 0))
     }
 
     /// Which policy runs for a model at present.

@@ -166,3 +166,14 @@ fn adaptive_follows_the_load() {
     }
     assert!(hits > 300, "{hits} of 1500");
 }
+
+#[test]
+fn small_changes_of_capacity_lose_nothing_that_was_learnt() {
+    let mut order = Order::new(Kind::WTinyLfu, 1000);
+    for capacity in [1050, 990, 1100, 900] {
+        order.set_capacity(capacity);
+        assert_eq!(order.capacity, 1000);
+    }
+    order.set_capacity(2000);
+    assert_eq!(order.capacity, 2000);
+}

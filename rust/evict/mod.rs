@@ -33,8 +33,10 @@ pub(crate) use ghosts::Ghosts;
 /// A node of the index.
 pub type NodeId = u32;
 
-/// How many blocks a choice looks at before it takes what it has, or gives up.
+/// How many blocks a choice looks at before it takes what it has.
 const PATIENCE: usize = 128;
+/// How many blocks it looks at when none may leave, before it gives up.
+const MOST_LOOKS: usize = 16_384;
 
 /// Names of policies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -176,9 +178,10 @@ impl Order {
         (self.policy, self.running) = (next, kind);
     }
 
-    /// How many blocks the tier holds when it is full, from now on.
+    /// How many blocks the tier holds when it is full, from now on. Changes of less than an eighth make no difference
+    /// to a policy, and it keeps what it has learnt.
     pub fn set_capacity(&mut self, blocks: usize) {
-        if blocks != self.capacity {
+        if blocks.abs_diff(self.capacity) > self.capacity / 8 {
             self.capacity = blocks;
             self.policy.set_capacity(blocks);
             if let Some(adaptive) = &mut self.adaptive {
@@ -189,7 +192,9 @@ impl Order {
 
     /// Tells `adaptive` which blocks a request asked for, found or not, first to last.
     pub fn request(&mut self, tags: impl ExactSizeIterator<Item = u64> + DoubleEndedIterator) {
-        if let Some(adaptive) = &mut self.adaptive
+        // Until the tier is full for the first time there is nothing to choose.
+        if self.capacity > 0
+            && let Some(adaptive) = &mut self.adaptive
             && let Some(best) = adaptive.request(tags, self.running)
         {
             self.run(best);
@@ -223,7 +228,7 @@ impl Order {
     }
 
     /// The block that leaves next, of those that may. Of what it looks at, 128 blocks at most, one that `should` leave
-    /// is taken before others.
+    /// is taken before others. It gives up after 16,384 that may not.
     pub fn victim(
         &mut self,
         may_leave: impl Fn(NodeId) -> bool,
@@ -233,7 +238,7 @@ impl Order {
         let mut looked = 0;
         let chosen = self.policy.victim(&mut |node| {
             looked += 1;
-            if !may_leave(node) {
+            if looked > MOST_LOOKS || !may_leave(node) {
                 return false;
             }
             if should_leave(node) || looked >= PATIENCE {

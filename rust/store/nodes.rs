@@ -97,7 +97,14 @@ impl Nodes {
 
     /// Whether somebody has a lease on one of these blocks, or on one that continues it.
     pub(crate) fn are_held(&self, ids: impl IntoIterator<Item = NodeId>) -> bool {
-        let (mut seen, mut rest) = (HashSet::new(), ids.into_iter().collect::<Vec<_>>());
+        // Most have no child: no memory is asked for before one does.
+        let (mut seen, mut rest) = (HashSet::new(), Vec::new());
+        for id in ids {
+            if self.is_leased(id) {
+                return true;
+            }
+            rest.extend(self.children(id));
+        }
         while let Some(id) = rest.pop() {
             if !seen.insert(id) {
                 continue;
