@@ -1,22 +1,22 @@
 //! A long array of atomic words, zero at first, on huge pages; memory is used as it is touched.
 
 use crate::error::Result;
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(any(loom, shuttle, miri)))]
 use crate::pool::Arena;
 use crate::sync::AtomicU64;
 
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(any(loom, shuttle, miri)))]
 #[derive(Debug)]
 pub(super) struct Words(Arena, usize);
 
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(any(loom, shuttle, miri)))]
 impl Words {
     pub(super) fn new(count: usize) -> Result<Self> {
         Ok(Self(Arena::new(count * 8)?, count))
     }
 }
 
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(any(loom, shuttle, miri)))]
 impl std::ops::Deref for Words {
     type Target = [AtomicU64];
     fn deref(&self) -> &[AtomicU64] {
@@ -27,18 +27,18 @@ impl std::ops::Deref for Words {
 }
 
 /// The checkers' atomics are larger than words.
-#[cfg(any(loom, shuttle))]
+#[cfg(any(loom, shuttle, miri))]
 #[derive(Debug)]
 pub(super) struct Words(Box<[AtomicU64]>);
 
-#[cfg(any(loom, shuttle))]
+#[cfg(any(loom, shuttle, miri))]
 impl Words {
     pub(super) fn new(count: usize) -> Result<Self> {
         Ok(Self(std::iter::repeat_with(|| AtomicU64::new(0)).take(count).collect()))
     }
 }
 
-#[cfg(any(loom, shuttle))]
+#[cfg(any(loom, shuttle, miri))]
 impl std::ops::Deref for Words {
     type Target = [AtomicU64];
     fn deref(&self) -> &[AtomicU64] {
