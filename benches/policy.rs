@@ -42,7 +42,7 @@ fn run(trace: &Trace, kind: Kind, capacity: usize) -> Outcome {
     let mut order = Order::new(kind, capacity);
     let mut resident = vec![false; trace.blocks];
     let mut parents = vec![None; trace.blocks];
-    let mut children = vec![0u32; trace.blocks];
+    let mut children: Vec<Vec<NodeId>> = vec![Vec::new(); trace.blocks];
     let (mut hits, mut switches, mut running) = (0, 0, order.running());
     let started = Instant::now();
     for path in &trace.requests {
@@ -55,12 +55,13 @@ fn run(trace: &Trace, kind: Kind, capacity: usize) -> Outcome {
         let mut room = capacity - order.len();
         let wanted = path.len() - found;
         while room < wanted {
-            let may_leave = |block: NodeId| children[block as usize] == 0 && Some(block) != held;
-            let Some(victim) = order.victim(may_leave, |_| true) else { break };
+            let below = |&block: &NodeId| children[block as usize].last().copied();
+            let leaf_of = |block: NodeId| std::iter::successors(Some(block), below).last().filter(|&b| Some(b) != held);
+            let Some(victim) = order.victim(leaf_of, |_| true) else { break };
             order.remove(victim, true);
             resident[victim as usize] = false;
             if let Some(parent) = parents[victim as usize] {
-                children[parent as usize] -= 1;
+                children[parent as usize].retain(|&child| child != victim);
             }
             room += 1;
         }
@@ -71,7 +72,7 @@ fn run(trace: &Trace, kind: Kind, capacity: usize) -> Outcome {
             resident[block as usize] = true;
             parents[block as usize] = at.checked_sub(1).map(|before| path[before]);
             if let Some(parent) = parents[block as usize] {
-                children[parent as usize] += 1;
+                children[parent as usize].push(block);
             }
         }
         switches += usize::from(running != order.running());

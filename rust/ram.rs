@@ -5,12 +5,20 @@ use crate::pool::{Pool, Slot};
 use crate::trie::NodeId;
 use std::collections::HashMap;
 
+/// How far a walk along a cold path came: from a block to one that continues it, and which life of that.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Walk {
+    pub(crate) head: NodeId,
+    pub(crate) at: NodeId,
+    pub(crate) life: u16,
+}
+
 /// Slots, their holders and the order of eviction of every model.
 #[derive(Debug)]
 pub(crate) struct Ram {
     pub(crate) pool: Pool,
     holders: HashMap<Slot, NodeId>,
-    orders: HashMap<u32, Order>,
+    orders: HashMap<u32, (Order, Option<Walk>)>,
     eviction: Kind,
 }
 
@@ -21,13 +29,19 @@ impl Ram {
 
     /// The order of eviction of a model.
     pub(crate) fn order(&mut self, model: u32) -> &mut Order {
+        self.order_and_walk(model).0
+    }
+
+    /// The same, and how far along the path that leaves at present.
+    pub(crate) fn order_and_walk(&mut self, model: u32) -> (&mut Order, &mut Option<Walk>) {
         let eviction = self.eviction;
-        self.orders.entry(model).or_insert_with(|| Order::new(eviction, 0))
+        let (order, walk) = self.orders.entry(model).or_insert_with(|| (Order::new(eviction, 0), None));
+        (order, walk)
     }
 
     /// Which policy runs for a model at present.
     pub(crate) fn running(&self, model: u32) -> Kind {
-        self.orders.get(&model).map_or(self.eviction, Order::running)
+        self.orders.get(&model).map_or(self.eviction, |(order, _)| order.running())
     }
 
     /// A model is gone, and all of its blocks.

@@ -44,7 +44,7 @@ impl Shadow {
             return;
         }
         if self.resident.len() == self.capacity
-            && let Some(victim) = self.policy.victim(&mut |_| true)
+            && let Some(victim) = self.policy.victim(&mut Some)
         {
             let gone = self.tags[victim as usize];
             self.policy.remove(victim, gone, true);

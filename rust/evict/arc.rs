@@ -52,10 +52,10 @@ impl Policy for Arc {
         self.lists.remove(node);
     }
 
-    fn victim(&mut self, may_leave: &mut dyn FnMut(NodeId) -> bool) -> Option<NodeId> {
+    fn victim(&mut self, leaf_of: &mut dyn FnMut(NodeId) -> Option<NodeId>) -> Option<NodeId> {
         let recent_first = self.lists.len(RECENT) > self.target.max(1);
         let order = if recent_first { [RECENT, FREQUENT] } else { [FREQUENT, RECENT] };
-        order.into_iter().flat_map(|list| self.lists.iter(list)).find(|&node| may_leave(node))
+        order.into_iter().flat_map(|list| self.lists.iter(list)).find_map(leaf_of)
     }
 
     fn set_capacity(&mut self, blocks: usize) {

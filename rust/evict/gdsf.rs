@@ -68,7 +68,7 @@ impl Policy for Gdsf {
         }
     }
 
-    fn victim(&mut self, may_leave: &mut dyn FnMut(NodeId) -> bool) -> Option<NodeId> {
+    fn victim(&mut self, leaf_of: &mut dyn FnMut(NodeId) -> Option<NodeId>) -> Option<NodeId> {
         let mut after = None;
         loop {
             let next = match after {
@@ -83,8 +83,8 @@ impl Policy for Gdsf {
                 self.order.remove(&(listed, node));
                 self.order.insert((worth, node));
                 self.blocks[node as usize].listed = Some(worth);
-            } else if may_leave(node) {
-                return Some(node);
+            } else if let Some(leaf) = leaf_of(node) {
+                return Some(leaf);
             } else {
                 after = next;
             }

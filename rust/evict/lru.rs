@@ -21,8 +21,8 @@ impl Policy for Lru {
         self.list.remove(node);
     }
 
-    fn victim(&mut self, may_leave: &mut dyn FnMut(NodeId) -> bool) -> Option<NodeId> {
-        self.list.iter(0).find(|&node| may_leave(node))
+    fn victim(&mut self, leaf_of: &mut dyn FnMut(NodeId) -> Option<NodeId>) -> Option<NodeId> {
+        self.list.iter(0).find_map(leaf_of)
     }
 
     fn set_capacity(&mut self, _: usize) {}

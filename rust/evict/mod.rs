@@ -1,8 +1,8 @@
 //! The order of eviction inside one tier and model.
 //!
 //! A policy knows blocks by their node and by a 64-bit tag, and decides which leaves next; it never sees bytes. A path is
-//! touched from its end to its start, so that what continues a block is always colder than the block. Whether a block
-//! may leave (it is held, or others in the tier continue it) is asked when it is chosen: who may not gets another turn.
+//! touched from its end to its start, so that what continues a block is never hotter than the block. For a block that is
+//! chosen the tier names the one that leaves: itself or, where others continue it, one of their ends; none if that is held.
 //!
 //! | name | idea | source |
 //! |---|---|---|
@@ -96,8 +96,9 @@ trait Policy: std::fmt::Debug + Send {
     fn touch(&mut self, node: NodeId, tag: u64);
     /// A block left; `evicted`: because it was chosen.
     fn remove(&mut self, node: NodeId, tag: u64, evicted: bool);
-    /// The block to leave next, of those that may; it stays until it is removed.
-    fn victim(&mut self, may_leave: &mut dyn FnMut(NodeId) -> bool) -> Option<NodeId>;
+    /// The block to leave next: what `leaf_of` names for the first candidate for which it names one. It stays until it
+    /// is removed.
+    fn victim(&mut self, leaf_of: &mut dyn FnMut(NodeId) -> Option<NodeId>) -> Option<NodeId>;
     /// How many blocks the tier holds when it is full.
     fn set_capacity(&mut self, blocks: usize);
     /// All blocks, those that would leave first first.
@@ -227,25 +228,22 @@ impl Order {
         }
     }
 
-    /// The block that leaves next, of those that may. Of what it looks at, 128 blocks at most, one that `should` leave
-    /// is taken before others. It gives up after 16,384 that may not.
+    /// The block that leaves next. `leaf_of` names, for a block, the one that leaves in its turn: itself or, where others
+    /// in the tier continue it, one that ends such a path; `None` if that may not leave. Of what it looks at, 128 blocks at
+    /// most, one that `should` leave is taken before others. It gives up after 16,384 that may not.
     pub fn victim(
         &mut self,
-        may_leave: impl Fn(NodeId) -> bool,
+        mut leaf_of: impl FnMut(NodeId) -> Option<NodeId>,
         should_leave: impl Fn(NodeId) -> bool,
     ) -> Option<NodeId> {
         let mut second = None;
         let mut looked = 0;
         let chosen = self.policy.victim(&mut |node| {
             looked += 1;
-            if looked > MOST_LOOKS || !may_leave(node) {
-                return false;
-            }
-            if should_leave(node) || looked >= PATIENCE {
-                return true;
-            }
-            second = second.or(Some(node));
-            false
+            let leaf = if looked > MOST_LOOKS { None } else { leaf_of(node) };
+            let taken = leaf.filter(|&leaf| should_leave(leaf) || looked >= PATIENCE);
+            second = second.or(leaf);
+            taken
         });
         chosen.filter(|&node| should_leave(node)).or(second).or(chosen)
     }

@@ -47,7 +47,7 @@ impl Policy for S3Fifo {
         self.queues.remove(node);
     }
 
-    fn victim(&mut self, may_leave: &mut dyn FnMut(NodeId) -> bool) -> Option<NodeId> {
+    fn victim(&mut self, leaf_of: &mut dyn FnMut(NodeId) -> Option<NodeId>) -> Option<NodeId> {
         // Uses are given up one by one, so this ends; who may not leave gets another round, but not for ever.
         let mut refused = 0;
         while refused < super::PATIENCE && self.queues.len(SMALL) + self.queues.len(MAIN) > 0 {
@@ -64,14 +64,16 @@ impl Policy for S3Fifo {
                     *uses -= 1;
                     self.queues.push(MAIN, node);
                 }
-                _ if may_leave(node) => return Some(node),
                 _ => {
+                    if let Some(leaf) = leaf_of(node) {
+                        return Some(leaf);
+                    }
                     self.queues.push(queue, node);
                     refused += 1;
                 }
             }
         }
-        self.queues.iter(SMALL).chain(self.queues.iter(MAIN)).find(|&node| may_leave(node))
+        self.queues.iter(SMALL).chain(self.queues.iter(MAIN)).find_map(leaf_of)
     }
 
     fn set_capacity(&mut self, blocks: usize) {

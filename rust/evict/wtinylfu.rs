@@ -102,21 +102,21 @@ impl Policy for WTinyLfu {
         self.lists.remove(node);
     }
 
-    fn victim(&mut self, may_leave: &mut dyn FnMut(NodeId) -> bool) -> Option<NodeId> {
-        // One that others continue is in the way of those behind it: it gets another round.
+    fn victim(&mut self, leaf_of: &mut dyn FnMut(NodeId) -> Option<NodeId>) -> Option<NodeId> {
+        // One that may not leave is in the way of those behind it: it gets another round.
         let mut guest = None;
         for list in [PROBATION, PROTECTED] {
             for _ in 0..self.lists.len(list).min(super::PATIENCE) {
                 let Some(node) = self.lists.coldest(list).filter(|_| guest.is_none()) else { break };
-                match may_leave(node) {
-                    true => guest = Some(node),
-                    false => self.lists.push(list, node),
+                guest = leaf_of(node);
+                if guest.is_none() {
+                    self.lists.push(list, node);
                 }
             }
         }
         // Candidates beyond the window: in, against the one that would have to go, or out.
         let beyond = self.lists.len(WINDOW).saturating_sub(self.window_most());
-        let candidate = self.lists.iter(WINDOW).take(beyond).find(|&node| may_leave(node));
+        let candidate = self.lists.iter(WINDOW).take(beyond).find_map(&mut *leaf_of);
         match (candidate, guest) {
             (Some(candidate), Some(guest)) => {
                 let count = |node: NodeId| self.sketch.count(self.tags[node as usize]);
@@ -128,7 +128,7 @@ impl Policy for WTinyLfu {
             }
             (only, None) | (None, only) => {
                 let mut all = [WINDOW, PROBATION, PROTECTED].into_iter().flat_map(|list| self.lists.iter(list));
-                only.or_else(|| all.find(|&node| may_leave(node)))
+                only.or_else(|| all.find_map(leaf_of))
             }
         }
     }

@@ -8,6 +8,7 @@
 use crate::block::BlockHash;
 use crate::evict::Ghosts;
 use crate::pool::Slot;
+use crate::ram::Walk;
 use crate::ssd::Place;
 use crate::sync::Arc;
 pub(crate) use crate::trie::NodeId;
@@ -16,6 +17,8 @@ use std::collections::HashSet;
 
 /// How many evictions are remembered, to tell `evicted` from `never_stored`.
 const GHOSTS: usize = 1 << 16;
+/// How many blocks that continue the same one are looked through for one in RAM.
+const SIBLINGS: usize = 64;
 
 /// One cached block.
 #[derive(Debug, Default)]
@@ -124,6 +127,19 @@ impl Nodes {
 
     fn children(&self, id: NodeId) -> impl Iterator<Item = NodeId> + '_ {
         std::iter::successors(self[id].first_child, |&child| self[child].next)
+    }
+
+    /// The block that ends a path from `id` on in RAM. `from` is where an earlier walk along it left off, and notes where
+    /// this one ends, so that a long path that leaves from its end is walked once. `None`: the tier has none near.
+    pub(crate) fn last_in_ram(&self, id: NodeId, from: &mut Option<Walk>) -> Option<NodeId> {
+        let known = from.filter(|w| w.head == id && self.is_this_life(w.at, w.life) && self[w.at].ram.is_some());
+        let mut at = known.map_or(id, |walk| walk.at);
+        while self[at].ram_children > 0 {
+            at = self.children(at).take(SIBLINGS).find(|&child| self[child].ram.is_some())?;
+        }
+        // It is about to leave: the next walk begins before it.
+        *from = self.parent(at).filter(|_| at != id).map(|at| Walk { head: id, at, life: self.trie.generation(at) });
+        Some(at)
     }
 
     /// Adds a block below its parent. `None`: it is there already, or the index has no room.

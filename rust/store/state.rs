@@ -286,13 +286,13 @@ impl State {
     fn evict_own(&mut self, model: u32, may_lose: bool) -> bool {
         let ssd_in_use = self.ssd_in_use();
         let nodes = &self.nodes;
-        let order = self.ram.order(model);
+        let (order, walk) = self.ram.order_and_walk(model);
         order.set_capacity(order.len());
         let clean = |id: NodeId| nodes[id].ssd.is_some();
-        let may_leave = |id: NodeId| nodes[id].ram_children == 0 && (may_lose || clean(id)) && !nodes.are_held([id]);
+        let may_leave = |id: &NodeId| (may_lose || clean(*id)) && !nodes.are_held([*id]);
+        let leaf_of = |id: NodeId| nodes.last_in_ram(id, walk).filter(may_leave);
         // Without an SSD no block is better to lose than another.
-        let victim = order.victim(may_leave, |id| clean(id) || !ssd_in_use);
-        let Some(victim) = victim else { return false };
+        let Some(victim) = order.victim(leaf_of, |id| clean(id) || !ssd_in_use) else { return false };
         self.evict_from_ram(victim, self.ssd_in_use());
         true
     }
