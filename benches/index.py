@@ -14,22 +14,25 @@ BOUNDS = {
     "lease + release, random": ("value < 50", "value <= 15"),
     "match, 2 threads": ("ratio >= 1.8", "ratio >= 1.95"),
     "evict a block beside a reader": ("value < 1000", "value <= 150"),
+    "match and what it leaves behind, 10240 blocks, adaptive": ("ratio <= 1.1", "ratio <= 1.03"),
+    "match and what it leaves behind, 102400 blocks, adaptive": ("ratio <= 1.1", "ratio <= 1.03"),
+    "put of a block that evicts one, beside a reader, 102400 blocks, adaptive": ("value < 1000", "value <= 150"),
     "index bytes a block": ("value <= 96", "value <= 78"),
     "alloc + free, 1 thread": ("value < 50", "value <= 6"),
     "alloc + free, 2 threads": ("value < 50", "value <= 6"),
 }
 
 
-def main(part: str = "index") -> None:
-    """Measures one part of benches/index.rs."""
-    command = ["cargo", "bench", "--quiet", "--locked", "--bench", "index", "--", part]
+def main(suite: str = "index", parts: tuple[str, ...] = ("index", "store")) -> None:
+    """Measures parts of benches/index.rs."""
+    command = ["cargo", "bench", "--quiet", "--locked", "--bench", "index", "--", *parts]
     rows: list[Row] = []
     for line in subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines():
         name, value, unit, limit, bound, count = line.split("|")
         must, goal = BOUNDS.get(name, (None, None))
         more = {"limit": limit, "limit_value": float(bound), "ratio": float(value) / float(bound)} if limit else {}
         rows.append(row(name, float(value), unit, n=int(count), must=must, goal=goal, **more))
-    finish(part, rows)
+    finish(suite, rows)
 
 
 if __name__ == "__main__":

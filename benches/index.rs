@@ -1,16 +1,19 @@
 //! The index and the pool against the machine: how long a cache miss takes, and one atomic addition.
 //!
 //! Prints lines of `name|value|unit|limit|limit_value|n`; benches/index.py makes rows of them. Arguments name parts:
-//! `index`, `pool`. Every value is a median over rounds, each beside its limit.
+//! `index`, `store`, `pool`. Every value is a median over rounds, each beside its limit.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::Instant;
 use stratakv::block::BlockHash;
+use stratakv::evict::Kind;
 use stratakv::pool::Pool;
 use stratakv::trie::{Inserted, NodeId, Trie};
-use stratakv::{Dtype, Geometry, Secret, block::Hasher};
+use stratakv::{
+    Dtype, Geometry, KvView, Model, ModelSpec, Options, PlaneView, Secret, Store, WritePolicy, block::Hasher,
+};
 
 const BLOCKS: usize = 1_000_000;
 /// A prompt of 4,096 tokens in blocks of 16.
@@ -227,6 +230,107 @@ fn index() {
     report("index bytes a block", trie.bytes() as f64 / (BLOCKS * 6 / 5) as f64, "bytes", "", 0.0, 1);
 }
 
+const GEOMETRY: Geometry =
+    Geometry { layers: 1, planes: 1, kv_heads: 1, head_dim: 8, dtype: Dtype::Fp16, block_tokens: 16 };
+/// Tokens of one prompt.
+const TOKENS: usize = PATH * 16;
+/// Prompts that fill the RAM of a store: 10,000 and 100,000 blocks.
+const STORED: [usize; 2] = [40, 400];
+
+fn prompt(n: usize) -> Vec<u32> {
+    (0..TOKENS).map(|at| mix((n << 16 | at) as u64) as u32 % 50_000).collect()
+}
+
+struct Filled {
+    store: Arc<Store>,
+    model: Arc<Model>,
+    kv: Vec<u8>,
+}
+
+impl Filled {
+    /// Full, since more was put than fits; the last of it is the first prompts.
+    fn new(eviction: Kind, prompts: &[Vec<u32>], stored: usize) -> Self {
+        let slots = (stored * PATH) as u64;
+        let options = Options {
+            ram_capacity_bytes: slots * GEOMETRY.record_bytes() as u64,
+            ssd: None,
+            eviction,
+            policy: WritePolicy::WriteBack,
+            secret: Some("bench".into()),
+            threads: 1,
+            index_bytes: None,
+        };
+        let store = Arc::new(Store::open(options).expect("memory is to be had"));
+        let spec = ModelSpec { name: "m".into(), weights_version: String::new(), geometry: GEOMETRY, weight: 1 };
+        let model = store.register(spec).expect("it is the only one");
+        let mut filled = Self { store, model, kv: vec![7; TOKENS * GEOMETRY.token_bytes()] };
+        (0..stored * 5 / 4).rev().for_each(|n| filled.put(&prompts[n]));
+        filled
+    }
+
+    fn put(&mut self, tokens: &[u32]) {
+        let row = GEOMETRY.row_bytes() as isize;
+        let plane = PlaneView { base: self.kv.as_mut_ptr(), head_stride: row, token_stride: row, page_stride: 0 };
+        // SAFETY: the vector holds every row of a prompt, and outlives the call.
+        let view = unsafe { KvView::new(vec![plane], None, TOKENS) }.expect("it covers the tokens");
+        self.store.put(&self.model, tokens, "", "", &view).expect("the store is open");
+    }
+
+    fn ask(&self, tokens: &[u32]) {
+        black_box(self.store.match_prefix(&self.model, tokens, "", "").expect("the store is open"));
+    }
+}
+
+/// Through the whole store, what is left to whoever next has the lock included.
+fn store(chase: &Chase, stored: usize) {
+    let prompts: Vec<Vec<u32>> = (0..stored * 3 + 400).map(prompt).collect();
+    let [lru, adaptive] = [Kind::Lru, Kind::Adaptive].map(|kind| Filled::new(kind, &prompts, stored));
+    let matches = |filled: &Filled, round: usize| {
+        time_each(400, |n| {
+            filled.ask(&prompts[mix((round << 20 | n) as u64) as usize % (stored * 3 / 4)]);
+            if n % 16 == 15 {
+                black_box(filled.store.snapshot());
+            }
+        })
+    };
+    let mut round = 0;
+    let (value, limit) = rounds(
+        |n| matches(&adaptive, n),
+        || {
+            round += 1;
+            matches(&lru, round - 1)
+        },
+    );
+    let blocks = stored * PATH;
+    report(
+        &format!("match and what it leaves behind, {blocks} blocks, adaptive"),
+        value,
+        "ns",
+        "lru",
+        limit,
+        ROUNDS * 400,
+    );
+
+    // A put into a full store evicts as many blocks as it brings; beside it, a reader matches what is used last.
+    for (kind, mut filled) in [("lru", lru), ("adaptive", adaptive)] {
+        let name = format!("put of a block that evicts one, beside a reader, {blocks} blocks, {kind}");
+        let (store, model) = (filled.store.clone(), filled.model.clone());
+        let stop = AtomicU64::new(0);
+        let spent = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while stop.load(Ordering::Relaxed) == 0 {
+                    black_box(store.match_prefix(&model, &prompts[0], "", "").is_ok());
+                }
+            });
+            let spent = (stored..prompts.len()).map(|n| time_each(1, |_| filled.put(&prompts[n])) / PATH as f64);
+            let spent = median(spent.collect());
+            stop.store(1, Ordering::Relaxed);
+            spent
+        });
+        report(&name, spent, "ns", "cache miss", chase.time(), prompts.len() - stored);
+    }
+}
+
 fn pool() {
     let counter = AtomicU64::new(0);
     let addition = || {
@@ -269,6 +373,10 @@ fn main() {
     for part in parts {
         match part.as_str() {
             "index" => index(),
+            "store" => {
+                let chase = Chase::new();
+                STORED.into_iter().for_each(|stored| store(&chase, stored));
+            }
             "pool" => pool(),
             _ => {}
         }

@@ -5,4 +5,4 @@ from __future__ import annotations
 from index import main
 
 if __name__ == "__main__":
-    main("pool")
+    main("pool", ("pool",))

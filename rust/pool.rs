@@ -20,7 +20,7 @@
 //! Invariant: whoever cleared a bit, and still saw the stamp of the span that it meant, has that slot alone.
 
 use crate::error::{Error, Result};
-use crate::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Mutex, Ordering};
+use crate::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, Ordering};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -28,7 +28,7 @@ use std::collections::BTreeMap;
 const HUGE_PAGE: usize = 2 << 20;
 const MAX_SPAN_CHUNKS: usize = 16;
 /// Records are whole pages.
-const SMALLEST_SLOT: usize = 4096;
+pub(crate) const SMALLEST_SLOT: usize = 4096;
 
 /// What backs the arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,6 +128,45 @@ impl Drop for Arena {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Slot(usize);
 
+impl Slot {
+    /// A number that no other slot of the arena has at the same time, below the arena's bytes / [`SMALLEST_SLOT`].
+    pub(crate) fn number(self) -> usize {
+        self.0 / SMALLEST_SLOT
+    }
+}
+
+/// Neighbouring slots; they are the caller's, one by one.
+#[derive(Debug)]
+pub(crate) struct Run {
+    first: Slot,
+    slots: usize,
+    slot_bytes: usize,
+}
+
+impl Iterator for Run {
+    type Item = Slot;
+
+    fn next(&mut self) -> Option<Slot> {
+        self.slots = self.slots.checked_sub(1)?;
+        let next = self.first;
+        self.first.0 += self.slot_bytes;
+        Some(next)
+    }
+}
+
+// Where the longest run of set bits begins, and how long it is, `most` at most; there is one set.
+fn longest_run(bits: u64, most: usize) -> (usize, usize) {
+    let (mut begins, mut length) = (bits, 1);
+    while length < most.min(64) {
+        let longer = begins & bits >> length;
+        if longer == 0 {
+            break;
+        }
+        (begins, length) = (longer, length + 1);
+    }
+    (begins.trailing_zeros() as usize, length)
+}
+
 /// The slots of one model.
 #[derive(Debug)]
 pub struct Class {
@@ -146,35 +185,41 @@ struct Owner {
     stamp: AtomicU64,
     class: AtomicU64,
     first_chunk: AtomicUsize,
-    slot_bytes: AtomicUsize,
+    slot_pages: AtomicU32,
     slots: AtomicUsize,
-    per_word: AtomicUsize,
-    stride: AtomicUsize,
+    /// Of [`Layout`].
+    per_word: AtomicU32,
+    stride: AtomicU32,
+    /// Nothing was free there when it was last looked through, and nothing came back since. Of the span's first chunk.
+    full: AtomicBool,
+    /// Some word of it became wholly free since it was last tried to close it. Of the span's first chunk.
+    emptied: AtomicBool,
 }
 
-/// How the bits of a span's slots lie: so many in a word, and words so far apart. As far as there is room each word has a
-/// cache line of its own, so that threads in different words do not slow each other.
+/// How the bits of a span's slots lie: so many in a word, and words so far apart, both as powers of two. As far as there
+/// is room each word has a cache line of its own, so that threads in different words do not slow each other.
 #[derive(Debug, Clone, Copy)]
 struct Layout {
     slots: usize,
-    per_word: usize,
-    stride: usize,
+    per_word: u32,
+    stride: u32,
 }
 
 impl Layout {
     fn new(slots: usize, words: usize) -> Self {
         let room = words / slots.div_ceil(64);
-        let stride = if room >= 8 { 8 } else { 1 };
-        Self { slots, per_word: slots.div_ceil(words / stride), stride }
+        let stride = if room >= 8 { 3 } else { 0 };
+        let per_word = slots.div_ceil(words >> stride).next_power_of_two().ilog2();
+        Self { slots, per_word, stride }
     }
 
     fn words(self) -> usize {
-        self.slots.div_ceil(self.per_word)
+        self.slots.div_ceil(1 << self.per_word)
     }
 
     /// Word `n` while all of its slots are free.
     fn all_free(self, n: usize) -> u64 {
-        u64::MAX >> (64 - self.per_word.min(self.slots - n * self.per_word))
+        u64::MAX >> (64 - (1 << self.per_word).min(self.slots - (n << self.per_word)))
     }
 }
 
@@ -196,8 +241,9 @@ struct Books {
 /// The allocator over the arena's chunks. It knows sizes and owners, never bytes.
 #[derive(Debug)]
 pub struct Pool {
-    chunk_bytes: usize,
-    chunk_words: usize,
+    /// Sizes as powers of two.
+    chunk: u32,
+    chunk_words: u32,
     bits: Box<[AtomicU64]>,
     owners: Box<[Owner]>,
     free_chunks: AtomicUsize,
@@ -242,13 +288,13 @@ fn unique() -> u64 {
 impl Pool {
     /// An allocator over so many bytes.
     pub fn new(capacity: usize) -> Self {
-        let chunk_bytes = (capacity / 64).next_multiple_of(HUGE_PAGE).clamp(HUGE_PAGE, 64 << 20);
-        let chunks = (capacity / chunk_bytes).max(1);
-        let chunk_words = chunk_bytes / SMALLEST_SLOT / 64;
+        let chunk = (capacity / 64).clamp(HUGE_PAGE, 64 << 20).ilog2();
+        let chunks = (capacity >> chunk).max(1);
+        let chunk_words = chunk - (SMALLEST_SLOT * 64).ilog2();
         Self {
-            chunk_bytes,
+            chunk,
             chunk_words,
-            bits: std::iter::repeat_with(AtomicU64::default).take(chunks * chunk_words).collect(),
+            bits: std::iter::repeat_with(AtomicU64::default).take(chunks << chunk_words).collect(),
             owners: std::iter::repeat_with(Owner::default).take(chunks).collect(),
             free_chunks: AtomicUsize::new(chunks),
             emptied: AtomicBool::new(false),
@@ -270,40 +316,44 @@ impl Pool {
 
     /// Whether a slot of that size can exist at all.
     pub(crate) fn fits(&self, slot_bytes: usize) -> bool {
-        slot_bytes <= self.chunk_bytes * self.owners.len()
+        slot_bytes <= self.owners.len() << self.chunk
     }
 
     /// Takes a slot, opening a new span if there is room for one.
     pub fn allocate(&self, class: &Arc<Class>) -> Option<Slot> {
-        self.allocate_near(class).or_else(|| self.search(class))
+        self.allocate_run(class, 1)?.next()
     }
 
-    /// Takes a slot beside the one that this thread last took or gave back; it does not look elsewhere.
-    pub(crate) fn allocate_near(&self, class: &Class) -> Option<Slot> {
-        self.take(hint(class.key)?)
+    /// Takes at least one slot and at most so many, which are neighbours: the most that lie side by side in one word.
+    pub(crate) fn allocate_run(&self, class: &Arc<Class>, most: usize) -> Option<Run> {
+        hint(class.key).and_then(|hint| self.take(hint, most)).or_else(|| self.search(class, most))
     }
 
-    // Takes a slot of a word, if the span is still the one that is meant.
-    fn take(&self, hint: Hint) -> Option<Slot> {
-        let (chunk, word) = (hint.word / self.chunk_words, &self.bits[hint.word]);
+    // Takes slots of a word, if the span is still the one that is meant.
+    fn take(&self, hint: Hint, most: usize) -> Option<Run> {
+        let (chunk, word) = (hint.word >> self.chunk_words, &self.bits[hint.word]);
         let owner = &self.owners[chunk];
         let mut free = word.load(Ordering::Relaxed);
         while free != 0 {
-            let bit = free & free.wrapping_neg();
+            let (lowest, slots) = longest_run(free, most);
+            let bits = u64::MAX >> (64 - slots) << lowest;
             // Acquire pairs with the Release of who gave the slot back, or opened the span: what was done with the
             // slot is done, and the stamp of a later span is seen below.
-            match word.compare_exchange_weak(free, free & !bit, Ordering::Acquire, Ordering::Relaxed) {
+            match word.compare_exchange_weak(free, free & !bits, Ordering::Acquire, Ordering::Relaxed) {
                 Ok(_) if owner.stamp.load(Ordering::Relaxed) == hint.stamp => {
-                    let first = read(&owner.first_chunk);
-                    let (per_word, stride) = (read(&owner.per_word), read(&owner.stride));
-                    let number =
-                        (hint.word - first * self.chunk_words) / stride * per_word + bit.trailing_zeros() as usize;
+                    // Relaxed: of an owner that cannot change, since a slot there is taken.
+                    let first = owner.first_chunk.load(Ordering::Relaxed);
+                    let (per_word, stride) =
+                        (owner.per_word.load(Ordering::Relaxed), owner.stride.load(Ordering::Relaxed));
+                    let number = ((hint.word - (first << self.chunk_words)) >> stride << per_word) + lowest;
                     remember(hint);
-                    return Some(Slot(first * self.chunk_bytes + number * read(&owner.slot_bytes)));
+                    let slot_bytes = owner.slot_pages.load(Ordering::Relaxed) as usize * SMALLEST_SLOT;
+                    let first = Slot((first << self.chunk) + number * slot_bytes);
+                    return Some(Run { first, slots, slot_bytes });
                 }
                 // The span was closed, and another opened there.
                 Ok(_) => {
-                    word.fetch_or(bit, Ordering::Release);
+                    word.fetch_or(bits, Ordering::Release);
                     return None;
                 }
                 Err(now) => free = now,
@@ -314,37 +364,59 @@ impl Pool {
 
     /// Gives a slot back.
     pub fn free(&self, slot: Slot) {
-        let owner = &self.owners[slot.0 / self.chunk_bytes];
-        let first = read(&owner.first_chunk);
-        let layout = Layout { slots: read(&owner.slots), per_word: read(&owner.per_word), stride: read(&owner.stride) };
-        let number = (slot.0 - first * self.chunk_bytes) / read(&owner.slot_bytes);
-        let (nth, bit) = (number / layout.per_word, 1u64 << (number % layout.per_word));
-        let word = first * self.chunk_words + nth * layout.stride;
+        let owner = &self.owners[slot.0 >> self.chunk];
+        // Relaxed: of an owner that cannot change, since the slot is taken.
+        let first = owner.first_chunk.load(Ordering::Relaxed);
+        let layout = Layout {
+            slots: owner.slots.load(Ordering::Relaxed),
+            per_word: owner.per_word.load(Ordering::Relaxed),
+            stride: owner.stride.load(Ordering::Relaxed),
+        };
+        let page = ((slot.0 - (first << self.chunk)) / SMALLEST_SLOT) as u32;
+        let number = (page / owner.slot_pages.load(Ordering::Relaxed).max(1)) as usize;
+        let nth = number >> layout.per_word;
+        let bit = 1u64 << (number - (nth << layout.per_word));
+        let word = (first << self.chunk_words) + (nth << layout.stride);
         let (class, stamp) = (owner.class.load(Ordering::Relaxed), owner.stamp.load(Ordering::Relaxed));
         remember(Hint { class, stamp, word });
-        // Release: pairs with the Acquire of who takes the slot next.
-        let before = self.bits[word].fetch_or(bit, Ordering::Release);
+        // Release: pairs with the Acquire of who takes the slot next. SeqCst: either the search that calls the span full
+        // sees this bit, or this sees that it is called full.
+        let before = self.bits[word].fetch_or(bit, Ordering::SeqCst);
         debug_assert!(before & bit == 0, "double free");
+        let first = &self.owners[first];
+        if first.full.load(Ordering::SeqCst) {
+            first.full.store(false, Ordering::Relaxed);
+        }
         // Relaxed: it says when a look is worth its while; the look itself takes every bit in turn.
-        if before | bit == layout.all_free(nth) && !self.emptied.load(Ordering::Relaxed) {
-            self.emptied.store(true, Ordering::Relaxed);
+        if before | bit == layout.all_free(nth) {
+            for emptied in [&first.emptied, &self.emptied] {
+                if !emptied.load(Ordering::Relaxed) {
+                    emptied.store(true, Ordering::Relaxed);
+                }
+            }
         }
     }
 
     // Any word of the class that has room; else a new span.
-    fn search(&self, class: &Arc<Class>) -> Option<Slot> {
+    fn search(&self, class: &Arc<Class>, most: usize) -> Option<Run> {
         let mut books = self.books.lock();
         // Threads begin at different places, so that they do not share a word.
         let begin = THREAD.with(|number| *number) as usize;
         let turn = begin % books.spans.len().max(1);
         let spans = books.spans.iter().skip(turn).chain(books.spans.iter().take(turn));
         for (&first, span) in spans.filter(|(_, span)| span.class.key == class.key) {
+            // SeqCst: see `free`.
+            let full = &self.owners[first].full;
+            if full.load(Ordering::SeqCst) || full.swap(true, Ordering::SeqCst) {
+                continue;
+            }
             let stamp = self.owners[first].stamp.load(Ordering::Relaxed);
             let words = span.layout.words();
             for n in (0..words).map(|n| (n + begin) % words) {
-                let word = first * self.chunk_words + n * span.layout.stride;
-                if let Some(slot) = self.take(Hint { class: class.key, stamp, word }) {
-                    return Some(slot);
+                let word = (first << self.chunk_words) + (n << span.layout.stride);
+                if let Some(run) = self.take(Hint { class: class.key, stamp, word }, most) {
+                    full.store(false, Ordering::Relaxed);
+                    return Some(run);
                 }
             }
         }
@@ -354,26 +426,30 @@ impl Pool {
             if worth { self.close_empty(&mut books).then(|| self.open_span(&mut books, class))? } else { None }
         })?;
         let stamp = self.owners[first].stamp.load(Ordering::Relaxed);
-        self.take(Hint { class: class.key, stamp, word: first * self.chunk_words })
+        self.take(Hint { class: class.key, stamp, word: first << self.chunk_words }, most)
     }
 
     fn open_span(&self, books: &mut Books, class: &Arc<Class>) -> Option<usize> {
-        let enough = class.slot_bytes.div_ceil(self.chunk_bytes);
+        let enough = class.slot_bytes.div_ceil(1 << self.chunk);
+        if self.free_chunks.load(Ordering::Relaxed) < enough {
+            return None;
+        }
         let allowed = class.most_chunks.load(Ordering::Relaxed).saturating_sub(class.chunks.load(Ordering::Relaxed));
         let best = self.span_chunks(class.slot_bytes)?.min(allowed);
         // A shorter span is better than none when the arena is nearly full.
         let free_run = |length: usize| books.covered.windows(length).position(|run| run.iter().all(Option::is_none));
         let (first, chunks) = (enough..=best).rev().find_map(|n| Some((free_run(n)?, n)))?;
-        let layout = Layout::new(chunks * self.chunk_bytes / class.slot_bytes, chunks * self.chunk_words);
+        let layout = Layout::new((chunks << self.chunk) / class.slot_bytes, chunks << self.chunk_words);
         let stamp = unique();
         for owner in &self.owners[first..first + chunks] {
             // Relaxed: published by the bits below.
             owner.class.store(class.key, Ordering::Relaxed);
             owner.first_chunk.store(first, Ordering::Relaxed);
-            owner.slot_bytes.store(class.slot_bytes, Ordering::Relaxed);
+            owner.slot_pages.store((class.slot_bytes / SMALLEST_SLOT) as u32, Ordering::Relaxed);
             owner.slots.store(layout.slots, Ordering::Relaxed);
             owner.per_word.store(layout.per_word, Ordering::Relaxed);
             owner.stride.store(layout.stride, Ordering::Relaxed);
+            owner.full.store(false, Ordering::Relaxed);
             owner.stamp.store(stamp, Ordering::Relaxed);
         }
         books.covered[first..first + chunks].fill(Some(first));
@@ -384,16 +460,19 @@ impl Pool {
         for n in 0..layout.words() {
             // Release: who takes a bit sees the owner above. Added, not stored: a thread that took the place for that
             // of an earlier span may be about to give a bit back.
-            self.bits[first * self.chunk_words + n * layout.stride].fetch_or(layout.all_free(n), Ordering::Release);
+            let word = (first << self.chunk_words) + (n << layout.stride);
+            self.bits[word].fetch_or(layout.all_free(n), Ordering::Release);
         }
         Some(first)
     }
 
     // Closes every span of which each slot could be taken; whether there was one.
     fn close_empty(&self, books: &mut Books) -> bool {
+        // Relaxed: as for the flag of the pool.
+        let touched = |first: usize| self.owners[first].emptied.swap(false, Ordering::Relaxed);
         let empty = |first: usize, span: &Span| {
             let layout = span.layout;
-            let word = |n: usize| &self.bits[first * self.chunk_words + n * layout.stride];
+            let word = |n: usize| &self.bits[(first << self.chunk_words) + (n << layout.stride)];
             // Acquire: what was done with these slots is done.
             let take_all = |n: &usize| {
                 word(*n).compare_exchange(layout.all_free(*n), 0, Ordering::Acquire, Ordering::Relaxed).is_ok()
@@ -407,8 +486,12 @@ impl Pool {
             }
             all
         };
-        let gone: Vec<usize> =
-            books.spans.iter().filter(|&(&first, span)| empty(first, span)).map(|(&f, _)| f).collect();
+        let gone: Vec<usize> = books
+            .spans
+            .iter()
+            .filter(|&(&first, span)| touched(first) && empty(first, span))
+            .map(|(&f, _)| f)
+            .collect();
         for &first in &gone {
             let Some(span) = books.spans.remove(&first) else { continue };
             for owner in &self.owners[first..first + span.chunks] {
@@ -433,7 +516,7 @@ impl Pool {
     /// Bytes of the spans that a class holds.
     pub(crate) fn held_bytes(&self, class: &Class) -> usize {
         // Relaxed, as below: a count to steer by.
-        class.chunks.load(Ordering::Relaxed) * self.chunk_bytes
+        class.chunks.load(Ordering::Relaxed) << self.chunk
     }
 
     /// Slots that a class has or could open without anybody leaving.
@@ -441,13 +524,13 @@ impl Pool {
         let held = class.chunks.load(Ordering::Relaxed);
         let allowed = class.most_chunks.load(Ordering::Relaxed).saturating_sub(held);
         let free = self.free_chunks.load(Ordering::Relaxed).min(allowed);
-        class.slots.load(Ordering::Relaxed) + free * self.chunk_bytes / class.slot_bytes
+        class.slots.load(Ordering::Relaxed) + (free << self.chunk) / class.slot_bytes
     }
 
     /// Sets the most bytes of spans that a class may hold; what it holds beyond stays until it is emptied.
     pub(crate) fn set_budget(&self, class: &Class, bytes: u64) {
-        let chunks = usize::try_from(bytes / self.chunk_bytes as u64).unwrap_or(usize::MAX);
-        class.most_chunks.store(chunks.max(class.slot_bytes.div_ceil(self.chunk_bytes)), Ordering::Relaxed);
+        let chunks = usize::try_from(bytes >> self.chunk).unwrap_or(usize::MAX);
+        class.most_chunks.store(chunks.max(class.slot_bytes.div_ceil(1 << self.chunk)), Ordering::Relaxed);
     }
 
     /// Whether a class holds more than its budget.
@@ -459,7 +542,7 @@ impl Pool {
     /// taken slots.
     pub(crate) fn places_for(&self, slot_bytes: usize) -> Vec<Vec<(u32, Vec<Slot>)>> {
         let books = self.books.lock();
-        let places = books.covered.windows(slot_bytes.div_ceil(self.chunk_bytes)).map(|window| {
+        let places = books.covered.windows(slot_bytes.div_ceil(1 << self.chunk)).map(|window| {
             let mut covered: Vec<usize> = window.iter().copied().flatten().collect();
             covered.dedup();
             covered.into_iter().map(|first| self.taken(first, &books.spans[&first])).collect()
@@ -476,25 +559,21 @@ impl Pool {
 
     fn taken(&self, first: usize, span: &Span) -> (u32, Vec<Slot>) {
         let Layout { slots, per_word, stride } = span.layout;
-        let word = |n: usize| self.bits[first * self.chunk_words + n / per_word * stride].load(Ordering::Relaxed);
-        let taken = (0..slots).filter(|&n| word(n) >> (n % per_word) & 1 == 0);
-        let slots = taken.map(|n| Slot(first * self.chunk_bytes + n * span.class.slot_bytes));
+        let word = |n: usize| (first << self.chunk_words) + (n >> per_word << stride);
+        let bit = |n: usize| self.bits[word(n)].load(Ordering::Relaxed) >> (n & ((1 << per_word) - 1)) & 1;
+        let slots =
+            (0..slots).filter(|&n| bit(n) == 0).map(|n| Slot((first << self.chunk) + n * span.class.slot_bytes));
         (span.class.model, slots.collect())
     }
 
     // The fewest chunks that waste at most 1/16, else the least wasteful number.
     fn span_chunks(&self, slot_bytes: usize) -> Option<usize> {
-        let waste = |chunks: usize| (chunks * self.chunk_bytes) % slot_bytes;
-        let enough = slot_bytes.div_ceil(self.chunk_bytes);
+        let waste = |chunks: usize| (chunks << self.chunk) % slot_bytes;
+        let enough = slot_bytes.div_ceil(1 << self.chunk);
         let candidates = enough..=self.owners.len().min(MAX_SPAN_CHUNKS.max(enough));
-        let good = candidates.clone().find(|&c| waste(c) * 16 <= c * self.chunk_bytes);
+        let good = candidates.clone().find(|&c| waste(c) * 16 <= c << self.chunk);
         good.or_else(|| candidates.min_by(|&a, &b| (waste(a) * b).cmp(&(waste(b) * a))))
     }
-}
-
-// Relaxed: of an owner that cannot change, since the reader has a slot there.
-fn read(value: &AtomicUsize) -> usize {
-    value.load(Ordering::Relaxed)
 }
 
 #[cfg(test)]
@@ -512,24 +591,29 @@ mod tests {
         #[test]
         fn slots_never_overlap_and_every_byte_comes_back(
             sizes in prop::collection::vec(1usize..1200, 1..4),
-            steps in prop::collection::vec((0usize..4, any::<bool>(), any::<prop::sample::Index>()), 1..300),
+            steps in prop::collection::vec((0usize..4, any::<bool>(), any::<prop::sample::Index>(), 1usize..80), 1..300),
         ) {
             let capacity = 24 << 20;
             let pool = Pool::new(capacity);
             let classes: Vec<_> = sizes.iter().enumerate().map(|(n, pages)| pool.class(n as u32, pages * 4096)).collect();
             let mut live: HashMap<Slot, usize> = HashMap::new();
-            for (model, give, pick) in steps {
+            for (model, give, pick, most) in steps {
                 let class = &classes[model % sizes.len()];
                 if give && !live.is_empty() {
                     let slot = *live.keys().nth(pick.index(live.len())).expect("index is in range");
                     live.remove(&slot);
                     pool.free(slot);
-                } else if let Some(slot) = pool.allocate(class) {
-                    for (other, len) in &live {
-                        prop_assert!(slot.0 + class.slot_bytes <= other.0 || other.0 + len <= slot.0);
+                } else if let Some(run) = pool.allocate_run(class, most) {
+                    let slots: Vec<Slot> = run.collect();
+                    prop_assert!((1..=most.min(64)).contains(&slots.len()));
+                    prop_assert!(slots.windows(2).all(|two| two[0].0 + class.slot_bytes == two[1].0));
+                    for slot in slots {
+                        for (other, len) in &live {
+                            prop_assert!(slot.0 + class.slot_bytes <= other.0 || other.0 + len <= slot.0);
+                        }
+                        prop_assert!(slot.0 + class.slot_bytes <= capacity);
+                        live.insert(slot, class.slot_bytes);
                     }
-                    prop_assert!(slot.0 + class.slot_bytes <= capacity);
-                    live.insert(slot, class.slot_bytes);
                 }
                 prop_assert_eq!(used_slots(&pool), live.len());
             }
@@ -540,6 +624,28 @@ mod tests {
             prop_assert!(pool.books.lock().covered.iter().all(Option::is_none));
             prop_assert!(pool.bits.iter().all(|word| word.load(Ordering::Relaxed) == 0));
             prop_assert!(classes.iter().all(|class| pool.held_bytes(class) == 0));
+        }
+    }
+
+    #[test]
+    fn a_run_is_the_longest_that_there_is() {
+        assert_eq!(longest_run(0b1011_0111_0100, 64), (4, 3));
+        assert_eq!(longest_run(0b1011_0111_0100, 2), (4, 2));
+        assert_eq!(longest_run(0b100, 9), (2, 1));
+        assert_eq!(longest_run(u64::MAX, 80), (0, 64));
+        assert_eq!(longest_run(1 << 63 | 1 << 62, 80), (62, 2));
+    }
+
+    #[test]
+    fn a_slot_that_comes_back_to_a_full_pool_is_found_by_any_thread() {
+        let pool = Pool::new(8 << 20);
+        let class = pool.class(0, 4096);
+        let taken: Vec<Slot> = std::iter::from_fn(|| pool.allocate(&class)).collect();
+        for slot in taken.into_iter().step_by(97) {
+            assert_eq!(pool.allocate(&class), None);
+            pool.free(slot);
+            let found = std::thread::scope(|scope| scope.spawn(|| pool.allocate(&class)).join());
+            assert_eq!(found.expect("no panic"), Some(slot));
         }
     }
 
@@ -588,11 +694,14 @@ mod tests {
                             held.drain(..).for_each(give_back);
                         } else if chance >> 60 < 7 {
                             held.pop().into_iter().for_each(give_back);
-                        } else if let Some(slot) = pool.allocate(&classes[pages - 1]) {
-                            for mark in &marks[slot.0 / 4096..slot.0 / 4096 + pages] {
-                                assert_eq!(mark.swap(thread, Ordering::Relaxed), 0);
+                        } else {
+                            let run = pool.allocate_run(&classes[pages - 1], 1 + (chance >> 50) as usize % 3);
+                            for slot in run.into_iter().flatten() {
+                                for mark in &marks[slot.0 / 4096..slot.0 / 4096 + pages] {
+                                    assert_eq!(mark.swap(thread, Ordering::Relaxed), 0);
+                                }
+                                held.push((slot, pages));
                             }
-                            held.push((slot, pages));
                         }
                     }
                     held.into_iter().for_each(give_back);

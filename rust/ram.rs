@@ -1,9 +1,9 @@
 //! The RAM tier's books: who holds which slot, and the order in which a model's blocks leave.
 
 use crate::evict::{Kind, Order};
-use crate::pool::{Pool, Slot};
+use crate::pool::{Pool, SMALLEST_SLOT, Slot};
 use crate::trie::NodeId;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 /// How far a walk along a cold path came: from a block to one that continues it, and which life of that.
 #[derive(Debug, Clone, Copy)]
@@ -17,14 +17,16 @@ pub(crate) struct Walk {
 #[derive(Debug)]
 pub(crate) struct Ram {
     pub(crate) pool: Pool,
-    holders: HashMap<Slot, NodeId>,
-    orders: HashMap<u32, (Order, Option<Walk>)>,
+    /// The node in each slot, and one; by the slot's number.
+    holders: Vec<NodeId>,
+    orders: BTreeMap<u32, (Order, Option<Walk>)>,
     eviction: Kind,
 }
 
 impl Ram {
     pub(crate) fn new(capacity: usize, eviction: Kind) -> Self {
-        Self { pool: Pool::new(capacity), holders: HashMap::new(), orders: HashMap::new(), eviction }
+        let holders = vec![0; capacity.div_ceil(SMALLEST_SLOT)];
+        Self { pool: Pool::new(capacity), holders, orders: BTreeMap::new(), eviction }
     }
 
     /// The order of eviction of a model.
@@ -50,15 +52,15 @@ impl Ram {
     }
 
     pub(crate) fn hold(&mut self, slot: Slot, node: NodeId) {
-        self.holders.insert(slot, node);
+        self.holders[slot.number()] = node + 1;
     }
 
     pub(crate) fn let_go(&mut self, slot: Slot) {
-        self.holders.remove(&slot);
+        self.holders[slot.number()] = 0;
     }
 
     /// The block in a slot; `None` while the slot is being filled and belongs to no block yet.
     pub(crate) fn holder(&self, slot: Slot) -> Option<NodeId> {
-        self.holders.get(&slot).copied()
+        self.holders[slot.number()].checked_sub(1)
     }
 }

@@ -519,3 +519,27 @@ fn a_full_index_stores_no_more_and_counts_it() {
     assert!(snapshot.index_refused >= 1 && snapshot.total.put_refused == 2 && snapshot.index_blocks == 10);
     assert!(snapshot.index_bytes <= 96 * 10);
 }
+
+#[test]
+fn readers_that_never_rest_keep_nobody_waiting() {
+    in_time(|| {
+        let geometry = shape(1, 1, 1, 8, Dtype::Fp16, 16);
+        let store = Store::open(options(None, 8 * MIB, 0)).expect("memory is to be had");
+        let model = register(&store, "m", geometry);
+        let hot = sequence(0, 64, &geometry);
+        put(&store, &model, &hot);
+        let done = std::sync::atomic::AtomicBool::new(false);
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                        assert_eq!(hold(&store, &model, &hot).tokens(), hot.len());
+                    }
+                });
+            }
+            // Each evicts others, and takes in what the readers touched: that is never evicted.
+            (1..400).for_each(|seed| assert_eq!(put(&store, &model, &sequence(seed, 64, &geometry)), 64));
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+    });
+}

@@ -22,7 +22,7 @@ Dtype = Literal["fp32", "fp16", "bf16", "uint8"]
 """Element types of cached tensors; ``uint8`` carries either FP8 format."""
 
 Policy = Literal["write_back", "write_through"]
-Eviction = Literal["lru", "lfu", "s3fifo", "arc", "wtinylfu", "gdsf", "adaptive"]
+Eviction = Literal["lru", "lfu", "s3fifo", "s3fifo_long", "arc", "wtinylfu", "gdsf", "adaptive"]
 """When blocks are written to SSD: when RAM fills, or as soon as they are put."""
 
 _UNITS = {"": 1, "B": 1} | {
@@ -106,8 +106,9 @@ class RamConfig:
 
     Attributes:
         capacity_bytes: size of its arena, headers of blocks included.
-        eviction: in which order blocks leave: ``lru``, ``lfu`` (aged), ``s3fifo``, ``arc``, ``wtinylfu``, ``gdsf``, or
-            ``adaptive``: whichever of these does best on a sample of the present load.
+        eviction: in which order blocks leave: ``lru``, ``lfu`` (aged), ``s3fifo``, ``s3fifo_long`` (for what comes
+            back late), ``arc``, ``wtinylfu``, ``gdsf``, or ``adaptive``: whichever of these does best on a sample of
+            the present load.
     """
 
     capacity_bytes: int | str = "2GiB"

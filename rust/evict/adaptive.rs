@@ -2,14 +2,14 @@
 //! there runs in the tier. A sampled cache of a share of the blocks with that share of the capacity hits about as often
 //! as the whole (SHARDS: Waldspurger et al., FAST 2015); all shadows see the same sample, so they differ by policy alone.
 //!
-//! A change costs a pass over the tier's blocks, so it takes a lead that is more than chance. Memory: five shadows of at
+//! A change costs a pass over the tier's blocks, so it takes a lead that is more than chance. Memory: six shadows of at
 //! most 1,024 blocks up to a capacity of half a million, of 1/1,024 of it beyond, with as many ghosts again.
 
 use super::ghosts::TagMap;
 use super::{Kind, NodeId, Policy, policy};
 
 /// Those that take turns.
-const CANDIDATES: [Kind; 5] = [Kind::Lru, Kind::S3Fifo, Kind::Arc, Kind::WTinyLfu, Kind::Gdsf];
+const CANDIDATES: [Kind; 6] = [Kind::Lru, Kind::S3Fifo, Kind::S3FifoLong, Kind::Arc, Kind::WTinyLfu, Kind::Gdsf];
 /// Blocks that a shadow should hold.
 const SHADOW: usize = 512;
 /// The shares that are sampled: one in 2^4 to one in 2^10.
@@ -23,45 +23,22 @@ const DEVIATIONS: f64 = 1.0;
 #[derive(Debug)]
 struct Shadow {
     policy: Box<dyn Policy>,
-    resident: TagMap<NodeId>,
-    tags: Vec<u64>,
-    free: Vec<NodeId>,
-    capacity: usize,
+    len: usize,
     hits: u32,
     score: f64,
-}
-
-impl Shadow {
-    fn new(kind: Kind, capacity: usize) -> Self {
-        let (tags, free) = (vec![0; capacity], (0..capacity as NodeId).rev().collect());
-        Self { policy: policy(kind, capacity), resident: TagMap::default(), tags, free, capacity, hits: 0, score: 0.0 }
-    }
-
-    fn ask(&mut self, tag: u64) {
-        if let Some(&node) = self.resident.get(&tag) {
-            self.hits += 1;
-            self.policy.touch(node, tag);
-            return;
-        }
-        if self.resident.len() == self.capacity
-            && let Some(victim) = self.policy.victim(&mut Some)
-        {
-            let gone = self.tags[victim as usize];
-            self.policy.remove(victim, gone, true);
-            self.resident.remove(&gone);
-            self.free.push(victim);
-        }
-        let Some(node) = self.free.pop() else { return };
-        self.tags[node as usize] = tag;
-        self.resident.insert(tag, node);
-        self.policy.insert(node, tag, 1.0);
-    }
 }
 
 #[derive(Debug)]
 pub(super) struct Adaptive {
     shift: u32,
+    /// Blocks that each shadow holds.
+    size: usize,
     shadows: [Shadow; CANDIDATES.len()],
+    /// One number for a sampled block in all shadows; which of them hold it, a bit each; and its tag.
+    numbers: TagMap<NodeId>,
+    held_by: Vec<u8>,
+    tags: Vec<u64>,
+    free: Vec<NodeId>,
     asked: usize,
     window: usize,
 }
@@ -70,14 +47,57 @@ impl Adaptive {
     pub(super) fn new(capacity: usize) -> Self {
         let shift = (capacity / SHADOW).max(1).ilog2().clamp(SHIFTS.0, SHIFTS.1);
         let size = (capacity >> shift).max(4);
-        let shadows = CANDIDATES.map(|kind| Shadow::new(kind, size));
-        Self { shift, shadows, asked: 0, window: (4 * size).max(1024) }
+        let shadows = CANDIDATES.map(|kind| Shadow { policy: policy(kind, size), len: 0, hits: 0, score: 0.0 });
+        let numbers = size * CANDIDATES.len() + 1;
+        Self {
+            shift,
+            size,
+            shadows,
+            numbers: TagMap::default(),
+            held_by: vec![0; numbers],
+            tags: vec![0; numbers],
+            free: (0..numbers as NodeId).rev().collect(),
+            asked: 0,
+            window: (4 * size).max(1024),
+        }
+    }
+
+    // Each shadow as a cache that is asked for the block, and keeps it.
+    fn ask(&mut self, tag: u64) {
+        let Self { numbers, free, tags, held_by, .. } = self;
+        let Some(node) = numbers.get(&tag).copied().or_else(|| free.pop()) else { return };
+        if held_by[node as usize] == 0 {
+            numbers.insert(tag, node);
+            tags[node as usize] = tag;
+        }
+        for (n, shadow) in self.shadows.iter_mut().enumerate() {
+            if held_by[node as usize] >> n & 1 == 1 {
+                shadow.hits += 1;
+                shadow.policy.touch(node, tag);
+                continue;
+            }
+            if shadow.len == self.size
+                && let Some(victim) = shadow.policy.victim(&mut Some)
+            {
+                let gone = tags[victim as usize];
+                shadow.policy.remove(victim, gone, true);
+                shadow.len -= 1;
+                held_by[victim as usize] &= !(1 << n);
+                if held_by[victim as usize] == 0 {
+                    numbers.remove(&gone);
+                    free.push(victim);
+                }
+            }
+            shadow.policy.insert(node, tag, 1.0);
+            shadow.len += 1;
+            held_by[node as usize] |= 1 << n;
+        }
     }
 
     /// Starts anew where the sample would be another; else the shadows go on at their new size.
     pub(super) fn set_capacity(&mut self, capacity: usize) {
         let next = Self::new(capacity);
-        if next.shift != self.shift || next.shadows[0].capacity != self.shadows[0].capacity {
+        if next.shift != self.shift || next.size != self.size {
             *self = next;
         }
     }
@@ -88,7 +108,7 @@ impl Adaptive {
         // From its end to its start, as paths are touched.
         for tag in tags.rev().filter(|tag| tag & mask == 0) {
             self.asked += 1;
-            self.shadows.iter_mut().for_each(|shadow| shadow.ask(tag));
+            self.ask(tag);
         }
         if self.asked < self.window {
             return None;

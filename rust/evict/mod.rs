@@ -10,6 +10,7 @@
 //! | `lfu` | least frequently used, aged: what leaves raises the bar for what comes | as `gdsf`, with equal costs |
 //! | `gdsf` | least worth recomputing: frequency × cost, aged | Cherkasova, "Improving WWW Proxies Performance", 1998 |
 //! | `s3fifo` | a small queue on trial, a main queue, ghosts of the small | Yang et al., SOSP 2023 |
+//! | `s3fifo_long` | the same with a smaller queue on trial and four times the ghosts: for what comes back late | |
 //! | `arc` | recent against frequent, balanced by ghosts | Megiddo & Modha, FAST 2003 |
 //! | `wtinylfu` | a small window, then admission by frequency | Einziger et al., ACM TOS 2017 |
 //! | `adaptive` | whichever of these does best on a sample of the present load | |
@@ -47,6 +48,8 @@ pub enum Kind {
     Lfu,
     /// S3-FIFO.
     S3Fifo,
+    /// S3-FIFO with a long memory.
+    S3FifoLong,
     /// ARC.
     Arc,
     /// W-TinyLFU.
@@ -60,8 +63,8 @@ pub enum Kind {
 
 impl Kind {
     /// All policies.
-    pub const ALL: [Self; 7] =
-        [Self::Lru, Self::Lfu, Self::S3Fifo, Self::Arc, Self::WTinyLfu, Self::Gdsf, Self::Adaptive];
+    pub const ALL: [Self; 8] =
+        [Self::Lru, Self::Lfu, Self::S3Fifo, Self::S3FifoLong, Self::Arc, Self::WTinyLfu, Self::Gdsf, Self::Adaptive];
 
     /// The name used in configuration and status.
     pub fn name(self) -> &'static str {
@@ -69,6 +72,7 @@ impl Kind {
             Self::Lru => "lru",
             Self::Lfu => "lfu",
             Self::S3Fifo => "s3fifo",
+            Self::S3FifoLong => "s3fifo_long",
             Self::Arc => "arc",
             Self::WTinyLfu => "wtinylfu",
             Self::Gdsf => "gdsf",
@@ -109,7 +113,8 @@ fn policy(kind: Kind, capacity: usize) -> Box<dyn Policy> {
     match kind {
         Kind::Lru | Kind::Adaptive => Box::new(lru::Lru::default()),
         Kind::Lfu | Kind::Gdsf => Box::new(gdsf::Gdsf::new(kind == Kind::Gdsf)),
-        Kind::S3Fifo => Box::new(s3fifo::S3Fifo::new(capacity)),
+        Kind::S3Fifo => Box::new(s3fifo::S3Fifo::new(capacity, s3fifo::Shape::AS_PUBLISHED)),
+        Kind::S3FifoLong => Box::new(s3fifo::S3Fifo::new(capacity, s3fifo::Shape::LONG)),
         Kind::Arc => Box::new(arc::Arc::new(capacity)),
         Kind::WTinyLfu => Box::new(wtinylfu::WTinyLfu::new(capacity)),
     }

@@ -7,8 +7,21 @@ use super::{Ghosts, NodeId, Policy};
 const SMALL: usize = 0;
 const MAIN: usize = 1;
 
+/// The small queue has this share of the tier, and so many ghosts are remembered for each ten blocks of it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    small: usize,
+    ghosts: usize,
+}
+
+impl Shape {
+    pub(super) const AS_PUBLISHED: Self = Self { small: 10, ghosts: 9 };
+    pub(super) const LONG: Self = Self { small: 30, ghosts: 36 };
+}
+
 #[derive(Debug)]
 pub(super) struct S3Fifo {
+    shape: Shape,
     queues: Lists<2>,
     uses: Vec<u8>,
     ghosts: Ghosts,
@@ -16,12 +29,12 @@ pub(super) struct S3Fifo {
 }
 
 impl S3Fifo {
-    pub(super) fn new(capacity: usize) -> Self {
-        Self { queues: Lists::default(), uses: Vec::new(), ghosts: Ghosts::default(), capacity }
+    pub(super) fn new(capacity: usize, shape: Shape) -> Self {
+        Self { shape, queues: Lists::default(), uses: Vec::new(), ghosts: Ghosts::default(), capacity }
     }
 
     fn ghosts_most(&self) -> usize {
-        self.capacity * 9 / 10
+        self.capacity * self.shape.ghosts / 10
     }
 }
 
@@ -51,7 +64,7 @@ impl Policy for S3Fifo {
         // Uses are given up one by one, so this ends; who may not leave gets another round, but not for ever.
         let mut refused = 0;
         while refused < super::PATIENCE && self.queues.len(SMALL) + self.queues.len(MAIN) > 0 {
-            let trial = self.queues.len(SMALL) * 10 >= self.capacity && self.queues.len(SMALL) > refused;
+            let trial = self.queues.len(SMALL) * self.shape.small >= self.capacity && self.queues.len(SMALL) > refused;
             let queue = if trial || self.queues.len(MAIN) == 0 { SMALL } else { MAIN };
             let node = self.queues.coldest(queue)?;
             let uses = &mut self.uses[node as usize];

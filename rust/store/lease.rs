@@ -9,25 +9,44 @@ use crate::stats::{Miss, Tier};
 use crate::sync::{Arc, AtomicBool, Ordering};
 use crate::trie::{NodeId, TooManyLeases, Trie};
 use crossbeam_queue::ArrayQueue;
+use std::collections::HashSet;
 
-/// Blocks that were matched since somebody last had the lock: the deepest of each path, and which life of it.
+/// Blocks that were matched since somebody last had the lock: the deepest of each path, and which life of it. A full
+/// queue forgets its oldest.
 #[derive(Debug)]
-pub(super) struct Touched(ArrayQueue<(NodeId, u16)>);
+pub(super) struct Touched {
+    notes: ArrayQueue<(NodeId, u16)>,
+    /// Whether the demotion thread was asked to take them in.
+    asked: AtomicBool,
+}
 
 impl Default for Touched {
     fn default() -> Self {
-        Self(ArrayQueue::new(TOUCHED))
+        Self { notes: ArrayQueue::new(TOUCHED), asked: AtomicBool::new(false) }
     }
 }
 
 impl Touched {
-    pub(super) fn pop(&self) -> Option<(NodeId, u16)> {
-        self.0.pop()
+    /// Leaves a note; whether somebody ought to be called to take the notes in.
+    fn push(&self, note: (NodeId, u16)) -> bool {
+        self.notes.force_push(note);
+        // Relaxed: a call too many, or one at the next match, does no harm.
+        self.notes.len() >= TOUCHED / 2
+            && !self.asked.load(Ordering::Relaxed)
+            && !self.asked.swap(true, Ordering::Relaxed)
+    }
+
+    /// What was touched, each block at its last touch, latest first. However many come meanwhile, this ends.
+    pub(super) fn take(&self) -> Vec<(NodeId, u16)> {
+        let notes: Vec<_> = (0..TOUCHED).map_while(|_| self.notes.pop()).collect();
+        self.asked.store(false, Ordering::Relaxed);
+        let mut seen = HashSet::new();
+        notes.into_iter().rev().filter(|&note| seen.insert(note)).collect()
     }
 }
 
 /// Matches between two uses of the lock that are remembered.
-const TOUCHED: usize = 4096;
+const TOUCHED: usize = 256;
 
 /// A match: the longest cached prefix of some tokens, held until this is released or dropped.
 #[derive(Debug)]
@@ -77,13 +96,9 @@ impl Shared {
             })?,
         };
         if let Some((id, _)) = found {
-            let note = (id, self.trie.generation(id));
-            if let Err(note) = self.touched.0.push(note) {
-                // Nobody had the lock for long; should it be taken now, the oldest note gives way.
-                if let Some(mut state) = self.state.try_lock() {
-                    state.catch_up(&self.touched);
-                }
-                self.touched.0.force_push(note);
+            // Nobody had the lock for long: the thread behind takes it, not this request.
+            if self.touched.push((id, self.trie.generation(id))) {
+                self.work.notify_all();
             }
         }
         Ok(found)

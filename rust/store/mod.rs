@@ -349,7 +349,7 @@ impl Store {
         }
         let mut state = self.shared.open_state()?;
         state.catch_up(&self.shared.touched);
-        let slots: Vec<Slot> = (known..hashes.len()).map_while(|_| state.allocate(model.id, true)).collect();
+        let slots = state.allocate_some(model.id, hashes.len() - known, true);
         drop(state);
 
         let blocks: Vec<BlockCopy> = slots

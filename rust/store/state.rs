@@ -9,14 +9,14 @@ use super::model::Matches;
 use super::nodes::{Node, NodeId, Nodes};
 use crate::block::{BlockHash, Geometry};
 use crate::evict::Kind;
-use crate::pool::{Class, Slot};
+use crate::pool::{Class, Run, Slot};
 use crate::ram::Ram;
 use crate::ssd::record::Entry;
 use crate::ssd::{ModelFile, Phase, Place, Segment, Ssd, Stale, control_bytes};
 use crate::stats::{Counts, Miss, Tier};
 use crate::sync::Arc;
 use crate::trie::Trie;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 /// One registered model.
@@ -71,7 +71,7 @@ pub(crate) struct State {
     pub(crate) nodes: Nodes,
     pub(crate) ram: Ram,
     pub(crate) ram_bytes: u64,
-    pub(crate) models: HashMap<u32, ModelState>,
+    pub(crate) models: BTreeMap<u32, ModelState>,
     pub(crate) next_model: u32,
     /// Counters of models that were unregistered; and of those of which somebody still has a handle.
     pub(crate) retired: Counts,
@@ -99,7 +99,7 @@ impl State {
             nodes: Nodes::new(trie),
             ram: Ram::new(ram_bytes, eviction),
             ram_bytes: ram_bytes as u64,
-            models: HashMap::new(),
+            models: BTreeMap::new(),
             next_model: 0,
             retired: Counts::default(),
             leaving: Vec::new(),
@@ -155,7 +155,7 @@ impl State {
     /// Takes in what happened without the lock: what was matched is used as of now, and what nobody holds any more
     /// comes back.
     pub(crate) fn catch_up(&mut self, touched: &Touched) {
-        while let Some((id, life)) = touched.pop() {
+        for (id, life) in touched.take().into_iter().rev() {
             if self.nodes.is_this_life(id, life) {
                 let path: Vec<u64> = self.nodes.path(id).map(|id| tag(self.nodes.hash(id))).collect();
                 self.ram.order(self.nodes.model(id)).request(path.into_iter().rev());
@@ -171,19 +171,23 @@ impl State {
     pub(crate) fn touch(&mut self, deepest: NodeId) {
         let now = self.tick();
         let model = self.nodes.model(deepest);
+        let (order, nodes) = (self.ram.order(model), &mut self.nodes);
+        let mut disk = self.models.get_mut(&model).and_then(|m| m.disk.as_mut());
         let (mut next, mut last_segment) = (Some(deepest), None);
         while let Some(id) = next {
-            self.nodes[id].last_use = now;
-            // From its end to its start: what continues a block is colder than the block.
-            self.ram.order(model).touch(id);
-            let segment = self.nodes[id].ssd.map(|place| place.segment);
+            let node = &mut nodes[id];
+            node.last_use = now;
+            // From its end to its start: what continues a block is never hotter than the block.
+            order.touch(id);
+            let segment = node.ssd.map(|place| place.segment);
             if segment != last_segment
-                && let Some(segment) = segment.and_then(|index| self.segment(model, index))
+                && let (Some(disk), Some(index)) = (&mut disk, segment)
+                && let Some(segment) = disk.segments.get_mut(index as usize)
             {
                 segment.last_use = now;
             }
             last_segment = segment;
-            next = self.nodes.parent(id);
+            next = nodes.parent(id);
         }
     }
 
@@ -249,11 +253,26 @@ impl State {
     /// Takes a slot for a model, making room if need be. A model below its share of the arena takes from those above
     /// theirs; otherwise it evicts its own. `may_lose` allows evicting blocks that are not on SSD.
     pub(crate) fn allocate(&mut self, model: u32, may_lose: bool) -> Option<Slot> {
+        self.allocate_some(model, 1, may_lose).pop()
+    }
+
+    /// Takes so many slots, neighbours as far as there are, or as many as there can be.
+    pub(crate) fn allocate_some(&mut self, model: u32, wanted: usize, may_lose: bool) -> Vec<Slot> {
+        let mut slots = Vec::with_capacity(wanted);
+        while slots.len() < wanted
+            && let Some(run) = self.allocate_run(model, wanted - slots.len(), may_lose)
+        {
+            slots.extend(run);
+        }
+        slots
+    }
+
+    fn allocate_run(&mut self, model: u32, most: usize, may_lose: bool) -> Option<Run> {
         let class = self.models.get(&model)?.class.clone();
         let slot_bytes = self.models.get(&model)?.geometry.record_bytes();
         loop {
-            if let Some(slot) = self.ram.pool.allocate(&class) {
-                return Some(slot);
+            if let Some(run) = self.ram.pool.allocate_run(&class, most) {
+                return Some(run);
             }
             let below_share = self.ram.pool.held_bytes(&class) as u64 + slot_bytes as u64 <= self.ram_share(model);
             let own_first: [fn(&mut Self, u32, bool) -> bool; 2] = [Self::evict_own, Self::take_span];
