@@ -49,8 +49,11 @@ fn run(trace: &Trace, kind: Kind, capacity: usize) -> Outcome {
         let found = path.iter().take_while(|&&block| resident[block as usize]).count();
         hits += found;
         // The store tells what was found when it takes in a match, and the rest when that is put.
-        order.request(path[..found].iter().map(|&block| tag(block)));
-        path[..found].iter().rev().for_each(|&block| order.touch(block));
+        for &block in path[..found].iter().rev() {
+            order.asked(tag(block));
+            order.touch(block);
+        }
+        order.choose();
         let held = found.checked_sub(1).map(|last| path[last]);
         let mut room = capacity - order.len();
         let wanted = path.len() - found;
@@ -65,7 +68,8 @@ fn run(trace: &Trace, kind: Kind, capacity: usize) -> Outcome {
             }
             room += 1;
         }
-        order.request(path[found..].iter().map(|&block| tag(block)));
+        path[found..].iter().rev().for_each(|&block| order.asked(tag(block)));
+        order.choose();
         for at in (found..path.len().min(found + room)).rev() {
             let block = path[at];
             order.insert(block, tag(block), 1.0);

@@ -62,8 +62,9 @@ impl Adaptive {
         }
     }
 
-    // Each shadow as a cache that is asked for the block, and keeps it.
-    fn ask(&mut self, tag: u64) {
+    /// Asks each shadow for a block of the sample; it keeps it.
+    pub(super) fn ask(&mut self, tag: u64) {
+        self.asked += 1;
         let Self { numbers, free, tags, held_by, .. } = self;
         let Some(node) = numbers.get(&tag).copied().or_else(|| free.pop()) else { return };
         if held_by[node as usize] == 0 {
@@ -102,14 +103,14 @@ impl Adaptive {
         }
     }
 
-    /// Feeds the blocks of a request to the shadows. The policy that should run, at the end of a window.
-    pub(super) fn request(&mut self, tags: impl DoubleEndedIterator<Item = u64>, running: Kind) -> Option<Kind> {
-        let mask = (1u64 << self.shift) - 1;
-        // From its end to its start, as paths are touched.
-        for tag in tags.rev().filter(|tag| tag & mask == 0) {
-            self.asked += 1;
-            self.ask(tag);
-        }
+    /// Whether a block is in the sample.
+    #[inline]
+    pub(super) fn samples(&self, tag: u64) -> bool {
+        tag & ((1 << self.shift) - 1) == 0
+    }
+
+    /// The policy that should run in place of this one, at the end of a window.
+    pub(super) fn choose(&mut self, running: Kind) -> Option<Kind> {
         if self.asked < self.window {
             return None;
         }

@@ -36,7 +36,8 @@ proptest! {
             };
             match action {
                 0..=5 => {
-                    order.request(path.iter().rev().map(|&n| tag(n)).collect::<Vec<_>>().into_iter());
+                    path.iter().for_each(|&n| order.asked(tag(n)));
+                    order.choose();
                     path.iter().filter_map(|n| nodes.get(n)).for_each(|&node| order.touch(node));
                     let missing: Vec<u32> = path.into_iter().rev().filter(|n| !nodes.contains_key(n)).collect();
                     for block in missing {
@@ -169,7 +170,8 @@ fn adaptive_follows_the_load() {
     let mut nodes: BTreeMap<u64, NodeId> = BTreeMap::new();
     let mut free: Vec<NodeId> = (0..1000).collect();
     let mut ask = |order: &mut Order, tag: u64| {
-        order.request([tag].into_iter());
+        order.asked(tag);
+        order.choose();
         if let Some(&node) = nodes.get(&tag) {
             order.touch(node);
             return true;

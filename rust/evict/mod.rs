@@ -196,12 +196,24 @@ impl Order {
         }
     }
 
-    /// Tells `adaptive` which blocks a request asked for, found or not, first to last.
-    pub fn request(&mut self, tags: impl ExactSizeIterator<Item = u64> + DoubleEndedIterator) {
+    /// Tells `adaptive` that a block was asked for, found or not; those of a request from its end to its start, and then
+    /// [`choose`](Self::choose).
+    #[inline]
+    pub fn asked(&mut self, tag: u64) {
         // Until the tier is full for the first time there is nothing to choose.
         if self.capacity > 0
             && let Some(adaptive) = &mut self.adaptive
-            && let Some(best) = adaptive.request(tags, self.running)
+            && adaptive.samples(tag)
+        {
+            adaptive.ask(tag);
+        }
+    }
+
+    /// Lets `adaptive` change the policy, if it is time.
+    #[inline]
+    pub fn choose(&mut self) {
+        if let Some(adaptive) = &mut self.adaptive
+            && let Some(best) = adaptive.choose(self.running)
         {
             self.run(best);
         }

@@ -546,9 +546,11 @@ impl State {
         let mut attached = parent.is_none_or(|p| self.nodes.is_linked(p)) && self.models.contains_key(&model.id);
         attached &= !model.matches.ended();
         // Matches tell what was found; this is what was not.
-        self.ram.order(model.id).request(hashes.iter().map(|&hash| state::tag(hash)));
+        let order = self.ram.order(model.id);
+        hashes.iter().rev().for_each(|&hash| order.asked(state::tag(hash)));
+        order.choose();
         if let Some(known) = parent.filter(|_| attached) {
-            self.touch(known);
+            self.touch(known, false);
         }
         let now = self.tick();
         let mut placed = Vec::with_capacity(slots.len());

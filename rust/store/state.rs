@@ -157,9 +157,7 @@ impl State {
     pub(crate) fn catch_up(&mut self, touched: &Touched) {
         for (id, life) in touched.take().into_iter().rev() {
             if self.nodes.is_this_life(id, life) {
-                let path: Vec<u64> = self.nodes.path(id).map(|id| tag(self.nodes.hash(id))).collect();
-                self.ram.order(self.nodes.model(id)).request(path.into_iter().rev());
-                self.touch(id);
+                self.touch(id, true);
             }
         }
         for slot in self.nodes.freed() {
@@ -167,19 +165,21 @@ impl State {
         }
     }
 
-    /// Marks a path as used now, in the nodes and in the segments that hold it.
-    pub(crate) fn touch(&mut self, deepest: NodeId) {
+    /// Marks a path as used now, in the nodes and in the segments that hold it; `asked`: a request asked for it.
+    pub(crate) fn touch(&mut self, deepest: NodeId, asked: bool) {
         let now = self.tick();
         let model = self.nodes.model(deepest);
         let (order, nodes) = (self.ram.order(model), &mut self.nodes);
         let mut disk = self.models.get_mut(&model).and_then(|m| m.disk.as_mut());
         let (mut next, mut last_segment) = (Some(deepest), None);
         while let Some(id) = next {
-            let node = &mut nodes[id];
-            node.last_use = now;
+            nodes[id].last_use = now;
             // From its end to its start: what continues a block is never hotter than the block.
             order.touch(id);
-            let segment = node.ssd.map(|place| place.segment);
+            if asked {
+                order.asked(tag(nodes.hash(id)));
+            }
+            let segment = nodes[id].ssd.map(|place| place.segment);
             if segment != last_segment
                 && let (Some(disk), Some(index)) = (&mut disk, segment)
                 && let Some(segment) = disk.segments.get_mut(index as usize)
@@ -189,6 +189,7 @@ impl State {
             last_segment = segment;
             next = nodes.parent(id);
         }
+        order.choose();
     }
 
     pub(crate) fn segment(&mut self, model: u32, index: u32) -> Option<&mut Segment> {
