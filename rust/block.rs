@@ -252,6 +252,8 @@ fn first_128(hash: &blake3::Hash) -> u128 {
 pub struct Hasher {
     block_tokens: usize,
     seed: BlockHash,
+    // What blocks begin with that an engine has named.
+    name_seed: BlockHash,
     // powers[j] = x^(j+1); the last one, x^m, moves the chain on.
     powers: Vec<u128>,
 }
@@ -267,28 +269,43 @@ impl Hasher {
         tenant: &str,
     ) -> Self {
         let fields = [model, weights_version, adapter, tenant].map(str::as_bytes);
-        let seed = BlockHash(first_128(&secret.hash_fields(b"namespace", &fields, geometry)));
+        let seed = |purpose| BlockHash(first_128(&secret.hash_fields(purpose, &fields, geometry)));
         let block_tokens = geometry.block_tokens as usize;
         let mut powers = vec![secret.point];
         for _ in 1..block_tokens.div_ceil(4) {
             powers.push(gf_mul(powers[powers.len() - 1], secret.point));
         }
-        Self { block_tokens, seed, powers }
+        Self { block_tokens, seed: seed(b"namespace"), name_seed: seed(b"names"), powers }
     }
 
     /// Hashes of all whole blocks of `tokens`; a partial block at the end has none.
     pub fn hashes(&self, tokens: &[u32]) -> Vec<BlockHash> {
+        self.hashes_after(None, tokens)
+    }
+
+    /// Hashes of all whole blocks of `tokens`, which follow the block of that hash.
+    pub fn hashes_after(&self, last: Option<BlockHash>, tokens: &[u32]) -> Vec<BlockHash> {
+        let start = last.unwrap_or(self.seed);
         #[cfg(target_arch = "x86_64")]
         if std::is_x86_feature_detected!("pclmulqdq") {
             // SAFETY: PCLMULQDQ was detected on the line above; SSE2 is part of x86-64.
-            return unsafe { clmul::hashes(self, tokens) };
+            return unsafe { clmul::hashes(self, start, tokens) };
         }
-        self.hashes_by_definition(tokens)
+        self.hashes_by_definition(start, tokens)
     }
 
-    fn hashes_by_definition(&self, tokens: &[u32]) -> Vec<BlockHash> {
+    /// Hash of a block by the name that an engine gave it: the same polynomial, over the name's length and its bytes by
+    /// sixteens, from a seed of its own.
+    pub fn of_name(&self, name: &[u8]) -> BlockHash {
+        let sixteen = |bytes: &[u8]| bytes.iter().rev().fold(0u128, |acc, &byte| acc << 8 | u128::from(byte));
+        let elements = std::iter::once(name.len() as u128).chain(name.chunks(16).map(sixteen));
+        let hash = elements.fold(self.name_seed.0, |hash, element| multiply(hash, self.powers[0]) ^ element);
+        BlockHash(multiply(hash, self.powers[0]))
+    }
+
+    fn hashes_by_definition(&self, start: BlockHash, tokens: &[u32]) -> Vec<BlockHash> {
         let degree = self.powers.len();
-        let mut hash = self.seed.0;
+        let mut hash = start.0;
         let blocks = tokens.chunks_exact(self.block_tokens);
         let next = |block: &[u32]| {
             hash = gf_mul(hash, self.powers[degree - 1]);
@@ -300,6 +317,15 @@ impl Hasher {
         };
         blocks.map(next).collect()
     }
+}
+
+fn multiply(a: u128, b: u128) -> u128 {
+    #[cfg(target_arch = "x86_64")]
+    if std::is_x86_feature_detected!("pclmulqdq") {
+        // SAFETY: PCLMULQDQ was detected on the line above; SSE2 is part of x86-64.
+        return unsafe { clmul::multiply(a, b) };
+    }
+    gf_mul(a, b)
 }
 
 /// Bit by bit: the definition that the fast path equals.
@@ -375,9 +401,14 @@ mod clmul {
     }
 
     #[target_feature(enable = "pclmulqdq")]
-    pub(super) fn hashes(hasher: &Hasher, tokens: &[u32]) -> Vec<BlockHash> {
+    pub(super) fn multiply(a: u128, b: u128) -> u128 {
+        store(reduce(product(load(a), load(b))))
+    }
+
+    #[target_feature(enable = "pclmulqdq")]
+    pub(super) fn hashes(hasher: &Hasher, start: BlockHash, tokens: &[u32]) -> Vec<BlockHash> {
         let powers: Vec<__m128i> = hasher.powers.iter().rev().map(|&power| load(power)).collect();
-        let mut hash = load(hasher.seed.0);
+        let mut hash = load(start.0);
         let mut out = Vec::with_capacity(tokens.len() / hasher.block_tokens);
         for block in tokens.chunks_exact(hasher.block_tokens) {
             let (fours, rest) = block.as_chunks::<4>();
@@ -418,7 +449,34 @@ mod tests {
         ) {
             let geometry = Geometry { block_tokens, ..geometry() };
             let hasher = Hasher::new(&Secret::new(&secret), "m", "", &geometry, "", "");
-            prop_assert_eq!(hasher.hashes(&tokens), hasher.hashes_by_definition(&tokens));
+            prop_assert_eq!(hasher.hashes(&tokens), hasher.hashes_by_definition(hasher.seed, &tokens));
+        }
+
+        #[test]
+        fn the_fast_product_equals_its_definition(a in any::<u128>(), b in any::<u128>()) {
+            prop_assert_eq!(multiply(a, b), gf_mul(a, b));
+        }
+
+        #[test]
+        fn hashes_of_a_sequence_that_grows_are_those_of_the_whole(
+            tokens in prop::collection::vec(any::<u32>(), 0..200), block_tokens in 1u32..40, cut in any::<prop::sample::Index>(),
+        ) {
+            let hasher = Hasher::new(&Secret::new(b"s"), "m", "", &Geometry { block_tokens, ..geometry() }, "", "");
+            let cut = cut.index(tokens.len() + 1) / block_tokens as usize * block_tokens as usize;
+            let mut grown = hasher.hashes(&tokens[..cut]);
+            grown.extend(hasher.hashes_after(grown.last().copied(), &tokens[cut..]));
+            prop_assert_eq!(grown, hasher.hashes(&tokens));
+        }
+
+        #[test]
+        fn a_name_has_one_hash_and_another_name_another(
+            name in prop::collection::vec(any::<u8>(), 16..=64), other in prop::collection::vec(any::<u8>(), 16..=64),
+        ) {
+            let h = hasher("s", "m", "", "", "");
+            prop_assert_eq!(h.of_name(&name) == h.of_name(&other), name == other);
+            let longer = [&name[..], &[0]].concat();
+            prop_assert_ne!(h.of_name(&name), h.of_name(&longer));
+            prop_assert_ne!(h.of_name(&name), hasher("s", "m", "", "", "t").of_name(&name));
         }
 
         #[test]

@@ -2,11 +2,12 @@
 //!
 //! Floors, imports point down only:
 //! ```text
-//! py  →  store  →  trie ram ssd  →  block evict pool copy stats  →  error sync
+//! py  →  store  →  trie ram ssd  →  arena block evict pool copy stats  →  error sync
 //! ```
 //! Only `py/` knows Python. [`Store`] ties the parts: it names blocks ([`block`]), finds them (`trie`), keeps them
 //! in memory (`pool`, `ram`) and on disk (`ssd`), and counts what it did ([`stats`]).
 
+mod arena;
 pub mod block;
 mod copy;
 mod error;
@@ -22,10 +23,10 @@ pub mod trie;
 #[cfg(feature = "python")]
 mod py;
 
+pub use arena::Pages;
 pub use block::{Dtype, Geometry, Secret};
 pub use copy::{KvView, PageTable, PlaneView};
 pub use error::{Error, ErrorKind, Result};
-pub use pool::PageKind;
 pub use ssd::SsdOptions;
 pub use ssd::io::{FileIo, Io, IoFile};
-pub use store::{BlockView, Lease, LoadOutcome, Model, ModelSpec, Options, PutOutcome, Store, WritePolicy};
+pub use store::{BlockView, Lease, LoadOutcome, Model, ModelSpec, Options, PutOutcome, Sequence, Store, WritePolicy};

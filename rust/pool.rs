@@ -1,7 +1,6 @@
-//! The arena, and the lock-free allocator that cuts it into slots.
+//! The lock-free allocator that cuts the arena into slots.
 //!
-//! One anonymous mapping, 2 MiB-aligned and backed by huge pages where the machine grants them, is cut into chunks.
-//! A model takes *spans* of neighbouring chunks and cuts them into slots of its record size; an empty span goes back,
+//! The arena is cut into chunks. A model takes *spans* of neighbouring chunks and cuts them into slots of its record size; an empty span goes back,
 //! so models of different geometry share one arena and no slot ever moves.
 //!
 //! ```text
@@ -19,116 +18,26 @@
 //! ```
 //! Invariant: whoever cleared a bit, and still saw the stamp of the span that it meant, has that slot alone.
 
-use crate::error::{Error, Result};
 use crate::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, Ordering};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 
-const HUGE_PAGE: usize = 2 << 20;
+/// The smallest chunk.
+const SMALLEST_CHUNK: usize = 2 << 20;
 const MAX_SPAN_CHUNKS: usize = 16;
 /// Records are whole pages.
 pub(crate) const SMALLEST_SLOT: usize = 4096;
-
-/// What backs the arena.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PageKind {
-    /// The kernel accepted transparent huge pages for the mapping.
-    Huge,
-    /// Ordinary pages.
-    Ordinary,
-}
-
-impl PageKind {
-    /// The name shown in `status`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Huge => "huge",
-            Self::Ordinary => "ordinary",
-        }
-    }
-}
-
-/// A page-aligned anonymous mapping, unmapped on drop.
-#[derive(Debug)]
-pub(crate) struct Arena {
-    base: *mut u8,
-    bytes: usize,
-    mapping: (*mut std::ffi::c_void, usize),
-    pages: PageKind,
-}
-
-// SAFETY: the arena is plain memory; who may touch which slot is decided by the store, which hands each slot to one
-// writer at a time and lets readers in only after the slot was published under its lock.
-unsafe impl Send for Arena {}
-// SAFETY: as above.
-unsafe impl Sync for Arena {}
-
-impl Arena {
-    /// Maps `bytes`, rounded up to 2 MiB.
-    pub(crate) fn new(bytes: usize) -> Result<Self> {
-        let bytes = bytes.clamp(1, usize::MAX / 4).next_multiple_of(HUGE_PAGE);
-        let length = bytes + HUGE_PAGE;
-        // SAFETY: a new private anonymous mapping at an address of the kernel's choice aliases nothing.
-        let mapping = unsafe {
-            mmap_anonymous(
-                std::ptr::null_mut(),
-                length,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )
-        }
-        .map_err(|e| Error::io(format!("cannot map {bytes} bytes of memory; lower capacity_bytes"), e))?;
-        let start = mapping.cast::<u8>();
-        // SAFETY: the mapping has one huge page more than `bytes`, so the aligned start and its end lie inside.
-        let base = unsafe { start.add(start.align_offset(HUGE_PAGE)) };
-        // SAFETY: the range was mapped above and holds no data yet.
-        let advised = unsafe { madvise(base.cast(), bytes, Advice::LinuxHugepage) };
-        let pages = if advised.is_ok() { PageKind::Huge } else { PageKind::Ordinary };
-        Ok(Self { base, bytes, mapping: (mapping, length), pages })
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    pub(crate) fn pages(&self) -> PageKind {
-        self.pages
-    }
-
-    /// The whole arena, for an owner that does not cut it into slots.
-    pub(crate) fn as_slice(&self) -> &[u8] {
-        // SAFETY: the mapping is `bytes` long, zero-filled at first, and lives as long as `self`.
-        unsafe { std::slice::from_raw_parts(self.base, self.bytes) }
-    }
-
-    /// As [`as_slice`](Self::as_slice), to write.
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and `&mut self` excludes other users.
-        unsafe { std::slice::from_raw_parts_mut(self.base, self.bytes) }
-    }
-
-    /// Address of a slot.
-    pub(crate) fn at(&self, slot: Slot) -> *mut u8 {
-        debug_assert!(slot.0 < self.bytes);
-        // SAFETY: slots come from the allocator below, which stays within `bytes`.
-        unsafe { self.base.add(slot.0) }
-    }
-}
-
-impl Drop for Arena {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours and nothing refers to it any more.
-        let unmapped = unsafe { munmap(self.mapping.0, self.mapping.1) };
-        debug_assert!(unmapped.is_ok());
-    }
-}
 
 /// One place for a record in the arena: its byte offset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Slot(usize);
 
 impl Slot {
+    /// Its first byte in the arena.
+    pub(crate) fn offset(self) -> usize {
+        self.0
+    }
+
     /// A number that no other slot of the arena has at the same time, below the arena's bytes / [`SMALLEST_SLOT`].
     pub(crate) fn number(self) -> usize {
         self.0 / SMALLEST_SLOT
@@ -288,7 +197,7 @@ fn unique() -> u64 {
 impl Pool {
     /// An allocator over so many bytes.
     pub fn new(capacity: usize) -> Self {
-        let chunk = (capacity / 64).clamp(HUGE_PAGE, 64 << 20).ilog2();
+        let chunk = (capacity / 64).clamp(SMALLEST_CHUNK, 64 << 20).ilog2();
         let chunks = (capacity >> chunk).max(1);
         let chunk_words = chunk - (SMALLEST_SLOT * 64).ilog2();
         Self {

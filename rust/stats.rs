@@ -160,8 +160,6 @@ pub struct Snapshot {
     pub models: Vec<(String, Counts)>,
     /// Bytes of the RAM tier's arena.
     pub ram_capacity_bytes: u64,
-    /// What backs it: `huge` or `ordinary` pages.
-    pub ram_pages: &'static str,
     /// The SSD tier's cap; 0 when there is none.
     pub ssd_capacity_bytes: u64,
     /// Bytes its files take, counted as allocated.

@@ -7,7 +7,7 @@ with stratakv.open() as caches:
     model.put(tokens, kv)
 """
 
-from stratakv._native import __version__
+from stratakv._native import TokenSequence, __version__
 from stratakv.cache import Explanation, Match, ModelCache, Stats, TierStats
 from stratakv.config import Config, Geometry, RamConfig, SsdConfig, StoreConfig
 from stratakv.errors import (
@@ -45,6 +45,7 @@ __all__ = [
     "StoreLockedError",
     "StrataKVError",
     "TierStats",
+    "TokenSequence",
     "__version__",
     "open",
 ]

@@ -1,9 +1,10 @@
 """The native half of stratakv; use the package `stratakv` instead."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, final
 
-__all__ = ["Lease", "Model", "Store", "__version__"]
+__all__ = ["Lease", "Model", "Store", "TokenSequence", "__version__"]
 
 __version__: str
 
@@ -26,6 +27,7 @@ class Store:
     ) -> Model: ...
     def flush(self) -> None: ...
     def close(self) -> None: ...
+    def ram_pages(self) -> tuple[str, int]: ...
     def snapshot(self) -> dict[str, Any]: ...
 
 @final
@@ -33,11 +35,19 @@ class Model:
     """A registered model; `stratakv.ModelCache` wraps it."""
 
     def match_prefix(self, tokens: object, adapter: str, tenant: str) -> Lease: ...
+    def sequence(self, adapter: str, tenant: str) -> TokenSequence: ...
     def put(
         self, tokens: object, kv: object, layout: str, batch: int, pages: object, adapter: str, tenant: str
     ) -> int: ...
     def set_ram_budget(self, budget_bytes: int | None) -> None: ...
     def unregister(self) -> None: ...
+
+@final
+class TokenSequence:
+    """Token ids that grow, and the hashes of their blocks."""
+
+    def extend(self, tokens: object, *, block_hashes: Sequence[bytes] | None = None) -> None: ...
+    def __len__(self) -> int: ...
 
 @final
 class Lease:

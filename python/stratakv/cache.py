@@ -6,7 +6,7 @@ A match is leased until it is released: what it found stays. A cache problem nev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -215,7 +215,8 @@ class ModelCache:
         """Finds the longest cached prefix and leases it.
 
         Args:
-            tokens: token ids: a list, an array or a tensor, 1-d, integers from 0 to 2**32 - 1.
+            tokens: token ids: a list, an array or a tensor, 1-d, integers from 0 to 2**32 - 1. Or a `sequence`, which
+                has its adapter and tenant already.
             adapter: name of the LoRA adapter, or of whatever else alters keys and values.
             tenant: salt of the tenant; nothing is shared across tenants.
 
@@ -227,6 +228,31 @@ class ModelCache:
             ClosedError: the store is closed.
         """
         return Match(self._model.match_prefix(tokens, adapter, tenant))
+
+    def sequence(
+        self,
+        tokens: object = (),
+        *,
+        block_hashes: Sequence[bytes] | None = None,
+        adapter: str = "",
+        tenant: str = "",
+    ) -> _native.TokenSequence:
+        """Tokens that grow, to be matched and put again: only new ones are hashed.
+
+        Args:
+            tokens: the first of them, as for `match`.
+            block_hashes: the engine's own hash of each whole block, in place of ours; see `TokenSequence.extend`. What
+                is stored under such hashes is found by them alone; to be found after a restart, they must be the same
+                then. Token ids are compared on load all the same.
+            adapter: as for `match`.
+            tenant: as for `match`.
+
+        Raises:
+            InputError: as `TokenSequence.extend`.
+        """
+        sequence = self._model.sequence(adapter, tenant)
+        sequence.extend(tokens, block_hashes=block_hashes)
+        return sequence
 
     def put(
         self,

@@ -23,7 +23,9 @@ class Status:
 
     Attributes:
         ram_capacity_bytes: size of the RAM tier.
-        ram_pages: ``huge`` or ``ordinary``: what the arena was granted.
+        ram_pages: what the kernel backs its memory with, as far as it was touched: ``huge``, ``mixed`` or ``ordinary``
+            pages; ``untouched`` before the first put, ``unknown`` where the kernel does not tell.
+        ram_huge_bytes: bytes of it on huge pages.
         ram_eviction: the eviction policy that runs at present, by model.
         ssd_capacity_bytes: cap of the SSD tier; 0 if it is off.
         ssd_file_bytes: bytes its files take.
@@ -37,6 +39,7 @@ class Status:
 
     ram_capacity_bytes: int
     ram_pages: str
+    ram_huge_bytes: int
     ram_eviction: dict[str, str]
     ssd_capacity_bytes: int
     ssd_file_bytes: int
@@ -160,7 +163,9 @@ class CacheManager:
     def status(self) -> Status:
         """How the tiers run."""
         snapshot = self._store.snapshot()
-        return Status(**{name: snapshot[name] for name in Status.__slots__})
+        pages, huge = self._store.ram_pages()
+        known = {**snapshot, "ram_pages": pages, "ram_huge_bytes": huge}
+        return Status(**{name: known[name] for name in Status.__slots__})
 
     def flush(self) -> None:
         """Waits until every block put so far was written to SSD, and is durable.

@@ -50,5 +50,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<store::Store>()?;
     module.add_class::<store::Model>()?;
-    module.add_class::<store::Lease>()
+    module.add_class::<store::Lease>()?;
+    module.add_class::<store::TokenSequence>()
 }

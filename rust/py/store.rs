@@ -7,8 +7,10 @@ use crate::block::{Dtype, Geometry};
 use crate::error::input;
 use crate::evict::Kind;
 use crate::stats::{Counts, Tier, TierCounts};
+use crate::sync::Mutex;
 use crate::{ModelSpec, Options, SsdOptions, WritePolicy};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyDict, PyList, PyMemoryView};
 use std::sync::Arc;
 
@@ -79,6 +81,11 @@ impl Store {
         py.detach(|| self.store.close()).or_raise(py)
     }
 
+    /// What backs the RAM tier: a name, and bytes on huge pages.
+    fn ram_pages(&self, py: Python<'_>) -> (&'static str, u64) {
+        py.detach(|| self.store.ram_pages()).map_or(("unknown", 0), |pages| (pages.name(), pages.huge))
+    }
+
     /// All counters at one instant.
     fn snapshot<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let snapshot = py.detach(|| self.store.snapshot());
@@ -90,7 +97,6 @@ impl Store {
         out.set_item("total", counts_dict(py, &snapshot.total)?)?;
         out.set_item("models", models)?;
         out.set_item("ram_capacity_bytes", snapshot.ram_capacity_bytes)?;
-        out.set_item("ram_pages", snapshot.ram_pages)?;
         out.set_item("ssd_capacity_bytes", snapshot.ssd_capacity_bytes)?;
         out.set_item("ssd_file_bytes", snapshot.ssd_file_bytes)?;
         out.set_item("ssd_io", snapshot.ssd_io)?;
@@ -163,9 +169,16 @@ impl Model {
     #[pyo3(signature = (tokens, adapter, tenant))]
     fn match_prefix(&self, tokens: &Bound<'_, PyAny>, adapter: &str, tenant: &str) -> PyResult<Lease> {
         let py = tokens.py();
-        let tokens = integers(tokens, "tokens")?;
-        let lease = py.detach(|| self.store.match_prefix(&self.model, &tokens, adapter, tenant)).or_raise(py)?;
-        Ok(Lease { lease })
+        let asked = Asked::read(tokens, adapter, tenant)?;
+        let lease = py.detach(|| self.store.match_sequence(&self.model, asked.sequence(self, adapter, tenant)));
+        Ok(Lease { lease: lease.or_raise(py)? })
+    }
+
+    /// A sequence of no tokens yet.
+    #[pyo3(signature = (adapter, tenant))]
+    fn sequence(&self, adapter: &str, tenant: &str) -> TokenSequence {
+        let sequence = self.store.empty_sequence(&self.model, adapter, tenant);
+        TokenSequence { sequence: Mutex::new(sequence) }
     }
 
     /// Stores what is not cached yet; returns how many leading tokens are cached now.
@@ -182,10 +195,11 @@ impl Model {
         tenant: &str,
     ) -> PyResult<usize> {
         let py = tokens.py();
-        let ids = integers(tokens, "tokens")?;
+        let asked = Asked::read(tokens, adapter, tenant)?;
         let placement = Placement { layout, batch, pages };
         let (view, tensors) = view(kv, &self.model.spec().geometry, &placement, false)?;
-        let outcome = py.detach(|| self.store.put(&self.model, &ids, adapter, tenant, &view));
+        let put = || self.store.put_sequence(&self.model, &asked.sequence(self, adapter, tenant), &view);
+        let outcome = py.detach(put);
         keep_alive(tensors);
         Ok(outcome.or_raise(py)?.tokens)
     }
@@ -198,6 +212,78 @@ impl Model {
     /// Frees everything of the model.
     fn unregister(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.store.unregister(&self.model)).or_raise(py)
+    }
+}
+
+/// What a request asks for: plain tokens, to be hashed, or a sequence.
+enum Asked {
+    Tokens(Vec<u32>),
+    Sequence(crate::Sequence),
+}
+
+impl Asked {
+    fn read(tokens: &Bound<'_, PyAny>, adapter: &str, tenant: &str) -> PyResult<Self> {
+        let Ok(sequence) = tokens.cast::<TokenSequence>() else { return integers(tokens, "tokens").map(Self::Tokens) };
+        if !adapter.is_empty() || !tenant.is_empty() {
+            let message = "adapter and tenant are those of the sequence: give them where it is made, or give tokens";
+            return Err(input(message)).or_raise(tokens.py());
+        }
+        Ok(Self::Sequence(sequence.get().sequence.lock().clone()))
+    }
+
+    fn sequence(self, model: &Model, adapter: &str, tenant: &str) -> crate::Sequence {
+        match self {
+            Self::Tokens(tokens) => model.store.sequence(&model.model, adapter, tenant, tokens),
+            Self::Sequence(sequence) => sequence,
+        }
+    }
+}
+
+/// Token ids that grow, and the hashes of their blocks: those of old tokens are not computed again.
+///
+/// `ModelCache.sequence` makes one; `ModelCache.match` and `ModelCache.put` take it in place of tokens. Any thread may use
+/// it; a match or a put sees it as it is when called.
+#[pyclass(frozen, module = "stratakv")]
+pub(super) struct TokenSequence {
+    sequence: Mutex<crate::Sequence>,
+}
+
+#[pymethods]
+impl TokenSequence {
+    /// Appends token ids.
+    ///
+    /// Args:
+    ///     tokens: 1-d, as for `ModelCache.match`.
+    ///     block_hashes: the engine's own hash of each block that is complete now and was not before: a sequence of
+    ///         `bytes`, 16 to 64 each, each naming the whole prefix up to the block's end. For all blocks of a sequence,
+    ///         or for none. Give them where equal tokens do not mean equal keys and values, as with images.
+    ///
+    /// Raises:
+    ///     InputError: tokens or hashes of another form or number; the sequence is then as it was.
+    #[pyo3(signature = (tokens, *, block_hashes = None))]
+    fn extend(&self, tokens: &Bound<'_, PyAny>, block_hashes: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let py = tokens.py();
+        let ids = integers(tokens, "tokens")?;
+        let expected = |found: &str| input(format!("block_hashes: {found}, expected a sequence of bytes"));
+        let hashes = match block_hashes.map(|hashes| hashes.extract::<Vec<PyBackedBytes>>()).transpose() {
+            Ok(hashes) => hashes,
+            Err(_) => {
+                let kind = block_hashes.map_or_else(|| Ok("None".into()), |h| h.get_type().name()?.extract::<String>());
+                return Err(expected(&kind?)).or_raise(py);
+            }
+        };
+        let names: Option<Vec<&[u8]>> = hashes.as_ref().map(|hashes| hashes.iter().map(|hash| &**hash).collect());
+        self.sequence.lock().extend(&ids, names.as_deref()).or_raise(py)
+    }
+
+    /// Number of tokens.
+    fn __len__(&self) -> usize {
+        self.sequence.lock().tokens().len()
+    }
+
+    /// Says how long it is, and no token.
+    fn __repr__(&self) -> String {
+        format!("TokenSequence({} tokens)", self.__len__())
     }
 }
 

@@ -12,9 +12,9 @@
 pub(crate) mod io;
 pub(crate) mod record;
 
+use crate::arena::Arena;
 use crate::block::{Geometry, Secret};
 use crate::error::{Error, ErrorKind, Result};
-use crate::pool::Arena;
 use crate::sync::{Arc, Mutex};
 use io::{DirectoryLock, Io, IoFile};
 use record::{

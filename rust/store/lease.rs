@@ -2,7 +2,7 @@
 //! block, and so every block before it.
 
 use super::model::Model;
-use super::{Shared, Store};
+use super::{Sequence, Shared, Store};
 use crate::block::{BlockHash, Geometry};
 use crate::error::{Result, input};
 use crate::stats::{Miss, Tier};
@@ -68,19 +68,29 @@ impl Store {
     /// # Errors
     /// The store is closed, or one block has 2^20 leases.
     pub fn match_prefix(&self, model: &Arc<Model>, tokens: &[u32], adapter: &str, tenant: &str) -> Result<Lease> {
+        self.match_sequence(model, self.sequence(model, adapter, tenant, tokens.to_vec()))
+    }
+
+    /// As [`match_prefix`](Self::match_prefix), of a sequence.
+    ///
+    /// # Errors
+    /// As there; or the sequence is of another model.
+    pub fn match_sequence(&self, model: &Arc<Model>, sequence: Sequence) -> Result<Lease> {
         self.shared.check_open()?;
-        let hashes = model.hashes(&self.shared.secret, tokens, adapter, tenant);
+        sequence.check_model(model)?;
+        let Sequence { mut tokens, hashes, .. } = sequence;
         let found = self.shared.find(model, &hashes)?;
         let blocks = found.map_or(0, |(_, blocks)| blocks);
         model.matches.count(blocks, hashes.len() - blocks);
-        let matched = blocks * model.spec.geometry.block_tokens as usize;
+        let asked_tokens = tokens.len();
+        tokens.truncate(blocks * model.spec.geometry.block_tokens as usize);
         Ok(Lease {
             shared: self.shared.clone(),
             model: model.clone(),
             deepest: found.map(|(id, _)| id),
             hashes,
-            tokens: tokens[..matched].to_vec(),
-            asked_tokens: tokens.len(),
+            tokens,
+            asked_tokens,
             released: AtomicBool::new(false),
         })
     }

@@ -16,19 +16,22 @@ mod model;
 mod nodes;
 mod recover;
 mod room;
+mod sequence;
 mod state;
 mod view;
 
 pub use lease::Lease;
 pub use load::LoadOutcome;
 pub use model::{Model, ModelSpec};
+pub use sequence::Sequence;
 pub use view::BlockView;
 
+use crate::arena::{Arena, Pages};
 use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES, Secret};
 use crate::copy::{BlockCopy, Direction, KvView, Workers};
 use crate::error::{Error, ErrorKind, Result, input};
 use crate::evict::Kind;
-use crate::pool::{Arena, Slot};
+use crate::pool::Slot;
 use crate::ssd::io::{FileIo, Io};
 use crate::ssd::record::{MAX_NAME_BYTES, write_tokens};
 use crate::ssd::{Ssd, SsdOptions, Stale};
@@ -336,12 +339,21 @@ impl Store {
     /// # Errors
     /// The view does not fit the model, or covers fewer tokens; the store is closed.
     pub fn put(&self, model: &Model, tokens: &[u32], adapter: &str, tenant: &str, view: &KvView) -> Result<PutOutcome> {
+        self.put_sequence(model, &self.sequence(model, adapter, tenant, tokens.to_vec()), view)
+    }
+
+    /// As [`put`](Self::put), of a sequence.
+    ///
+    /// # Errors
+    /// As there; or the sequence is of another model.
+    pub fn put_sequence(&self, model: &Model, sequence: &Sequence, view: &KvView) -> Result<PutOutcome> {
         let geometry = model.spec.geometry;
+        let Sequence { tokens, hashes, .. } = sequence;
         check_view(&geometry, view, tokens.len())?;
-        let block_tokens = geometry.block_tokens as usize;
-        let hashes = model.hashes(&self.shared.secret, tokens, adapter, tenant);
         self.shared.check_open()?;
-        let found = self.shared.find(model, &hashes)?;
+        sequence.check_model(model)?;
+        let block_tokens = geometry.block_tokens as usize;
+        let found = self.shared.find(model, hashes)?;
         let known = found.map_or(0, |(_, blocks)| blocks);
         let parent = Held { trie: &self.shared.trie, id: found.map(|(id, _)| id) };
         if known == hashes.len() {
@@ -476,7 +488,6 @@ impl Store {
         Snapshot {
             total,
             ram_capacity_bytes: state.ram_bytes,
-            ram_pages: shared.arena.pages().name(),
             ssd_capacity_bytes: state.ssd_capacity_bytes,
             ssd_file_bytes: state.ssd_file_bytes(),
             ssd_io: match (&shared.ssd, files.next()) {
@@ -491,6 +502,11 @@ impl Store {
             index_refused: shared.trie.refused(),
             models,
         }
+    }
+
+    /// What backs the RAM tier's memory at present; `None` where the kernel does not tell.
+    pub fn ram_pages(&self) -> Option<Pages> {
+        self.shared.arena.pages()
     }
 
     /// Threads used for copies, the caller's included.

@@ -1,6 +1,6 @@
 //! A registered model: how its blocks are named, and what its matches count.
 
-use crate::block::{BlockHash, Geometry, Hasher, Secret};
+use crate::block::{Geometry, Hasher, Secret};
 use crate::stats::Counts;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
 use std::collections::HashMap;
@@ -27,7 +27,7 @@ pub struct Model {
     pub(super) id: u32,
     pub(super) spec: ModelSpec,
     /// Of no adapter and no tenant, which most requests have.
-    plain: Hasher,
+    plain: Arc<Hasher>,
     hashers: Mutex<HashMap<(String, String), Arc<Hasher>>>,
     pub(super) matches: Arc<Matches>,
 }
@@ -73,7 +73,7 @@ impl Matches {
 
 impl Model {
     pub(super) fn new(id: u32, spec: ModelSpec, secret: &Secret, matches: Arc<Matches>) -> Self {
-        let plain = hasher(&spec, secret, "", "");
+        let plain = Arc::new(hasher(&spec, secret, "", ""));
         Self { id, spec, plain, hashers: Mutex::default(), matches }
     }
 
@@ -82,14 +82,14 @@ impl Model {
         &self.spec
     }
 
-    /// Hashes of all whole blocks.
-    pub(super) fn hashes(&self, secret: &Secret, tokens: &[u32], adapter: &str, tenant: &str) -> Vec<BlockHash> {
+    /// What names the blocks of an adapter and a tenant.
+    pub(super) fn hasher(&self, secret: &Secret, adapter: &str, tenant: &str) -> Arc<Hasher> {
         if adapter.is_empty() && tenant.is_empty() {
-            return self.plain.hashes(tokens);
+            return self.plain.clone();
         }
         let key = (adapter.to_owned(), tenant.to_owned());
         let known = self.hashers.lock().get(&key).cloned();
-        let hasher = known.unwrap_or_else(|| {
+        known.unwrap_or_else(|| {
             let new = Arc::new(hasher(&self.spec, secret, adapter, tenant));
             let mut hashers = self.hashers.lock();
             if hashers.len() >= HASHERS {
@@ -97,8 +97,7 @@ impl Model {
             }
             hashers.insert(key, new.clone());
             new
-        });
-        hasher.hashes(tokens)
+        })
     }
 }
 

@@ -1,8 +1,8 @@
 //! A long array of atomic words, zero at first, on huge pages; memory is used as it is touched.
 
-use crate::error::Result;
 #[cfg(not(any(loom, shuttle, miri)))]
-use crate::pool::Arena;
+use crate::arena::Arena;
+use crate::error::Result;
 use crate::sync::AtomicU64;
 
 #[cfg(not(any(loom, shuttle, miri)))]

@@ -110,5 +110,5 @@ def test_a_section_of_another_kind_is_refused() -> None:
 
 
 def test_an_unknown_eviction_policy_is_refused_with_the_list() -> None:
-    with pytest.raises(stratakv.ConfigError, match="'fifo', expected one of lru, lfu, s3fifo, arc, wtin"):
+    with pytest.raises(stratakv.ConfigError, match="'fifo', expected one of lru, lfu, s3fifo, s3fifo_long, arc, wtin"):
         stratakv.RamConfig(eviction="fifo")  # type: ignore[arg-type]

@@ -277,3 +277,13 @@ def test_the_index_has_a_budget_refuses_when_it_is_full_and_counts() -> None:
         assert status.index_refused_blocks > 0
         assert status.index_blocks == cached // geometry().block_tokens
         assert status.index_bytes <= 96 * 13
+
+
+def test_the_status_says_what_pages_the_kernel_gave(caches: stratakv.CacheManager) -> None:
+    assert caches.status().ram_pages in ("untouched", "unknown")
+    cache = caches.register("m", geometry())
+    cache.put(tokens_of(1, 64), kv_of(tokens_of(1, 64), geometry()), layout="LKHND")
+    status = caches.status()
+    assert status.ram_pages in ("huge", "mixed", "ordinary", "unknown")
+    assert 0 <= status.ram_huge_bytes <= status.ram_capacity_bytes
+    assert (status.ram_pages == "huge") <= (status.ram_huge_bytes > 0)

@@ -31,6 +31,7 @@ DOCUMENTED = [
     "StoreLockedError",
     "StrataKVError",
     "TierStats",
+    "TokenSequence",
     "__version__",
     "open",
 ]
