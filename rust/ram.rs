@@ -1,9 +1,10 @@
 //! The RAM tier's books: who holds which slot, and the order in which a model's blocks leave.
 
-use crate::evict::{Kind, Order};
+use crate::evict::{Kind, Order, Retained};
 use crate::pool::{Pool, SMALLEST_SLOT, Slot};
 use crate::trie::NodeId;
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 /// How far a walk along a cold path came: from a block to one that continues it, and which life of that.
 #[derive(Debug, Clone, Copy)]
@@ -13,42 +14,55 @@ pub(crate) struct Walk {
     pub(crate) life: u16,
 }
 
+/// In which order a model's blocks leave.
+#[derive(Debug)]
+pub(crate) struct Leaving {
+    pub(crate) order: Order,
+    pub(crate) retained: Retained,
+    /// Along the path that leaves at present.
+    pub(crate) walk: Option<Walk>,
+}
+
 /// Slots, their holders and the order of eviction of every model.
 #[derive(Debug)]
 pub(crate) struct Ram {
     pub(crate) pool: Pool,
     /// The node in each slot, and one; by the slot's number.
     holders: Vec<NodeId>,
-    orders: BTreeMap<u32, (Order, Option<Walk>)>,
+    leaving: BTreeMap<u32, Leaving>,
     eviction: Kind,
+    since: Instant,
 }
 
 impl Ram {
     pub(crate) fn new(capacity: usize, eviction: Kind) -> Self {
         let holders = vec![0; capacity.div_ceil(SMALLEST_SLOT)];
-        Self { pool: Pool::new(capacity), holders, orders: BTreeMap::new(), eviction }
+        Self { pool: Pool::new(capacity), holders, leaving: BTreeMap::new(), eviction, since: Instant::now() }
     }
 
-    /// The order of eviction of a model.
-    pub(crate) fn order(&mut self, model: u32) -> &mut Order {
-        self.order_and_walk(model).0
+    /// Time of the retention hints.
+    pub(crate) fn now(&self) -> Duration {
+        self.since.elapsed()
     }
 
-    /// The same, and how far along the path that leaves at present.
-    pub(crate) fn order_and_walk(&mut self, model: u32) -> (&mut Order, &mut Option<Walk>) {
+    /// In which order a model's blocks leave.
+    pub(crate) fn leaving(&mut self, model: u32) -> &mut Leaving {
         let eviction = self.eviction;
-        let (order, walk) = self.orders.entry(model).or_insert_with(|| (Order::new(eviction, 0), None));
-        (order, walk)
+        self.leaving.entry(model).or_insert_with(|| Leaving {
+            order: Order::new(eviction, 0),
+            retained: Retained::default(),
+            walk: None,
+        })
     }
 
     /// Which policy runs for a model at present.
     pub(crate) fn running(&self, model: u32) -> Kind {
-        self.orders.get(&model).map_or(self.eviction, |(order, _)| order.running())
+        self.leaving.get(&model).map_or(self.eviction, |leaving| leaving.order.running())
     }
 
     /// A model is gone, and all of its blocks.
     pub(crate) fn forget(&mut self, model: u32) {
-        self.orders.remove(&model);
+        self.leaving.remove(&model);
     }
 
     pub(crate) fn hold(&mut self, slot: Slot, node: NodeId) {

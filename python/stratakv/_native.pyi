@@ -37,7 +37,16 @@ class Model:
     def match_prefix(self, tokens: object, adapter: str, tenant: str) -> Lease: ...
     def sequence(self, adapter: str, tenant: str) -> TokenSequence: ...
     def put(
-        self, tokens: object, kv: object, layout: str, batch: int, pages: object, adapter: str, tenant: str
+        self,
+        tokens: object,
+        kv: object,
+        layout: str,
+        batch: int,
+        pages: object,
+        adapter: str,
+        tenant: str,
+        priority: int,
+        ttl_s: float | None,
     ) -> int: ...
     def set_ram_budget(self, budget_bytes: int | None) -> None: ...
     def unregister(self) -> None: ...

@@ -15,6 +15,9 @@ from stratakv import _native
 from stratakv.config import Geometry, parse_bytes
 from stratakv.errors import InputError
 
+# As in the native half.
+MAX_PRIORITY = 10
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierStats:
@@ -264,6 +267,8 @@ class ModelCache:
         pages: object = None,
         adapter: str = "",
         tenant: str = "",
+        priority: int = 0,
+        ttl_s: float | None = None,
     ) -> int:
         """Stores the keys and values of a prompt. Back as soon as they are in RAM; the SSD follows behind.
 
@@ -281,15 +286,25 @@ class ModelCache:
             pages: page numbers in the order of the sequence, where the layout has P.
             adapter: as for `match`.
             tenant: as for `match`.
+            priority: how often these blocks are passed over when their turn to leave RAM comes, 0 to 10, and anew
+                after each use. A bias: when nothing else may leave, they leave.
+            ttl_s: seconds from their last use on after which these blocks leave RAM before all others; until they do,
+                they are found. ``None``: no such time. Both hints hold for all blocks of the tokens, new or not, while
+                they are in RAM; a later put with hints replaces them.
 
         Returns:
             Leading tokens that are cached now.
 
         Raises:
-            InputError: the tensors do not fit the model or cover fewer tokens.
+            InputError: the tensors do not fit the model or cover fewer tokens, or a hint is out of range.
             ClosedError: the store is closed.
         """
-        return self._model.put(tokens, kv, layout, batch, pages, adapter, tenant)
+        if type(priority) is not int or not 0 <= priority <= MAX_PRIORITY:
+            raise InputError(f"priority is {priority!r}, expected an integer from 0 to {MAX_PRIORITY}")
+        # Written so that it refuses what is not a number, too.
+        if ttl_s is not None and not (isinstance(ttl_s, (int, float)) and ttl_s >= 0):
+            raise InputError(f"ttl_s is {ttl_s!r}, expected seconds from 0 up, or None")
+        return self._model.put(tokens, kv, layout, batch, pages, adapter, tenant, priority, ttl_s)
 
     def set_ram_budget(self, budget: int | str | None) -> None:
         """Limits what the model holds of RAM from now on, to whole chunks of the arena and one at least.

@@ -21,6 +21,7 @@ mod gdsf;
 mod ghosts;
 mod list;
 mod lru;
+mod retention;
 mod s3fifo;
 mod wtinylfu;
 
@@ -30,6 +31,7 @@ mod contract;
 use crate::error::{Result, input};
 use adaptive::Adaptive;
 pub(crate) use ghosts::Ghosts;
+pub use retention::{Retained, Retention};
 
 /// A node of the index.
 pub type NodeId = u32;

@@ -5,7 +5,7 @@ use super::tensor::{Placement, Tensor, integers, view};
 use super::{OrRaise, raise};
 use crate::block::{Dtype, Geometry};
 use crate::error::input;
-use crate::evict::Kind;
+use crate::evict::{Kind, Retention};
 use crate::stats::{Counts, Tier, TierCounts};
 use crate::sync::Mutex;
 use crate::{ModelSpec, Options, SsdOptions, WritePolicy};
@@ -13,6 +13,7 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyDict, PyList, PyMemoryView};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A store of this process; `stratakv.CacheManager` wraps it.
 #[pyclass(frozen, module = "stratakv._native")]
@@ -182,7 +183,7 @@ impl Model {
     }
 
     /// Stores what is not cached yet; returns how many leading tokens are cached now.
-    #[pyo3(signature = (tokens, kv, layout, batch, pages, adapter, tenant))]
+    #[pyo3(signature = (tokens, kv, layout, batch, pages, adapter, tenant, priority, ttl_s))]
     #[expect(clippy::too_many_arguments, reason = "one crossing carries the whole request; Python names them")]
     fn put<'py>(
         &self,
@@ -193,12 +194,17 @@ impl Model {
         pages: Option<&Bound<'py, PyAny>>,
         adapter: &str,
         tenant: &str,
+        priority: u8,
+        ttl_s: Option<f64>,
     ) -> PyResult<usize> {
         let py = tokens.py();
         let asked = Asked::read(tokens, adapter, tenant)?;
         let placement = Placement { layout, batch, pages };
         let (view, tensors) = view(kv, &self.model.spec().geometry, &placement, false)?;
-        let put = || self.store.put_sequence(&self.model, &asked.sequence(self, adapter, tenant), &view);
+        // What no clock can reach is never over.
+        let ttl = ttl_s.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        let retention = Retention { priority, ttl };
+        let put = || self.store.put_sequence(&self.model, &asked.sequence(self, adapter, tenant), &view, retention);
         let outcome = py.detach(put);
         keep_alive(tensors);
         Ok(outcome.or_raise(py)?.tokens)

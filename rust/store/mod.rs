@@ -30,7 +30,7 @@ use crate::arena::{Arena, Pages};
 use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES, Secret};
 use crate::copy::{BlockCopy, Direction, KvView, Workers};
 use crate::error::{Error, ErrorKind, Result, input};
-use crate::evict::Kind;
+use crate::evict::{Kind, Retention};
 use crate::pool::Slot;
 use crate::ssd::io::{FileIo, Io};
 use crate::ssd::record::{MAX_NAME_BYTES, write_tokens};
@@ -339,14 +339,26 @@ impl Store {
     /// # Errors
     /// The view does not fit the model, or covers fewer tokens; the store is closed.
     pub fn put(&self, model: &Model, tokens: &[u32], adapter: &str, tenant: &str, view: &KvView) -> Result<PutOutcome> {
-        self.put_sequence(model, &self.sequence(model, adapter, tenant, tokens.to_vec()), view)
+        let sequence = self.sequence(model, adapter, tenant, tokens.to_vec());
+        self.put_sequence(model, &sequence, view, Retention::default())
     }
 
-    /// As [`put`](Self::put), of a sequence.
+    /// As [`put`](Self::put), of a sequence. What is asked beyond the default for its blocks replaces what was asked for
+    /// them before, and holds while they are in RAM.
     ///
     /// # Errors
-    /// As there; or the sequence is of another model.
-    pub fn put_sequence(&self, model: &Model, sequence: &Sequence, view: &KvView) -> Result<PutOutcome> {
+    /// As there; or the sequence is of another model, or the priority too high.
+    pub fn put_sequence(
+        &self,
+        model: &Model,
+        sequence: &Sequence,
+        view: &KvView,
+        retention: Retention,
+    ) -> Result<PutOutcome> {
+        if retention.priority > Retention::MAX_PRIORITY {
+            let (given, most) = (retention.priority, Retention::MAX_PRIORITY);
+            return Err(input(format!("priority is {given}, expected 0 to {most}")));
+        }
         let geometry = model.spec.geometry;
         let Sequence { tokens, hashes, .. } = sequence;
         check_view(&geometry, view, tokens.len())?;
@@ -357,6 +369,12 @@ impl Store {
         let known = found.map_or(0, |(_, blocks)| blocks);
         let parent = Held { trie: &self.shared.trie, id: found.map(|(id, _)| id) };
         if known == hashes.len() {
+            if retention != Retention::default() {
+                let mut state = self.shared.open_state()?;
+                if let Some(deepest) = parent.id.filter(|&id| state.nodes.is_linked(id)) {
+                    state.retain(deepest, retention);
+                }
+            }
             return Ok(PutOutcome { tokens: known * block_tokens, new_blocks: 0 });
         }
         let mut state = self.shared.open_state()?;
@@ -385,6 +403,11 @@ impl Store {
         let mut state = self.shared.state.lock();
         let (published, new_blocks) = state.publish(model, parent.id, &hashes[known..], slots);
         let (cached, refused) = (known + published, hashes.len() - known - published);
+        if retention != Retention::default()
+            && let Some(deepest) = hashes[..cached].last().and_then(|&hash| state.nodes.find(hash))
+        {
+            state.retain(deepest, retention);
+        }
         let counts = state.counts(model.id);
         counts.put_blocks += new_blocks as u64;
         counts.put_bytes += (new_blocks * geometry.block_bytes()) as u64;
@@ -562,7 +585,7 @@ impl State {
         let mut attached = parent.is_none_or(|p| self.nodes.is_linked(p)) && self.models.contains_key(&model.id);
         attached &= !model.matches.ended();
         // Matches tell what was found; this is what was not.
-        let order = self.ram.order(model.id);
+        let order = &mut self.ram.leaving(model.id).order;
         hashes.iter().rev().for_each(|&hash| order.asked(state::tag(hash)));
         order.choose();
         if let Some(known) = parent.filter(|_| attached) {

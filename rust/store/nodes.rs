@@ -120,6 +120,11 @@ impl Nodes {
         false
     }
 
+    /// A block and those before it, back to the first of the sequence.
+    pub(crate) fn path(&self, id: NodeId) -> impl Iterator<Item = NodeId> + '_ {
+        std::iter::successors(Some(id), |&id| self.parent(id))
+    }
+
     fn children(&self, id: NodeId) -> impl Iterator<Item = NodeId> + '_ {
         std::iter::successors(self[id].first_child, |&child| self[child].next)
     }

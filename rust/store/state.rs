@@ -8,9 +8,9 @@ use super::lease::Touched;
 use super::model::Matches;
 use super::nodes::{Node, NodeId, Nodes};
 use crate::block::{BlockHash, Geometry};
-use crate::evict::Kind;
+use crate::evict::{Kind, Retention};
 use crate::pool::{Class, Run, Slot};
-use crate::ram::Ram;
+use crate::ram::{Leaving, Ram};
 use crate::ssd::record::Entry;
 use crate::ssd::{ModelFile, Phase, Place, Segment, Ssd, Stale, control_bytes};
 use crate::stats::{Counts, Miss, Tier};
@@ -87,6 +87,9 @@ pub(crate) struct State {
     pub(crate) writing: Option<Writing>,
     pub(crate) closed: bool,
 }
+
+/// How many dear blocks are passed over for one victim.
+const PASSES: usize = 16;
 
 /// What policies know a block by.
 pub(super) fn tag(hash: BlockHash) -> u64 {
@@ -169,13 +172,18 @@ impl State {
     pub(crate) fn touch(&mut self, deepest: NodeId, asked: bool) {
         let now = self.tick();
         let model = self.nodes.model(deepest);
-        let (order, nodes) = (self.ram.order(model), &mut self.nodes);
+        let time = self.ram.now();
+        let Leaving { order, retained, .. } = self.ram.leaving(model);
+        let nodes = &mut self.nodes;
         let mut disk = self.models.get_mut(&model).and_then(|m| m.disk.as_mut());
         let (mut next, mut last_segment) = (Some(deepest), None);
         while let Some(id) = next {
             nodes[id].last_use = now;
             // From its end to its start: what continues a block is never hotter than the block.
             order.touch(id);
+            if !retained.is_empty() {
+                retained.touch(id, time);
+            }
             if asked {
                 order.asked(tag(nodes.hash(id)));
             }
@@ -196,6 +204,15 @@ impl State {
         self.models.get_mut(&model)?.disk.as_mut()?.segments.get_mut(index as usize)
     }
 
+    /// Notes what a put asks for the blocks of a path that are in RAM.
+    pub(super) fn retain(&mut self, deepest: NodeId, asked: Retention) {
+        let (now, model) = (self.ram.now(), self.nodes.model(deepest));
+        let (retained, nodes) = (&mut self.ram.leaving(model).retained, &self.nodes);
+        for id in nodes.path(deepest).filter(|&id| nodes[id].ram.is_some()) {
+            retained.set(id, nodes.depth(id), asked, now);
+        }
+    }
+
     /// Gives a block its bytes in RAM.
     pub(crate) fn place_in_ram(&mut self, id: NodeId, slot: Slot) {
         self.ram.hold(slot, id);
@@ -203,7 +220,7 @@ impl State {
         // Attention over what came before costs as much as the rest of a model at about 32 k tokens.
         let block_tokens = self.models.get(&model).map_or(1, |m| m.geometry.block_tokens);
         let cost = 1.0 + (self.nodes.depth(id) * block_tokens) as f32 / 32_768.0;
-        self.ram.order(model).insert(id, tag(hash), cost);
+        self.ram.leaving(model).order.insert(id, tag(hash), cost);
         self.alter(id, |node| node.ram = Some(slot));
         if let Some(parent) = self.nodes.parent(id) {
             self.alter(parent, |node| node.ram_children += 1);
@@ -217,7 +234,9 @@ impl State {
         let counts = self.counts(model);
         counts.tier(Tier::Ram).evicted += 1;
         counts.demotions_dropped += u64::from(!clean && ssd_expected);
-        self.ram.order(model).remove(id, true);
+        let leaving = self.ram.leaving(model);
+        leaving.order.remove(id, true);
+        leaving.retained.remove(id);
         if clean {
             self.leave_ram(id);
         } else {
@@ -240,7 +259,9 @@ impl State {
             self.account(id, false);
             if let Some(slot) = self.nodes[id].ram {
                 self.ram.let_go(slot);
-                self.ram.order(self.nodes.model(id)).remove(id, false);
+                let leaving = self.ram.leaving(self.nodes.model(id));
+                leaving.order.remove(id, false);
+                leaving.retained.remove(id);
                 if let Some(parent) = self.nodes.parent(id) {
                     self.alter(parent, |node| node.ram_children -= 1);
                 }
@@ -304,16 +325,28 @@ impl State {
     }
 
     fn evict_own(&mut self, model: u32, may_lose: bool) -> bool {
-        let ssd_in_use = self.ssd_in_use();
+        let (now, ssd_in_use) = (self.ram.now(), self.ssd_in_use());
         let nodes = &self.nodes;
-        let (order, walk) = self.ram.order_and_walk(model);
+        let Leaving { order, retained, walk } = self.ram.leaving(model);
         order.set_capacity(order.len());
         let clean = |id: NodeId| nodes[id].ssd.is_some();
         let may_leave = |id: &NodeId| (may_lose || clean(*id)) && !nodes.are_held([*id]);
-        let leaf_of = |id: NodeId| nodes.last_in_ram(id, walk).filter(may_leave);
-        // Without an SSD no block is better to lose than another.
-        let Some(victim) = order.victim(leaf_of, |id| clean(id) || !ssd_in_use) else { return false };
-        self.evict_from_ram(victim, self.ssd_in_use());
+        let mut victim = retained.overdue(now, |id| nodes[id].ram_children == 0 && may_leave(&id));
+        for passed in 0..=PASSES {
+            if victim.is_none() {
+                let leaf_of = |id: NodeId| nodes.last_in_ram(id, walk).filter(may_leave);
+                // Without an SSD no block is better to lose than another.
+                victim = order.victim(leaf_of, |id| clean(id) || !ssd_in_use);
+                if let Some(dear) = victim.filter(|&id| passed < PASSES && retained.pass_over(id)) {
+                    nodes.path(dear).for_each(|id| order.touch(id));
+                    victim = None;
+                    continue;
+                }
+            }
+            break;
+        }
+        let Some(victim) = victim else { return false };
+        self.evict_from_ram(victim, ssd_in_use);
         true
     }
 
