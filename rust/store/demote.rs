@@ -255,6 +255,11 @@ impl State {
         self.models.iter().filter(due).max_by_key(|(id, model)| (model.dirty_blocks, **id)).map(|(id, _)| *id)
     }
 
+    /// Whether the thread would find something to do.
+    pub(super) fn has_work(&self, policy: WritePolicy) -> bool {
+        self.model_to_demote(policy).is_some() || self.models.values().any(|m| self.ram.pool.over_budget(&m.class))
+    }
+
     /// Notes a block that is in RAM only.
     pub(super) fn enqueue_dirty(&mut self, id: NodeId) {
         let (model, hash) = (self.nodes.model(id), self.nodes.hash(id));

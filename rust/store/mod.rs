@@ -412,8 +412,12 @@ impl Store {
         counts.put_blocks += new_blocks as u64;
         counts.put_bytes += (new_blocks * geometry.block_bytes()) as u64;
         counts.put_refused += refused as u64;
+        // A call costs more than all the rest of a small put.
+        let work = state.has_work(self.shared.policy);
         drop(state);
-        self.shared.work.notify_all();
+        if work {
+            self.shared.work.notify_all();
+        }
         Ok(PutOutcome { tokens: cached * block_tokens, new_blocks })
     }
 
