@@ -218,8 +218,12 @@ impl<'py> Tensor<'py> {
             (b'u', b'=' | b'|') => Kind::Uint(bits),
             _ => return None,
         };
-        let shape = array.shape().iter().map(|&n| n as i64).collect();
-        let strides = array.strides().to_vec();
+        let shape: Vec<i64> = array.shape().iter().map(|&n| n as i64).collect();
+        // Of an axis of one item, or of none at all, NumPy's strides say nothing.
+        let strides = match array.is_c_contiguous() {
+            true => dense_strides(&shape, dtype.itemsize()),
+            false => array.strides().to_vec(),
+        };
         // SAFETY: it is an array, alive and attached; these fields are fixed while somebody else refers to it.
         let (base, flags) =
             unsafe { ((*array.as_array_ptr()).fields.data.cast(), (*array.as_array_ptr()).fields.flags) };
