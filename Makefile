@@ -14,6 +14,9 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PROOFS := $(or $(CARGO_TARGET_DIR),target)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
+# Threads over index and pool, and short tests of what stands on them; under Miri the threads take few steps.
+MIRI := a_full_index a_run_is an_unlinked retention threads_
+
 # Stamps: a step runs again only when what it reads has changed.
 TOOLS := .venv/tools.stamp
 NATIVE := .venv/native.stamp
@@ -41,11 +44,14 @@ test-engines: $(NATIVE) $(ENGINES) ## Run the tests against torch and transforme
 	$(BIN)/python -m pytest tests/engines
 	$(BIN)/stratakv demo --tiny
 
-prove: $(TOOLS) ## Check the index: all executions of its state word, random schedules of the whole; ROUNDS= for more.
+prove: $(TOOLS) ## Check index and pool: all executions of the state word, random schedules of the whole, weak memory; ROUNDS= for more.
 	@echo 'make: every execution (loom)'
 	RUSTFLAGS='--cfg loom' cargo test --locked --release --lib --target-dir '$(PROOFS)/loom' executions
 	@echo 'make: random schedules (shuttle)'
 	RUSTFLAGS='--cfg shuttle' cargo test --locked --release --lib --target-dir '$(PROOFS)/shuttle' schedules
+	@if cargo +nightly miri --version >/dev/null 2>&1; then set -x; \
+	  cargo +nightly miri test --locked --lib --target-dir '$(PROOFS)/miri' -- $(MIRI); \
+	  else echo 'make: skipped Miri: not installed (rustup +nightly component add miri rust-src)'; fi
 
 check: $(NATIVE) ## Format, lints, types, stubs, floors; warnings are errors.
 	cargo fmt --check

@@ -1,17 +1,27 @@
-"""What one call from Python costs beside the bytes it moves: matching, small puts and loads, a block by reference."""
+"""What one call from Python costs: beside the bytes it moves, and in one thread against the machine's own copies.
+
+The limits of one thread are two copies in C, compiled here: by non-temporal stores, as into a slab that nobody reads
+soon, and by `rep movsb`, as into memory that the caller reads next.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
+import platform
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 from rows import Row, finish, row
 
 import stratakv
-from stratakv import Config, Geometry, RamConfig, SsdConfig
+from stratakv import Config, Geometry, RamConfig, SsdConfig, StoreConfig
 
 ROUNDS = 2000
 SMALL = Geometry(layers=2, kv_heads=2, head_dim=32, dtype="fp16", block_tokens=16)
@@ -31,6 +41,89 @@ def spent(call: Callable[[], object]) -> float:
         call()
         each.append(time.perf_counter_ns() - started - clock)
     return median(each) / 1000
+
+
+COPIES = """
+#include <immintrin.h>
+#include <stddef.h>
+__attribute__((target("avx2"))) void stream(char *to, const char *from, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += 64) {
+        __m256i a = _mm256_loadu_si256((const __m256i *)(from + at));
+        __m256i b = _mm256_loadu_si256((const __m256i *)(from + at + 32));
+        _mm256_stream_si256((__m256i *)(to + at), a);
+        _mm256_stream_si256((__m256i *)(to + at + 32), b);
+    }
+    _mm_sfence();
+}
+void movsb(char *to, const char *from, size_t bytes) {
+    __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(bytes) : : "memory");
+}
+"""
+BYTES = 2 << 20
+BLOCK = Geometry(layers=16, kv_heads=4, head_dim=64, dtype="fp16", block_tokens=128)
+SLOTS = 32
+
+
+def one_thread() -> list[Row]:
+    """Put and load of one block of 2 MiB, each call beside the limit."""
+    if platform.machine() != "x86_64" or "avx2" not in Path("/proc/cpuinfo").read_text():
+        return [row("put, load of 2 MiB, one thread: skipped, no AVX2", n=0)]
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "copies.c"), Path(folder, "copies.so")
+        source.write_text(COPIES)
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
+        copies = ctypes.CDLL(str(library))
+    slab = mmap.mmap(-1, (SLOTS + 1) * BYTES)
+    slab.madvise(mmap.MADV_HUGEPAGE)
+    slots = np.frombuffer(slab, np.uint8)
+    first = -slots.ctypes.data % BYTES
+    slots = slots[first : first + SLOTS * BYTES]
+    slots[:] = 1
+    kv = np.ones((16, 2, 4, 128, 64), np.float16)
+    assert kv.nbytes == BYTES
+    turn = itertools.count()
+    # As many blocks as fit, so that each put takes the slot of the coldest.
+    config = Config(
+        ram=RamConfig(capacity_bytes=SLOTS * (BYTES + 8192), eviction="lru"),
+        ssd=SsdConfig(enabled=False),
+        store=StoreConfig(threads=1),
+    )
+    rows = []
+    with stratakv.open(config) as caches:
+        cache = caches.register("block", BLOCK)
+        tokens = np.arange(128, dtype=np.uint32)
+        ours, theirs = kv.ctypes.data, slots.ctypes.data
+
+        def copy(function: Callable[..., None], into: bool) -> None:
+            slot = theirs + next(turn) % SLOTS * BYTES
+            to, start = (slot, ours) if into else (ours, slot)
+            function(ctypes.c_void_p(to), ctypes.c_void_p(start), ctypes.c_size_t(BYTES))
+
+        def measure(name: str, call: Callable[[], object], limit: str, bound: Callable[[], object]) -> None:
+            pairs = [(one(call), one(bound)) for _ in range(20 * SLOTS)]
+            mine, least = (BYTES / median(each) for each in zip(*pairs, strict=True))
+            ratio = median(b / a for a, b in pairs)
+            bounds = {"must": "ratio >= 0.8", "goal": "ratio >= 0.95"}
+            more = {"limit": limit, "limit_value": least, "ratio": ratio}
+            rows.append(row(name, mine, "GB/s", n=len(pairs), **bounds, **more))
+
+        def one(call: Callable[[], object]) -> int:
+            started = time.perf_counter_ns()
+            call()
+            return time.perf_counter_ns() - started
+
+        for _ in range(4 * SLOTS):
+            cache.put(tokens + next(turn) * 1000, kv, layout="LKHND")
+        put = lambda: cache.put(tokens + next(turn) * 1000, kv, layout="LKHND")  # noqa: E731 - it is timed
+        measure("put of 2 MiB, one thread", put, "non-temporal stores", lambda: copy(copies.stream, True))
+        last = next(turn)
+        for n in range(SLOTS // 2):
+            cache.put(tokens + (last + n) * 1000, kv, layout="LKHND")
+        hits = itertools.cycle([cache.match(tokens + (last + n) * 1000) for n in range(SLOTS // 2)])
+        load = lambda: next(hits).load(kv, layout="LKHND")  # noqa: E731 - as above
+        assert load() == 128
+        measure("load of 2 MiB, one thread", load, "rep movsb", lambda: copy(copies.movsb, False))
+    return rows
 
 
 def main() -> None:
@@ -75,7 +168,7 @@ def main() -> None:
                 hit.view(0)
 
         add("match and view of one block", by_reference, 3, 1)
-    finish("ram", rows)
+    finish("ram", rows + one_thread())
 
 
 if __name__ == "__main__":
