@@ -594,7 +594,7 @@ mod tests {
                         pool.free(slot);
                     };
                     let mut chance = thread;
-                    let steps = if cfg!(miri) { 1_000 } else { 1_000_000 };
+                    let steps = if cfg!(miri) { 300 } else { 1_000_000 };
                     for step in 0..steps {
                         chance = chance.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(thread);
                         let pages = 1 + (step / 1000 + thread) as usize % 3;
