@@ -103,10 +103,9 @@ impl Adaptive {
         }
     }
 
-    /// Whether a block is in the sample.
-    #[inline]
-    pub(super) fn samples(&self, tag: u64) -> bool {
-        tag & ((1 << self.shift) - 1) == 0
+    /// The bits that are zero in the tags of its sample.
+    pub(super) fn sample(&self) -> u64 {
+        (1 << self.shift) - 1
     }
 
     /// The policy that should run in place of this one, at the end of a window.

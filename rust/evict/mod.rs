@@ -129,6 +129,8 @@ pub struct Order {
     running: Kind,
     policy: Box<dyn Policy>,
     adaptive: Option<Box<Adaptive>>,
+    /// Blocks of whose tags these bits are zero are in its sample; none while there is nothing to choose.
+    sample: u64,
     capacity: usize,
     /// Tag and cost of each block, by node.
     blocks: Vec<Option<(u64, f32)>>,
@@ -141,7 +143,9 @@ impl Order {
         let adaptive = (kind == Kind::Adaptive).then(|| Box::new(Adaptive::new(capacity)));
         let running = if kind == Kind::Adaptive { Kind::Lru } else { kind };
         let policy = policy(running, capacity);
-        Self { kind, running, policy, adaptive, capacity, blocks: Vec::new(), len: 0 }
+        let mut order = Self { kind, running, policy, adaptive, sample: 0, capacity, blocks: Vec::new(), len: 0 };
+        order.set_sample();
+        order
     }
 
     /// The policy that was asked for.
@@ -168,6 +172,7 @@ impl Order {
     pub fn set_kind(&mut self, kind: Kind) {
         self.kind = kind;
         self.adaptive = (kind == Kind::Adaptive).then(|| Box::new(Adaptive::new(self.capacity)));
+        self.set_sample();
         if kind != Kind::Adaptive {
             self.run(kind);
         }
@@ -195,17 +200,22 @@ impl Order {
             if let Some(adaptive) = &mut self.adaptive {
                 adaptive.set_capacity(blocks);
             }
+            self.set_sample();
         }
+    }
+
+    // Until the tier is full for the first time there is nothing to choose.
+    fn set_sample(&mut self) {
+        let adaptive = self.adaptive.as_ref().filter(|_| self.capacity > 0);
+        self.sample = adaptive.map_or(u64::MAX, |adaptive| adaptive.sample());
     }
 
     /// Tells `adaptive` that a block was asked for, found or not; those of a request from its end to its start, and then
     /// [`choose`](Self::choose).
     #[inline]
     pub fn asked(&mut self, tag: u64) {
-        // Until the tier is full for the first time there is nothing to choose.
-        if self.capacity > 0
+        if tag & self.sample == 0
             && let Some(adaptive) = &mut self.adaptive
-            && adaptive.samples(tag)
         {
             adaptive.ask(tag);
         }
