@@ -3,8 +3,8 @@
 //! A block is `block_tokens` tokens of K and V of all layers. Its hash names the *whole prefix* up to its end:
 //!
 //! ```text
-//! K_0 = BLAKE3(secret; model | weights version | geometry | adapter | tenant salt)      the namespace's seed
-//! K_i = K_(i-1) * x^m + P(tokens of block i)                                            in GF(2^128)
+//! K_0 = BLAKE3(secret; model | weights version | geometry | adapter | tenant salt) ^ epoch   the namespace's seed
+//! K_i = K_(i-1) * x^m + P(tokens of block i)                                                in GF(2^128)
 //! ```
 //!
 //! `P` reads four tokens as one field element and `x` is a secret point, so the chain is a polynomial hash of
@@ -276,6 +276,19 @@ impl Hasher {
             powers.push(gf_mul(powers[powers.len() - 1], secret.point));
         }
         Self { block_tokens, seed: seed(b"namespace"), name_seed: seed(b"names"), powers }
+    }
+
+    /// The same namespace after it was dropped so many times: the epoch is one more element before all tokens.
+    #[must_use]
+    pub fn in_epoch(mut self, epoch: u64) -> Self {
+        self.seed.0 ^= u128::from(epoch);
+        self.name_seed.0 ^= u128::from(epoch);
+        self
+    }
+
+    /// What all its sequences of tokens begin with: names the namespace, in this epoch.
+    pub fn seed(&self) -> BlockHash {
+        self.seed
     }
 
     /// Hashes of all whole blocks of `tokens`; a partial block at the end has none.

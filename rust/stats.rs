@@ -38,13 +38,15 @@ pub enum Miss {
     Corrupt,
     /// Its bytes could not be read.
     Io,
+    /// Its namespace was dropped after the sequence or the match was made.
+    Dropped,
     /// The model was unregistered, or the store closed, while the match was held.
     Closed,
 }
 
 impl Miss {
     /// All reasons.
-    pub const ALL: [Self; 5] = [Self::NeverStored, Self::Evicted, Self::Corrupt, Self::Io, Self::Closed];
+    pub const ALL: [Self; 6] = [Self::NeverStored, Self::Evicted, Self::Corrupt, Self::Io, Self::Dropped, Self::Closed];
 
     /// The name used in statistics and explanations.
     pub fn name(self) -> &'static str {
@@ -53,6 +55,7 @@ impl Miss {
             Self::Evicted => "evicted",
             Self::Corrupt => "corrupt",
             Self::Io => "io_error",
+            Self::Dropped => "dropped",
             Self::Closed => "closed",
         }
     }

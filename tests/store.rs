@@ -5,6 +5,8 @@
 mod damage;
 #[path = "store/disk.rs"]
 mod disk;
+#[path = "store/drop.rs"]
+mod drop;
 #[path = "store/kv.rs"]
 mod kv;
 
@@ -22,10 +24,14 @@ enum Step {
     Load,
     Hold,
     Release,
+    Drop,
     Unregister,
     Flush,
     Reopen { close: bool },
 }
+
+/// A match that is held: of which model, in which registration and how often dropped, for which tokens.
+type Hold = (Lease, usize, Vec<u32>, Arc<Model>, u32);
 
 fn steps() -> impl Strategy<Value = Vec<(Step, usize, Vec<u32>)>> {
     let step = prop_oneof![
@@ -33,6 +39,7 @@ fn steps() -> impl Strategy<Value = Vec<(Step, usize, Vec<u32>)>> {
         8 => Just(Step::Load),
         2 => Just(Step::Hold),
         2 => Just(Step::Release),
+        1 => Just(Step::Drop),
         1 => Just(Step::Unregister),
         2 => Just(Step::Flush),
         1 => any::<bool>().prop_map(|close| Step::Reopen { close }),
@@ -67,7 +74,8 @@ proptest! {
         };
         let (mut store, mut models) = start();
         let mut ever_put = [BTreeSet::new(), BTreeSet::new()];
-        let mut held: Vec<(Lease, usize, Vec<u32>, Arc<Model>)> = Vec::new();
+        let mut held: Vec<Hold> = Vec::new();
+        let mut drops = [0; 2];
         let (mut expected, mut gone) = ([0; 4], [0; 4]);
         for (step, which, letters) in steps {
             let (model, geometry) = (models[which].clone(), shapes[which]);
@@ -94,17 +102,25 @@ proptest! {
                     prop_assert_eq!(load(&lease, &model, &tokens), blocks, "a match on a sound disk loads whole");
                     add(&mut expected, [0, 0, 0, (blocks * size) as u64]);
                     if matches!(step, Step::Hold) && held.len() < 2 {
-                        held.push((lease, which, tokens, model));
+                        held.push((lease, which, tokens, model, drops[which]));
                     }
                 }
                 Step::Release => {
                     if !held.is_empty() {
-                        let (lease, which, tokens, model) = held.remove(0);
-                        let present = Arc::ptr_eq(&model, &models[which]);
+                        let (lease, which, tokens, model, life) = held.remove(0);
+                        let present = Arc::ptr_eq(&model, &models[which]) && life == drops[which];
                         let loaded = load(&lease, &model, &tokens) * shapes[which].block_tokens as usize;
                         prop_assert_eq!(loaded, if present { lease.tokens() } else { 0 });
                         add(&mut expected, [0, 0, 0, loaded as u64]);
                     }
+                }
+                Step::Drop => {
+                    store.drop_namespace(&model, "", "").expect("the disk is well");
+                    let snapshot = store.snapshot();
+                    let (_, counts) = snapshot.models.iter().find(|(name, _)| *name == model.spec().name).expect("registered");
+                    prop_assert_eq!(counts.tiers.map(|tier| (tier.blocks, tier.used_bytes)), [(0, 0); 2]);
+                    drops[which] += 1;
+                    ever_put[which].clear();
                 }
                 Step::Unregister => {
                     let snapshot = store.snapshot();
@@ -123,7 +139,7 @@ proptest! {
                     drop(store);
                     (store, models) = start();
                     (expected, gone) = ([0; 4], [0; 4]);
-                    for (lease, which, tokens, model) in held.drain(..) {
+                    for (lease, which, tokens, model, _) in held.drain(..) {
                         prop_assert_eq!(load(&lease, &model, &tokens), 0, "blocks of model {} of a closed store", which);
                     }
                 }

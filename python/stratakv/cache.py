@@ -101,8 +101,8 @@ class Explanation:
         matched_tokens: leading tokens found, whole blocks only.
         loaded_tokens: tokens valid after the last load; ``None`` before one.
         blocks: the tier of each block: after a load where it was read from, before it where it was found.
-        reason: why no more, as ``never_stored``, ``evicted``, ``corrupt``, ``io_error`` or ``closed``; ``None`` when
-            every whole block was found and loaded.
+        reason: why no more, as ``never_stored``, ``evicted``, ``corrupt``, ``io_error``, ``dropped`` or ``closed``;
+            ``None`` when every whole block was found and loaded.
     """
 
     asked_tokens: int
@@ -321,6 +321,27 @@ class ModelCache:
             ClosedError: the store is closed.
         """
         self._model.set_ram_budget(None if budget is None else parse_bytes(budget, "budget"))
+
+    def drop(self, *, adapter: str = "", tenant: str = "") -> int:
+        """Forgets all that is cached for an adapter and a tenant: an adapter has new weights, or a tenant left.
+
+        On return nothing of it is found any more, on any tier, after a restart either. A `sequence` made before matches
+        nothing more, and nothing is put for it: its keys and values may be of what was dropped. Matches made before
+        stay safe, and load nothing more. Other adapters and tenants lose nothing.
+
+        Args:
+            adapter: as for `match`.
+            tenant: as for `match`.
+
+        Returns:
+            How many blocks were forgotten.
+
+        Raises:
+            ModelNotFoundError: the model is not registered.
+            StoreError: the drop cannot be noted on SSD; then nothing was dropped.
+            ClosedError: the store is closed.
+        """
+        return self._model.drop_namespace(adapter, tenant)
 
     def stats(self) -> Stats:
         """Counters of this model."""

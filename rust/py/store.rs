@@ -215,6 +215,11 @@ impl Model {
         py.detach(|| self.store.set_ram_budget(&self.model, budget_bytes)).or_raise(py)
     }
 
+    /// Forgets one namespace; returns how many blocks.
+    fn drop_namespace(&self, py: Python<'_>, adapter: &str, tenant: &str) -> PyResult<u64> {
+        py.detach(|| self.store.drop_namespace(&self.model, adapter, tenant)).or_raise(py)
+    }
+
     /// Frees everything of the model.
     fn unregister(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.store.unregister(&self.model)).or_raise(py)

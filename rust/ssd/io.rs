@@ -17,6 +17,12 @@ pub trait Io: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// Whatever the file system says.
     fn remove(&self, path: &Path) -> io::Result<()>;
+
+    /// Gives a file another's name, whose place it takes, durably; both are in one directory.
+    ///
+    /// # Errors
+    /// Whatever the file system says.
+    fn replace(&self, from: &Path, to: &Path) -> io::Result<()>;
 }
 
 /// One open file. Offsets, lengths and addresses of reads and writes are multiples of 4 KiB.
@@ -91,6 +97,11 @@ impl Io for FileIo {
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         std::fs::remove_file(path)
+    }
+
+    fn replace(&self, from: &Path, to: &Path) -> io::Result<()> {
+        std::fs::rename(from, to)?;
+        to.parent().map_or(Ok(()), |directory| std::fs::File::open(directory)?.sync_all())
     }
 }
 

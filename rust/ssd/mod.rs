@@ -1,7 +1,7 @@
 //! The SSD tier: append-only segments, one file per model, in one exclusively locked directory.
 //!
 //! ```text
-//! directory   lock  secret  store  <fingerprint>.kv ...
+//! directory   lock  secret  store  epochs  <fingerprint>.kv ...
 //! model file  superblock x2 | segment 0 | segment 1 | ...
 //! segment     header page | record | record | ... | footer           empty ─▶ open ─▶ sealed ─▶ (reused or empty)
 //! ```
@@ -9,13 +9,15 @@
 //! reads headers and footers, and walks the records of a segment that has no valid footer. A segment is reused under a
 //! new epoch, which invalidates every byte of its earlier life. What leaves is the segment that was used longest ago.
 
+mod epochs;
 pub(crate) mod io;
 pub(crate) mod record;
 
 use crate::arena::Arena;
-use crate::block::{Geometry, Secret};
+use crate::block::{BlockHash, Geometry, Secret};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Arc, Mutex};
+use epochs::CONTROL_BYTES;
 use io::{DirectoryLock, Io, IoFile};
 use record::{
     Entry, Id, ModelIdentity, PAGE, SEGMENTS_OFFSET, SegmentIdentity, SegmentLayout, StoreIdentity, Superblock,
@@ -25,9 +27,6 @@ use std::path::{Path, PathBuf};
 
 /// A file that claims more segments than this is damaged.
 pub(crate) const MAX_SEGMENTS: u64 = 1 << 20;
-
-/// What the lock, the secret and the store's superblock take.
-const CONTROL_BYTES: u64 = 64 << 10;
 
 /// Settings of the SSD tier.
 #[derive(Debug, Clone)]
@@ -57,12 +56,17 @@ pub(crate) struct Ssd {
     capacity_bytes: u64,
     segment_bytes: u64,
     scratch: Mutex<Vec<Buffer>>,
+    /// Namespaces in the file of epochs.
+    dropped: Mutex<usize>,
     lock: Mutex<Option<DirectoryLock>>,
 }
 
+/// An opened directory: its secret, and the namespaces that were dropped in it, how often.
+pub(crate) type Opened = (Ssd, Secret, Vec<(BlockHash, u64)>);
+
 impl Ssd {
     /// Takes the directory, creating it and its secret if they are new.
-    pub(crate) fn open(options: &SsdOptions, io: Arc<dyn Io>, secret: Option<&str>) -> Result<(Self, Secret)> {
+    pub(crate) fn open(options: &SsdOptions, io: Arc<dyn Io>, secret: Option<&str>) -> Result<Opened> {
         let directory = options.path.clone();
         let shown = directory.display();
         let unusable = |e| Error::io(format!("cannot use directory {shown}; make it writable or set ssd.path"), e);
@@ -79,6 +83,7 @@ impl Ssd {
             None => Secret::new(&own_secret(&directory).map_err(unusable)?),
         };
         let uuid = Self::identify(&directory, io.as_ref(), &secret)?;
+        let epochs = Self::read_epochs(&directory, io.as_ref(), uuid)?;
         let ssd = Self {
             io,
             directory,
@@ -86,9 +91,11 @@ impl Ssd {
             capacity_bytes: options.capacity_bytes,
             segment_bytes: options.segment_bytes,
             scratch: Mutex::default(),
+            dropped: Mutex::new(epochs.len()),
             lock: Mutex::new(Some(lock)),
         };
-        Ok((ssd, secret))
+        let epochs = epochs.into_iter().map(|(first, epoch)| (secret.unseal(first), epoch)).collect();
+        Ok((ssd, secret, epochs))
     }
 
     // Reads the store's superblock, or writes it into a new directory.
@@ -534,9 +541,4 @@ impl Segment {
     pub(crate) fn start(&mut self, epoch: u64, last_use: u64) {
         *self = Self { phase: Phase::Open, epoch, tail: SegmentLayout::RECORDS_OFFSET, last_use, ..Self::empty() };
     }
-}
-
-/// Disk bytes that a store takes beside its model files.
-pub(crate) const fn control_bytes() -> u64 {
-    CONTROL_BYTES
 }

@@ -23,18 +23,19 @@ const MODEL_MAGIC: [u8; 4] = *b"SKVM";
 const SEGMENT_MAGIC: [u8; 4] = *b"SKVS";
 const RECORD_MAGIC: [u8; 4] = *b"SKVR";
 const FOOTER_MAGIC: [u8; 4] = *b"SKVF";
+pub(super) const EPOCHS_MAGIC: [u8; 4] = *b"SKVE";
 
 /// Sixteen bytes that name a store, a model or a secret.
 pub(crate) type Id = [u8; 16];
 
-fn crc(bytes: &[u8]) -> u64 {
+pub(super) fn crc(bytes: &[u8]) -> u64 {
     checksum(CrcAlgorithm::Crc64Nvme, bytes)
 }
 
 /// Fixed part of every structure but the record.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy)]
 #[repr(C)]
-struct Preamble {
+pub(super) struct Preamble {
     magic: [u8; 4],
     version: U16,
     reserved: [u8; 2],
@@ -42,7 +43,7 @@ struct Preamble {
 }
 
 impl Preamble {
-    fn new(magic: [u8; 4], uuid: Id) -> Self {
+    pub(super) fn new(magic: [u8; 4], uuid: Id) -> Self {
         Self { magic, version: U16::new(FORMAT_VERSION), reserved: [0; 2], uuid }
     }
 }
@@ -254,7 +255,7 @@ impl SegmentIdentity {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RecordIdentity {
     pub(crate) hash: Sealed,
-    /// Zero for the first block of a sequence.
+    /// For the first block of a sequence, its namespace: the seed in its epoch.
     pub(crate) parent: Sealed,
     pub(crate) depth: u32,
 }

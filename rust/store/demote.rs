@@ -198,7 +198,7 @@ impl Shared {
             }
             let identity = RecordIdentity {
                 hash: secret.seal(nodes.hash(id)),
-                parent: nodes.parent(id).map_or([0; 16], |p| secret.seal(nodes.hash(p))),
+                parent: secret.seal(nodes.hash_before(id)),
                 depth: nodes.depth(id),
             };
             blocks.push(Block { node: id, slot, identity, ticket });

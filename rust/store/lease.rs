@@ -2,6 +2,7 @@
 //! block, and so every block before it.
 
 use super::model::Model;
+use super::namespace::Namespace;
 use super::{Sequence, Shared, Store};
 use crate::block::{BlockHash, Geometry};
 use crate::error::{Result, input};
@@ -53,6 +54,7 @@ const TOUCHED: usize = 256;
 pub struct Lease {
     pub(super) shared: Arc<Shared>,
     pub(super) model: Arc<Model>,
+    namespace: Arc<Namespace>,
     deepest: Option<NodeId>,
     /// Of every whole block that was asked for.
     pub(super) hashes: Vec<BlockHash>,
@@ -78,8 +80,8 @@ impl Store {
     pub fn match_sequence(&self, model: &Arc<Model>, sequence: Sequence) -> Result<Lease> {
         self.shared.check_open()?;
         sequence.check_model(model)?;
-        let Sequence { mut tokens, hashes, .. } = sequence;
-        let found = self.shared.find(model, &hashes)?;
+        let Sequence { namespace, mut tokens, hashes, .. } = sequence;
+        let found = self.shared.find(model, &namespace, &hashes)?;
         let blocks = found.map_or(0, |(_, blocks)| blocks);
         model.matches.count(blocks, hashes.len() - blocks);
         let asked_tokens = tokens.len();
@@ -87,6 +89,7 @@ impl Store {
         Ok(Lease {
             shared: self.shared.clone(),
             model: model.clone(),
+            namespace,
             deepest: found.map(|(id, _)| id),
             hashes,
             tokens,
@@ -98,8 +101,13 @@ impl Store {
 
 impl Shared {
     /// The longest cached prefix: its deepest block, leased and noted as touched, and its length.
-    pub(super) fn find(&self, model: &Model, hashes: &[BlockHash]) -> Result<Option<(NodeId, usize)>> {
-        let found = match model.matches.ended() {
+    pub(super) fn find(
+        &self,
+        model: &Model,
+        namespace: &Namespace,
+        hashes: &[BlockHash],
+    ) -> Result<Option<(NodeId, usize)>> {
+        let found = match model.matches.ended() || namespace.is_dropped() {
             true => None,
             false => self.trie.longest_prefix(hashes).map_err(|TooManyLeases| {
                 input("a block of these tokens has 2^20 leases, the most there are; release matches that are done with")
@@ -156,8 +164,13 @@ impl Lease {
     /// Why the match is not longer; `None` if every whole block was cached.
     pub fn miss(&self) -> Option<Miss> {
         let next = *self.hashes.get(self.blocks())?;
-        let gone = self.model.matches.ended();
-        Some(if gone { Miss::Closed } else { self.shared.state.lock().miss_reason(next) })
+        Some(self.forgotten().unwrap_or_else(|| self.shared.state.lock().miss_reason(next)))
+    }
+
+    /// Why nothing of the match is there any more, if that is so.
+    pub(super) fn forgotten(&self) -> Option<Miss> {
+        let dropped = || self.namespace.is_dropped().then_some(Miss::Dropped);
+        if self.model.matches.ended() { Some(Miss::Closed) } else { dropped() }
     }
 
     pub(super) fn blocks(&self) -> usize {

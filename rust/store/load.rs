@@ -79,6 +79,7 @@ impl Lease {
         }
         let held: Vec<NodeId> = matched.iter().map_while(|&hash| state.nodes.find(hash)).collect();
         let held = state.nodes.lease(&held).to_vec();
+        let lost = self.forgotten().unwrap_or(Miss::Evicted);
         let mut sources = Vec::with_capacity(matched.len());
         for &id in &held {
             let node = &state.nodes[id];
@@ -96,14 +97,14 @@ impl Lease {
                             let promote = if again { state.allocate(self.model.id, false) } else { None };
                             Source::Ssd { file, hash, place, epoch, promote }
                         }
-                        None => Source::Gone(Miss::Evicted),
+                        None => Source::Gone(lost),
                     }
                 }
-                (None, None) => Source::Gone(Miss::Evicted),
+                (None, None) => Source::Gone(lost),
             };
             sources.push(source);
         }
-        sources.resize_with(matched.len(), || Source::Gone(Miss::Evicted));
+        sources.resize_with(matched.len(), || Source::Gone(lost));
         Ok((held, sources))
     }
 

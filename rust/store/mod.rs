@@ -7,12 +7,14 @@
 //! ```
 //! A match takes no lock: it asks the index, counts, and leaves a note of what it touched. The lock is held for
 //! bookkeeping only: hashing, copying, reading and writing happen outside of it. A block is published after its bytes
-//! are complete, and its bytes never change afterwards. Lock order: registration, the store's state, a scratch list.
+//! are complete, and its bytes never change afterwards. Lock order: registration, a model's namespaces, the epochs, the
+//! store's state, a scratch list.
 
 mod demote;
 mod lease;
 mod load;
 mod model;
+mod namespace;
 mod nodes;
 mod recover;
 mod room;
@@ -40,6 +42,7 @@ use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
 use crate::trie::{NodeId, Trie};
 use lease::{Held, Touched};
 use model::Matches;
+use namespace::{Epochs, Namespace};
 use state::{FILE_HEAD_BYTES, ModelState, State};
 use std::collections::VecDeque;
 use std::thread::JoinHandle;
@@ -87,6 +90,8 @@ struct Shared {
     state: Mutex<State>,
     /// Held while a model's file comes, goes or shrinks: the one lock that is held across I/O, and never by a request.
     registration: Mutex<()>,
+    /// Which namespaces were dropped.
+    epochs: Mutex<Epochs>,
     /// Wakes the demotion thread.
     work: Condvar,
     /// Wakes those who wait for it.
@@ -130,12 +135,15 @@ impl Store {
     /// As [`open`](Self::open).
     pub fn open_on(options: Options, io: Arc<dyn Io>) -> Result<Self> {
         let given = options.secret.as_deref();
-        let (ssd, secret) = match &options.ssd {
+        let (ssd, secret, epochs) = match &options.ssd {
             Some(ssd) => {
-                let (ssd, secret) = Ssd::open(ssd, io, given)?;
-                (Some(ssd), secret)
+                let (ssd, secret, epochs) = Ssd::open(ssd, io, given)?;
+                (Some(ssd), secret, epochs)
             }
-            None => (None, Secret::new(&given.map_or_else(random_bytes, |s| Ok(s.as_bytes().to_vec()))?)),
+            None => {
+                let secret = Secret::new(&given.map_or_else(random_bytes, |s| Ok(s.as_bytes().to_vec()))?);
+                (None, secret, Vec::new())
+            }
         };
         let stale = ssd.as_ref().map_or_else(|| Ok(Vec::new()), Ssd::stale_files)?;
         let arena = match usize::try_from(options.ram_capacity_bytes) {
@@ -158,6 +166,7 @@ impl Store {
             closed: AtomicBool::new(false),
             state: Mutex::new(state),
             registration: Mutex::default(),
+            epochs: Mutex::new(Epochs::new(epochs)),
             work: Condvar::default(),
             idle: Condvar::default(),
             arena,
@@ -239,6 +248,7 @@ impl Store {
             let chance = getrandom::u32().map_err(|e| Error::io("no random numbers from the system", e))?;
             Ok((Arc::new(file), segments, u64::from(chance)))
         });
+        let epochs = self.shared.epochs.lock().clone();
         let mut state = self.shared.state.lock();
         if state.closed {
             state.models.remove(&id);
@@ -247,7 +257,7 @@ impl Store {
         match recovered {
             Some(Ok((file, segments, chance))) => {
                 state.stale.retain(|s| s.path != file.path());
-                state.adopt(id, file, segments, chance, &self.shared.secret);
+                state.adopt(id, file, segments, chance, &self.shared.secret, &epochs);
                 drop(state);
                 self.shared.make_room(0);
             }
@@ -263,7 +273,7 @@ impl Store {
             }
             None => {}
         }
-        Ok(Arc::new(Model::new(id, spec, &self.shared.secret, matches)))
+        Ok(Arc::new(Model::new(id, spec, &self.shared.secret, &epochs, matches)))
     }
 
     /// Forgets a model: its blocks, its share and its file. Its leases stay safe, and load nothing more.
@@ -273,23 +283,17 @@ impl Store {
     /// way of a model that is registered as this one was.
     pub fn unregister(&self, model: &Model) -> Result<()> {
         let _registration = self.shared.registration.lock();
-        let mut state = self.shared.open_state()?;
+        let state = self.shared.open_state()?;
         if !state.models.contains_key(&model.id) {
             let name = &model.spec.name;
             return Err(Error::new(ErrorKind::ModelNotFound, format!("model {name:?} is not registered")));
         }
         model.matches.end();
-        let mut from = 0;
-        loop {
-            let first = state.nodes.first_of_model(model.id, SOME, &mut from);
-            if first.is_empty() {
-                break;
-            }
-            first.into_iter().for_each(|id| state.drop_subtree(id));
-            // Nothing is added to it any more; others need not wait until all is gone.
-            drop(state);
-            state = self.shared.state.lock();
-        }
+        // Nothing is added to it any more.
+        let seeds = state.nodes.seeds_of(model.id);
+        drop(state);
+        self.shared.forget(&seeds);
+        let state = self.shared.state.lock();
         let file = state.models.get(&model.id).and_then(|m| Some(m.disk.as_ref()?.file.clone()));
         drop(state);
         let (mut left, mut removed) = (None, Ok(0));
@@ -360,12 +364,12 @@ impl Store {
             return Err(input(format!("priority is {given}, expected 0 to {most}")));
         }
         let geometry = model.spec.geometry;
-        let Sequence { tokens, hashes, .. } = sequence;
+        let Sequence { namespace, tokens, hashes, .. } = sequence;
         check_view(&geometry, view, tokens.len())?;
         self.shared.check_open()?;
         sequence.check_model(model)?;
         let block_tokens = geometry.block_tokens as usize;
-        let found = self.shared.find(model, hashes)?;
+        let found = self.shared.find(model, namespace, hashes)?;
         let known = found.map_or(0, |(_, blocks)| blocks);
         let parent = Held { trie: &self.shared.trie, id: found.map(|(id, _)| id) };
         if known == hashes.len() {
@@ -401,7 +405,7 @@ impl Store {
         self.shared.workers.copy(&geometry, view, &blocks, Direction::Gather);
 
         let mut state = self.shared.state.lock();
-        let (published, new_blocks) = state.publish(model, parent.id, &hashes[known..], slots);
+        let (published, new_blocks) = state.publish(model, namespace, parent.id, &hashes[known..], slots);
         let (cached, refused) = (known + published, hashes.len() - known - published);
         if retention != Retention::default()
             && let Some(deepest) = hashes[..cached].last().and_then(|&hash| state.nodes.find(hash))
@@ -581,13 +585,14 @@ impl State {
     fn publish(
         &mut self,
         model: &Model,
+        namespace: &Namespace,
         mut parent: Option<NodeId>,
         hashes: &[BlockHash],
         slots: Vec<Slot>,
     ) -> (usize, usize) {
         let mut cached = 0;
         let mut attached = parent.is_none_or(|p| self.nodes.is_linked(p)) && self.models.contains_key(&model.id);
-        attached &= !model.matches.ended();
+        attached &= !model.matches.ended() && !namespace.is_dropped();
         // Matches tell what was found; this is what was not.
         let order = &mut self.ram.leaving(model.id).order;
         hashes.iter().rev().for_each(|&hash| order.asked(state::tag(hash)));
@@ -595,10 +600,10 @@ impl State {
         if let Some(known) = parent.filter(|_| attached) {
             self.touch(known, false);
         }
-        let now = self.tick();
+        let (now, seed) = (self.tick(), namespace.hasher.seed());
         let mut placed = Vec::with_capacity(slots.len());
         for (&hash, slot) in hashes.iter().zip(slots) {
-            match if attached { self.nodes.insert(parent, hash, model.id) } else { None } {
+            match if attached { self.nodes.insert(parent, hash, model.id, seed) } else { None } {
                 Some(id) => placed.push((id, slot)),
                 None => self.ram.pool.free(slot),
             }

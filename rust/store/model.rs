@@ -1,12 +1,9 @@
 //! A registered model: how its blocks are named, and what its matches count.
 
+use super::namespace::{Epochs, Namespaces};
 use crate::block::{Geometry, Hasher, Secret};
 use crate::stats::Counts;
-use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
-use std::collections::HashMap;
-
-/// Hashers of the adapters and tenants of one model that are kept ready.
-const HASHERS: usize = 1024;
+use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
 
 /// What a model is registered with.
 #[derive(Debug, Clone)]
@@ -26,9 +23,7 @@ pub struct ModelSpec {
 pub struct Model {
     pub(super) id: u32,
     pub(super) spec: ModelSpec,
-    /// Of no adapter and no tenant, which most requests have.
-    plain: Arc<Hasher>,
-    hashers: Mutex<HashMap<(String, String), Arc<Hasher>>>,
+    pub(super) namespaces: Namespaces,
     pub(super) matches: Arc<Matches>,
 }
 
@@ -71,36 +66,21 @@ impl Matches {
     }
 }
 
+impl ModelSpec {
+    /// What names the blocks of an adapter and a tenant, in epoch 0.
+    pub(super) fn hasher(&self, secret: &Secret, adapter: &str, tenant: &str) -> Hasher {
+        Hasher::new(secret, &self.name, &self.weights_version, &self.geometry, adapter, tenant)
+    }
+}
+
 impl Model {
-    pub(super) fn new(id: u32, spec: ModelSpec, secret: &Secret, matches: Arc<Matches>) -> Self {
-        let plain = Arc::new(hasher(&spec, secret, "", ""));
-        Self { id, spec, plain, hashers: Mutex::default(), matches }
+    pub(super) fn new(id: u32, spec: ModelSpec, secret: &Secret, epochs: &Epochs, matches: Arc<Matches>) -> Self {
+        let namespaces = Namespaces::new(spec.hasher(secret, "", ""), epochs);
+        Self { id, spec, namespaces, matches }
     }
 
     /// What the model was registered with.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
     }
-
-    /// What names the blocks of an adapter and a tenant.
-    pub(super) fn hasher(&self, secret: &Secret, adapter: &str, tenant: &str) -> Arc<Hasher> {
-        if adapter.is_empty() && tenant.is_empty() {
-            return self.plain.clone();
-        }
-        let key = (adapter.to_owned(), tenant.to_owned());
-        let known = self.hashers.lock().get(&key).cloned();
-        known.unwrap_or_else(|| {
-            let new = Arc::new(hasher(&self.spec, secret, adapter, tenant));
-            let mut hashers = self.hashers.lock();
-            if hashers.len() >= HASHERS {
-                hashers.clear();
-            }
-            hashers.insert(key, new.clone());
-            new
-        })
-    }
-}
-
-fn hasher(spec: &ModelSpec, secret: &Secret, adapter: &str, tenant: &str) -> Hasher {
-    Hasher::new(secret, &spec.name, &spec.weights_version, &spec.geometry, adapter, tenant)
 }

@@ -13,7 +13,7 @@ use crate::ssd::Place;
 use crate::sync::Arc;
 pub(crate) use crate::trie::NodeId;
 use crate::trie::{Inserted, Trie};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// How many evictions are remembered, to tell `evicted` from `never_stored`.
 const GHOSTS: usize = 1 << 16;
@@ -42,6 +42,10 @@ pub(crate) struct Nodes {
     nodes: Vec<Option<Node>>,
     // Slots of unlinked blocks that are still held: the node, and the life of it that held them.
     limbo: Vec<(NodeId, u16, Slot)>,
+    // The namespaces of blocks that continue no other, by their seeds; and of each the first of these blocks, which are
+    // siblings.
+    namespaces: HashMap<NodeId, BlockHash>,
+    first: HashMap<BlockHash, NodeId>,
     ghosts: Ghosts,
 }
 
@@ -60,7 +64,14 @@ impl std::ops::IndexMut<NodeId> for Nodes {
 
 impl Nodes {
     pub(crate) fn new(trie: Arc<Trie>) -> Self {
-        Self { trie, nodes: Vec::new(), limbo: Vec::new(), ghosts: Ghosts::default() }
+        Self {
+            trie,
+            nodes: Vec::new(),
+            limbo: Vec::new(),
+            namespaces: HashMap::new(),
+            first: HashMap::new(),
+            ghosts: Ghosts::default(),
+        }
     }
 
     pub(crate) fn find(&self, hash: BlockHash) -> Option<NodeId> {
@@ -142,8 +153,20 @@ impl Nodes {
         Some(at)
     }
 
-    /// Adds a block below its parent. `None`: it is there already, or the index has no room.
-    pub(crate) fn insert(&mut self, parent: Option<NodeId>, hash: BlockHash, model: u32) -> Option<NodeId> {
+    /// The hash that a block's continues: of the block before it, or the seed of its namespace.
+    pub(crate) fn hash_before(&self, id: NodeId) -> BlockHash {
+        self.parent(id).map_or_else(|| self.namespaces[&id], |parent| self.hash(parent))
+    }
+
+    /// Adds a block below its parent, or one that begins a sequence of the namespace of that seed. `None`: it is there
+    /// already, or the index has no room.
+    pub(crate) fn insert(
+        &mut self,
+        parent: Option<NodeId>,
+        hash: BlockHash,
+        model: u32,
+        seed: BlockHash,
+    ) -> Option<NodeId> {
         let id = match self.trie.insert(parent, hash, model) {
             Inserted::New(id) => id,
             Inserted::Known(id) => {
@@ -154,7 +177,13 @@ impl Nodes {
         };
         // Under the lock it cannot be unlinked.
         self.trie.release(id);
-        let next = parent.and_then(|p| self[p].first_child);
+        let next = match parent {
+            Some(parent) => self[parent].first_child,
+            None => {
+                self.namespaces.insert(id, seed);
+                self.first.insert(seed, id)
+            }
+        };
         if self.nodes.len() <= id as usize {
             self.nodes.resize_with(id as usize + 1, || None);
         }
@@ -190,7 +219,16 @@ impl Nodes {
         match (node.previous, parent) {
             (Some(previous), _) => self[previous].next = node.next,
             (None, Some(parent)) => self[parent].first_child = node.next,
-            (None, None) => {}
+            (None, None) => {
+                let seed = self.namespaces[&id];
+                match node.next {
+                    Some(next) => self.first.insert(seed, next),
+                    None => self.first.remove(&seed),
+                };
+            }
+        }
+        if parent.is_none() {
+            self.namespaces.remove(&id);
         }
         if let Some(next) = node.next {
             self[next].previous = node.previous;
@@ -227,16 +265,13 @@ impl Nodes {
         self.ghosts.contains(hash.0 as u64)
     }
 
-    /// Some blocks of a model that continue no other; nothing left of it, none.
-    pub(crate) fn first_of_model(&self, model: u32, most: usize, from: &mut usize) -> Vec<NodeId> {
-        let mut found = Vec::new();
-        while *from < self.nodes.len() && found.len() < most {
-            let id = *from as NodeId;
-            if self.nodes[*from].is_some() && self.model(id) == model && self.parent(id).is_none() {
-                found.push(id);
-            }
-            *from += 1;
-        }
-        found
+    /// The blocks of a namespace that continue no other.
+    pub(crate) fn first_of(&self, seed: BlockHash) -> impl Iterator<Item = NodeId> + '_ {
+        std::iter::successors(self.first.get(&seed).copied(), |&id| self[id].next)
+    }
+
+    /// The seeds of a model's namespaces.
+    pub(crate) fn seeds_of(&self, model: u32) -> Vec<BlockHash> {
+        self.first.iter().filter(|&(_, &id)| self.model(id) == model).map(|(&seed, _)| seed).collect()
     }
 }

@@ -1,12 +1,14 @@
 //! Opening what an earlier process left: its records become blocks again.
 
+use super::namespace::Epochs;
 use super::state::{Disk, State};
 use crate::block::Secret;
 use crate::ssd::{ModelFile, Phase, Place, Recovered, Segment};
 use crate::sync::Arc;
 
 impl State {
-    /// Takes over what recovery found. A block whose parent is gone cannot be matched and is left out.
+    /// Takes over what recovery found. A block whose parent is gone, or whose namespace was dropped, cannot be matched and
+    /// is left out.
     pub(super) fn adopt(
         &mut self,
         model: u32,
@@ -14,6 +16,7 @@ impl State {
         recovered: Vec<Option<Recovered>>,
         first_epoch: u64,
         secret: &Secret,
+        epochs: &Epochs,
     ) {
         let mut segments: Vec<Segment> = Vec::new();
         let mut found = Vec::new();
@@ -33,15 +36,15 @@ impl State {
         // Parents first, and of two records of one block the newer.
         found.sort_by_key(|(depth, epoch, ..)| (*depth, *epoch));
         for (depth, _, place, block) in found {
-            let hash = secret.unseal(block.hash);
+            let (hash, before) = (secret.unseal(block.hash), secret.unseal(block.parent));
             let parent = match depth {
                 0 => None,
-                _ => self.nodes.find(secret.unseal(block.parent)).filter(|&p| self.nodes.depth(p) + 1 == depth),
+                _ => self.nodes.find(before).filter(|&p| self.nodes.depth(p) + 1 == depth),
             };
-            if depth > 0 && parent.is_none() {
+            if parent.is_none() && (depth > 0 || epochs.is_past(before)) {
                 continue;
             }
-            let Some(id) = self.nodes.insert(parent, hash, model) else { continue };
+            let Some(id) = self.nodes.insert(parent, hash, model, before) else { continue };
             self.alter(id, |node| node.ssd = Some(place));
             if let Some(segment) = self.segment(model, place.segment) {
                 segment.blocks.push(hash);

@@ -5,7 +5,8 @@
 
 use super::Store;
 use super::model::Model;
-use crate::block::{BlockHash, Hasher};
+use super::namespace::Namespace;
+use crate::block::BlockHash;
 use crate::error::{Result, input};
 use crate::sync::Arc;
 
@@ -16,7 +17,7 @@ const NAME_BYTES: std::ops::RangeInclusive<usize> = 16..=64;
 #[derive(Debug, Clone)]
 pub struct Sequence {
     pub(super) model: u32,
-    hasher: Arc<Hasher>,
+    pub(super) namespace: Arc<Namespace>,
     block_tokens: usize,
     pub(super) tokens: Vec<u32>,
     pub(super) hashes: Vec<BlockHash>,
@@ -37,7 +38,7 @@ impl Store {
     pub fn empty_sequence(&self, model: &Model, adapter: &str, tenant: &str) -> Sequence {
         Sequence {
             model: model.id,
-            hasher: model.hasher(&self.shared.secret, adapter, tenant),
+            namespace: model.namespace(&self.shared, adapter, tenant),
             block_tokens: model.spec.geometry.block_tokens as usize,
             tokens: Vec::new(),
             hashes: Vec::new(),
@@ -82,7 +83,7 @@ impl Sequence {
         self.named = named;
         self.tokens.extend_from_slice(tokens);
         match names {
-            Some(names) => self.hashes.extend(names.iter().map(|name| self.hasher.of_name(name))),
+            Some(names) => self.hashes.extend(names.iter().map(|name| self.namespace.hasher.of_name(name))),
             None => self.hash_new(),
         }
         Ok(())
@@ -90,7 +91,7 @@ impl Sequence {
 
     fn hash_new(&mut self) {
         let new = &self.tokens[self.hashes.len() * self.block_tokens..];
-        let hashes = self.hasher.hashes_after(self.hashes.last().copied(), new);
+        let hashes = self.namespace.hasher.hashes_after(self.hashes.last().copied(), new);
         self.named = self.named.or((!hashes.is_empty()).then_some(false));
         match self.hashes.is_empty() {
             true => self.hashes = hashes,

@@ -12,7 +12,7 @@ use crate::evict::{Kind, Retention};
 use crate::pool::{Class, Run, Slot};
 use crate::ram::{Leaving, Ram};
 use crate::ssd::record::Entry;
-use crate::ssd::{ModelFile, Phase, Place, Segment, Ssd, Stale, control_bytes};
+use crate::ssd::{ModelFile, Phase, Place, Segment, Ssd, Stale};
 use crate::stats::{Counts, Miss, Tier};
 use crate::sync::Arc;
 use crate::trie::Trie;
@@ -78,6 +78,8 @@ pub(crate) struct State {
     pub(crate) leaving: Vec<Arc<Matches>>,
     pub(crate) clock: u64,
     pub(crate) ssd_capacity_bytes: u64,
+    /// What the files of no model may take.
+    pub(crate) ssd_control_bytes: u64,
     pub(crate) stale: Vec<Stale>,
     /// Why the SSD takes no writes, and since when.
     pub(crate) ssd_read_only: Option<(String, Instant)>,
@@ -108,6 +110,7 @@ impl State {
             leaving: Vec::new(),
             clock: 0,
             ssd_capacity_bytes: ssd.map_or(0, Ssd::capacity_bytes),
+            ssd_control_bytes: ssd.map_or(0, Ssd::control_bytes),
             stale,
             ssd_read_only: None,
             flushing: 0,
@@ -254,8 +257,10 @@ impl State {
     }
 
     /// Makes a block and all below it unfindable. Held blocks keep their slots until nobody holds them.
-    pub(crate) fn drop_subtree(&mut self, root: NodeId) {
-        for id in self.nodes.subtree(root) {
+    /// Returns how many they were.
+    pub(crate) fn drop_subtree(&mut self, root: NodeId) -> u64 {
+        let ids = self.nodes.subtree(root);
+        for &id in &ids {
             self.account(id, false);
             if let Some(slot) = self.nodes[id].ram {
                 self.ram.let_go(slot);
@@ -270,6 +275,7 @@ impl State {
                 self.ram.pool.free(slot);
             }
         }
+        ids.len() as u64
     }
 
     /// Takes a slot for a model, making room if need be. A model below its share of the arena takes from those above
@@ -317,7 +323,7 @@ impl State {
     }
 
     pub(super) fn ssd_share(&self, model: u32) -> u64 {
-        self.share(self.ssd_capacity_bytes.saturating_sub(control_bytes()), model)
+        self.share(self.ssd_capacity_bytes.saturating_sub(self.ssd_control_bytes), model)
     }
 
     fn ssd_in_use(&self) -> bool {
@@ -407,7 +413,7 @@ impl State {
             return 0;
         }
         let models: u64 = self.models.values().filter_map(|m| Some(m.disk.as_ref()?.file_bytes())).sum();
-        control_bytes() + models + self.stale.iter().map(|s| s.bytes).sum::<u64>()
+        self.ssd_control_bytes + models + self.stale.iter().map(|s| s.bytes).sum::<u64>()
     }
 
     /// Notes that a block's record was written.

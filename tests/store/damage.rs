@@ -49,8 +49,9 @@ fn damage(files: &mut Files, earlier: &Files, dice: &mut Dice) {
         // Sectors of the past, and of another file.
         4 | 5 => {
             let other = &names[dice.below(names.len())];
-            let source = if dice.below(2) == 0 { earlier.get(&name) } else { earlier.get(other) };
-            let source = source.expect("files stay").clone();
+            let source = earlier.get(if dice.below(2) == 0 { &name } else { other });
+            // There were no epochs yet.
+            let source = source.unwrap_or(&earlier["store"]).clone();
             for _ in 0..count * 4 {
                 let at = dice.below(bytes.len().min(source.len()) / 512) * 512;
                 let length = (512 << dice.below(8)).min(bytes.len() - at).min(source.len() - at);
@@ -72,6 +73,13 @@ fn no_damage_to_the_files_gives_a_wrong_byte_or_keeps_the_store_from_healing() {
         for (name, geometry) in [("a", FINE), ("b", LATENT)] {
             let model = register(&store, name, geometry);
             seeds.clone().for_each(|seed| assert_eq!(put(&store, &model, &sequence(seed, 3, &geometry)), 3));
+            if seeds.start > 0 {
+                let mut kv = Kv::of(&model, &sequence(1, 3, &geometry));
+                let put = store.put(&model, &sequence(1, 3, &geometry), "", "gone", &kv.view());
+                assert_eq!(put.expect("no bad input").new_blocks, 3);
+                store.flush().expect("the disk is well");
+                assert_eq!(store.drop_namespace(&model, "", "gone").expect("the disk is well"), 3);
+            }
             store.flush().expect("the disk is well");
         }
         store.close().expect("the disk is well");
@@ -89,15 +97,18 @@ fn no_damage_to_the_files_gives_a_wrong_byte_or_keeps_the_store_from_healing() {
         let store = match Store::open(options(Some(directory.path()), 2 * MIB, MIB)) {
             Ok(store) => store,
             Err(refused) => {
-                let whole = |n: usize| {
-                    files["store"].get(n * 4096..(n + 1) * 4096) == sound["store"].get(n * 4096..(n + 1) * 4096)
+                let whole = |name: &str, n: usize| {
+                    files[name].get(n * 4096..(n + 1) * 4096) == sound[name].get(n * 4096..(n + 1) * 4096)
                 };
-                assert!(refused.kind() == ErrorKind::Format && !whole(0) && !whole(1), "round {round}: {refused}");
+                let damaged = ["store", "epochs"].iter().any(|name| !whole(name, 0) && !whole(name, 1));
+                assert!(refused.kind() == ErrorKind::Format && damaged, "round {round}: {refused}");
                 continue;
             }
         };
         let models = [("a", FINE), ("b", LATENT)].map(|(name, geometry)| (register(&store, name, geometry), geometry));
         for (model, geometry) in &models {
+            let dropped = store.match_prefix(model, &sequence(1, 3, geometry), "", "gone").expect("the store is open");
+            assert_eq!(dropped.tokens(), 0, "round {round}: what was dropped came back");
             survived += (0..14).map(|seed| fetch(&store, model, &sequence(seed, 3, geometry))).sum::<usize>();
         }
         for (model, geometry) in &models {

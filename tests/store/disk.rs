@@ -14,6 +14,7 @@ use stratakv::{ErrorKind, FileIo, Io, IoFile, Model, Store};
 enum Call {
     Open,
     Remove,
+    Replace,
     Read,
     Write,
     Allocate,
@@ -69,6 +70,10 @@ impl Io for Rig {
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.check(Call::Remove)?;
         FileIo.remove(path)
+    }
+    fn replace(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.check(Call::Replace)?;
+        FileIo.replace(from, to)
     }
 }
 
@@ -464,4 +469,24 @@ fn a_panic_of_the_demotion_thread_holds_nothing_and_is_reported() {
     // All of RAM can be had again.
     assert_eq!(put(&store, &model, &sequence(1, 170, &FINE)), 170);
     rig.set(None);
+}
+
+#[test]
+fn a_drop_that_the_disk_cannot_note_drops_nothing_and_can_be_tried_again() {
+    for call in [Call::Open, Call::Write, Call::Sync, Call::Replace] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (rig, store) = rigged(directory.path(), MIB);
+        let (model, tokens) = (register(&store, "m", FINE), sequence(0, 4, &FINE));
+        put(&store, &model, &tokens);
+        store.flush().expect("the disk is well");
+        rig.set(Some(Arc::new(move |now| (now == call).then_some(EIO))));
+        let failed = store.drop_namespace(&model, "", "").expect_err("the disk fails");
+        assert!(failed.kind() == ErrorKind::Io && failed.to_string().contains("nothing was dropped"), "{failed}");
+        rig.set(None);
+        assert_eq!(fetch(&store, &model, &tokens), 4, "{call:?}");
+        assert_eq!(store.drop_namespace(&model, "", "").expect("the disk is well again"), 4, "{call:?}");
+        store.close().expect("the disk is well");
+        let store = open(directory.path(), 2 * MIB, MIB);
+        assert_eq!(fetch(&store, &register(&store, "m", FINE), &tokens), 0, "{call:?}");
+    }
 }

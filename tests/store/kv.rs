@@ -56,10 +56,15 @@ impl Kv {
     /// What a model computes: each row depends on the model, the whole prefix and its place, so that a byte in the
     /// wrong place shows.
     pub(crate) fn of(model: &Model, tokens: &[u32]) -> Self {
+        Self::of_adapter(model, tokens, 1)
+    }
+
+    /// The same with an adapter whose weights are of this version.
+    pub(crate) fn of_adapter(model: &Model, tokens: &[u32], version: u64) -> Self {
         let spec = model.spec();
         let mut kv = Self::blank(spec.geometry, tokens.len());
         let row = spec.geometry.row_bytes();
-        let mut prefix = spec.name.bytes().fold(1, |hash, byte| mix(hash ^ u64::from(byte)));
+        let mut prefix = spec.name.bytes().fold(version, |hash, byte| mix(hash ^ u64::from(byte)));
         for (t, &token) in tokens.iter().enumerate() {
             prefix = mix(prefix ^ u64::from(token));
             for run in 0..spec.geometry.plane_count() * spec.geometry.kv_heads as usize {
@@ -71,6 +76,13 @@ impl Kv {
             }
         }
         kv
+    }
+
+    /// Whether the leading tokens are the same.
+    pub(crate) fn begins_as(&self, other: &Self, tokens: usize) -> bool {
+        let row = self.geometry.row_bytes();
+        let rows = self.bytes.chunks(self.tokens * row).zip(other.bytes.chunks(other.tokens * row));
+        rows.into_iter().all(|(one, two)| one[..tokens * row] == two[..tokens * row])
     }
 
     pub(crate) fn view(&mut self) -> KvView {
@@ -133,10 +145,8 @@ pub(crate) fn hold(store: &Store, model: &Arc<Model>, tokens: &[u32]) -> Lease {
 pub(crate) fn load(lease: &Lease, model: &Model, tokens: &[u32]) -> usize {
     let (mut got, right) = (Kv::blank(model.spec().geometry, tokens.len()), Kv::of(model, tokens));
     let outcome = lease.load(&got.view()).expect("a load of right arguments never fails");
-    let (row, block) = (got.geometry.row_bytes(), got.geometry.block_tokens as usize);
-    for (got, right) in got.bytes.chunks(got.tokens * row).zip(right.bytes.chunks(right.tokens * row)) {
-        assert!(got[..outcome.tokens * row] == right[..outcome.tokens * row], "wrong bytes: {outcome:?}");
-    }
+    assert!(got.begins_as(&right, outcome.tokens), "wrong bytes: {outcome:?}");
+    let block = got.geometry.block_tokens as usize;
     assert_eq!(outcome.places.len() * block, outcome.tokens);
     assert_eq!(outcome.miss.is_none(), outcome.tokens == lease.tokens());
     outcome.tokens / block
