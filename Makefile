@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-engines prove check bench wheel clean
+.PHONY: help setup demo test test-engines prove check bench bench-peers wheel clean
 
 PYTHON ?= python3
 SUITE ?= main
@@ -70,6 +70,11 @@ check: $(NATIVE) ## Format, lints, types, stubs, floors; warnings are errors.
 
 bench: $(NATIVE) $(ENGINES) wheel ## Measure SUITE (default: main); prints a table and writes benches/out/SUITE.json.
 	$(BIN)/python benches/$(SUITE).py $(ARGS)
+
+bench-peers: $(ENGINES) ## Install what the benches compare with: LMCache, and SGLang without its kernels.
+	@echo 'make: LMCache and SGLang (about two minutes)'
+	@$(PIP) install --group engines --group peers
+	@$(PIP) install --no-deps sglang==0.5.23
 
 wheel: $(TOOLS) $(RUST) $(PACKAGE) ## Build the wheel; it must stay under 10 MB and import beside numpy alone.
 	@echo 'make: wheel'

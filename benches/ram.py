@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
 import itertools
 import mmap
 import platform
 import subprocess
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-from rows import Row, finish, row
+from rows import Row, finish, row, skipped
 
 import stratakv
 from stratakv import Config, Geometry, RamConfig, SsdConfig, StoreConfig
@@ -50,6 +53,18 @@ def chain(tokens: np.ndarray) -> Iterator[bytes]:
     for at in range(0, len(tokens), 16):
         last = hashlib.sha256(last + tokens[at : at + 16].tobytes()).digest()
         yield last
+
+
+def radix() -> tuple[str, Callable[[], object]]:
+    """A match in SGLang's radix tree where nothing parts from the prompt: one node, and so its best case."""
+    ids = array("q", range(4096))
+    tree = importlib.import_module("sglang.srt.mem_cache.radix_cache")
+    base, torch = importlib.import_module("sglang.srt.mem_cache.base_prefix_cache"), importlib.import_module("torch")
+    cache = tree.RadixCache.create_simulated(page_size=16)
+    cache.insert(base.InsertParams(key=tree.RadixKey(token_ids=ids), value=torch.arange(4096)))
+    match = lambda: cache.match_prefix(base.MatchPrefixParams(key=tree.RadixKey(token_ids=ids)))  # noqa: E731 - it is timed
+    assert match().device_prefix_len == 4096
+    return f"SGLang {version('sglang')} radix tree", match
 
 
 COPIES = """
@@ -163,6 +178,11 @@ def main() -> None:
         table = set(chain(tokens))
         peer = "set of chained SHA-256", spent(lambda: sum(block in table for block in chain(tokens)))
         add("match of 4,096 tokens, uint32", lambda: cache.match(tokens), 10, 5, peer)
+        without = skipped("match of 4,096 tokens, SGLang", "torch", "sglang.srt.mem_cache.radix_cache")
+        rows.extend(without)
+        if not without:
+            name, theirs = radix()
+            add("match of 4,096 tokens, uint32, again", lambda: cache.match(tokens), 10, 5, (name, spent(theirs)))
         wide = tokens.astype(np.int64)
         add("match of 4,096 tokens, int64", lambda: cache.match(wide), 10, 5)
         ids = list(range(4096))
