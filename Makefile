@@ -12,6 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 # These builds replace the atomics of the whole crate.
 PROOFS := $(or $(CARGO_TARGET_DIR),target)
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
 # Threads over index and pool, and short tests of what stands on them; under Miri the threads take few steps.
@@ -44,7 +45,7 @@ test-engines: $(NATIVE) $(ENGINES) ## Run the tests against torch and transforme
 	$(BIN)/python -m pytest tests/engines
 	$(BIN)/stratakv demo --tiny
 
-prove: $(TOOLS) ## Check index and pool: all executions of the state word, random schedules of the whole, weak memory; ROUNDS= for more.
+prove: $(TOOLS) ## Check index and pool: all executions of the state word, random schedules of the whole, weak memory, data races; ROUNDS= for more.
 	@echo 'make: every execution (loom)'
 	RUSTFLAGS='--cfg loom' cargo test --locked --release --lib --target-dir '$(PROOFS)/loom' executions
 	@echo 'make: random schedules (shuttle)'
@@ -52,6 +53,10 @@ prove: $(TOOLS) ## Check index and pool: all executions of the state word, rando
 	@if cargo +nightly miri --version >/dev/null 2>&1; then set -x; \
 	  cargo +nightly miri test --locked --lib --target-dir '$(PROOFS)/miri' -- $(MIRI); \
 	  else echo 'make: skipped Miri: not installed (rustup +nightly component add miri rust-src)'; fi
+	@if test -d "$$(rustc +nightly --print sysroot 2>/dev/null)/lib/rustlib/src/rust"; then set -x; \
+	  RUSTFLAGS='-Zsanitizer=thread' cargo +nightly test --locked -Zbuild-std --target '$(HOST)' --lib --test store \
+	    --target-dir '$(PROOFS)/tsan' -- thread released readers; \
+	  else echo 'make: skipped ThreadSanitizer: no source of std (rustup +nightly component add rust-src)'; fi
 
 check: $(NATIVE) ## Format, lints, types, stubs, floors; warnings are errors.
 	cargo fmt --check

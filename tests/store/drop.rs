@@ -3,7 +3,7 @@
 use crate::kv::*;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::{fs, thread};
 use stratakv::evict::Retention;
 use stratakv::stats::Miss;
@@ -101,52 +101,55 @@ fn what_was_made_before_a_drop_finds_and_stores_nothing_after_it() {
 
 #[test]
 fn no_thread_gets_bytes_of_weights_that_were_replaced() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let store = open(directory.path(), 2 * MIB, 4 * MIB);
-    let model = register(&store, "m", FINE);
-    let prompts: Vec<_> = (0..4).map(|seed| sequence(seed, 6, &FINE)).collect();
-    // Odd while a version is being replaced.
-    let (version, done) = (AtomicU64::new(2), AtomicBool::new(false));
-    let served = thread::scope(|scope| {
-        let threads = [0, 1].map(|seed| {
-            let (store, model, prompts, version, done) = (&store, &model, &prompts, &version, &done);
-            scope.spawn(move || {
-                let (mut dice, mut served) = (Dice(seed), 0);
-                while !done.load(Ordering::SeqCst) {
-                    let tokens = &prompts[dice.below(4)];
-                    let before = version.load(Ordering::SeqCst);
-                    let sequence = store.sequence(model, "lora", "", tokens.clone());
-                    if before % 2 == 1 || version.load(Ordering::SeqCst) != before {
-                        continue;
-                    }
-                    let mut right = Kv::of_adapter(model, tokens, before);
-                    if dice.below(2) == 0 {
-                        store
-                            .put_sequence(model, &sequence, &right.view(), Retention::default())
-                            .expect("no bad input");
-                    } else {
-                        let lease = store.match_sequence(model, sequence).expect("the store is open");
-                        let mut got = Kv::blank(FINE, tokens.len());
-                        let loaded = lease.load(&got.view()).expect("no bad input").tokens;
-                        assert!(got.begins_as(&right, loaded), "bytes of another version");
-                        served += loaded;
-                    }
+    in_time(|| {
+        let directory = tempfile::tempdir().expect("a directory");
+        let store = open(directory.path(), 2 * MIB, 4 * MIB);
+        let model = register(&store, "m", FINE);
+        let prompts: Vec<_> = (0..4).map(|seed| sequence(seed, 6, &FINE)).collect();
+        // Odd while a version is being replaced.
+        let (version, served, done) = (AtomicU64::new(2), AtomicUsize::new(0), AtomicBool::new(false));
+        let serve = |seed| {
+            let mut dice = Dice(seed);
+            while !done.load(Ordering::SeqCst) {
+                let tokens = &prompts[dice.below(4)];
+                let before = version.load(Ordering::SeqCst);
+                let sequence = store.sequence(&model, "lora", "", tokens.clone());
+                if before % 2 == 1 || version.load(Ordering::SeqCst) != before {
+                    continue;
                 }
-                served
-            })
+                let mut right = Kv::of_adapter(&model, tokens, before);
+                if dice.below(2) == 0 {
+                    store.put_sequence(&model, &sequence, &right.view(), Retention::default()).expect("no bad input");
+                } else {
+                    let lease = store.match_sequence(&model, sequence).expect("the store is open");
+                    let mut got = Kv::blank(FINE, tokens.len());
+                    let loaded = lease.load(&got.view()).expect("no bad input").tokens;
+                    assert!(got.begins_as(&right, loaded), "bytes of another version");
+                    served.fetch_add(loaded, Ordering::SeqCst);
+                }
+            }
+        };
+        thread::scope(|scope| {
+            let threads = [0, 1].map(|seed| {
+                scope.spawn({
+                    let serve = &serve;
+                    move || serve(seed)
+                })
+            });
+            let mut drops = 0;
+            // Should one fail, the others end.
+            while (drops < 60 || served.load(Ordering::SeqCst) < 1000) && !threads.iter().any(|t| t.is_finished()) {
+                thread::sleep(std::time::Duration::from_millis(5));
+                version.fetch_add(1, Ordering::SeqCst);
+                store.drop_namespace(&model, "lora", "").expect("the disk is well");
+                version.fetch_add(1, Ordering::SeqCst);
+                drops += 1;
+            }
+            done.store(true, Ordering::SeqCst);
         });
-        for _ in 0..60 {
-            thread::sleep(std::time::Duration::from_millis(5));
-            version.fetch_add(1, Ordering::SeqCst);
-            store.drop_namespace(&model, "lora", "").expect("the disk is well");
-            version.fetch_add(1, Ordering::SeqCst);
-        }
-        done.store(true, Ordering::SeqCst);
-        threads.map(|thread| thread.join().expect("no panic")).iter().sum::<usize>()
+        store.drop_namespace(&model, "lora", "").expect("the disk is well");
+        assert_eq!(store.snapshot().index_blocks, 0);
     });
-    assert!(served > 1000, "{served} tokens were served");
-    store.drop_namespace(&model, "lora", "").expect("the disk is well");
-    assert_eq!(store.snapshot().index_blocks, 0);
 }
 
 #[test]
