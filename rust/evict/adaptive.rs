@@ -3,7 +3,7 @@
 //! as the whole (SHARDS: Waldspurger et al., FAST 2015); all shadows see the same sample, so they differ by policy alone.
 //!
 //! A change costs a pass over the tier's blocks, so it takes a lead that is more than chance. Memory: six shadows of at
-//! most 1,024 blocks up to a capacity of half a million, of 1/1,024 of it beyond, with as many ghosts again.
+//! most 512 blocks up to a capacity of a quarter of a million, of 1/1,024 of it beyond, with as many ghosts again.
 
 use super::ghosts::TagMap;
 use super::{Kind, NodeId, Policy, policy};
@@ -11,7 +11,7 @@ use super::{Kind, NodeId, Policy, policy};
 /// Those that take turns.
 const CANDIDATES: [Kind; 6] = [Kind::Lru, Kind::S3Fifo, Kind::S3FifoLong, Kind::Arc, Kind::WTinyLfu, Kind::Gdsf];
 /// Blocks that a shadow should hold.
-const SHADOW: usize = 512;
+const SHADOW: usize = 256;
 /// The shares that are sampled: one in 2^4 to one in 2^10.
 const SHIFTS: (u32, u32) = (4, 10);
 /// How much of a window's score counts on in the next.
