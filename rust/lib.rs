@@ -2,13 +2,14 @@
 //!
 //! Floors, imports point down only:
 //! ```text
-//! py  →  store  →  trie ram ssd  →  arena block evict pool copy stats  →  error sync
+//! py  →  store  →  trie ram ssd  →  arena block evict pool codec copy stats  →  error sync
 //! ```
 //! Only `py/` knows Python. [`Store`] ties the parts: it names blocks ([`block`]), finds them (`trie`), keeps them
 //! in memory (`pool`, `ram`) and on disk (`ssd`), and counts what it did ([`stats`]).
 
 mod arena;
 pub mod block;
+pub mod codec;
 mod copy;
 mod error;
 pub mod evict;
