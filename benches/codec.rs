@@ -88,24 +88,26 @@ fn copy(from: &[u8], to: &mut [u8]) {
     black_box(to);
 }
 
-fn measure(name: &str, scheme: Scheme, geometry: &Geometry, memory: &mut Memory) {
+/// `hot`: results go to the same memory each time, as do those of libraries that allocate them.
+fn measure(name: &str, scheme: Scheme, geometry: &Geometry, memory: &mut Memory, hot: bool) {
     let layout = Layout::new(scheme, geometry).expect("it fits");
     let mut encoded = vec![vec![1u8; layout.bytes()]; BLOCKS];
     let half = BLOCKS / 2;
     let each = |turn: usize| (turn % BLOCKS, (turn + half) % BLOCKS);
+    let to = |at: usize| if hot { 0 } else { at };
     let pairs: Vec<(f64, f64)> = (0..ROUNDS)
         .map(|turn| {
             let (at, away) = each(turn);
-            let ours = seconds(|| encode(&layout, &memory.plain[at], &mut encoded[at]));
-            (ours, seconds(|| copy(&memory.plain[away], &mut memory.other[away])))
+            let ours = seconds(|| encode(&layout, &memory.plain[at], &mut encoded[to(at)]));
+            (ours, seconds(|| copy(&memory.plain[away], &mut memory.other[to(away)])))
         })
         .collect();
     report(&format!("encode {name}"), "memcpy", &pairs);
     let pairs: Vec<(f64, f64)> = (0..ROUNDS)
         .map(|turn| {
             let (at, away) = each(turn);
-            let ours = seconds(|| decode(&layout, &encoded[at], &mut memory.other[at]));
-            (ours, seconds(|| copy(&memory.plain[away], &mut memory.other[away])))
+            let ours = seconds(|| decode(&layout, &encoded[at], &mut memory.other[to(at)]));
+            (ours, seconds(|| copy(&memory.plain[away], &mut memory.other[to(away)])))
         })
         .collect();
     report(&format!("decode {name}"), "memcpy", &pairs);
@@ -144,14 +146,19 @@ fn main() {
                 [("token", Granularity::Token(0)), ("channel", Granularity::Channel(0)), ("head", Granularity::Head)]
             {
                 let scheme = Scheme { keys: granularity, values: granularity, ..Scheme::new(codec, &geometry) };
-                measure(&format!("{name}, {} per {by}", codec.name()), scheme, &geometry, &mut memory);
+                measure(&format!("{name}, {} per {by}", codec.name()), scheme, &geometry, &mut memory, false);
             }
         }
         for codec in [Codec::K8V4, Codec::Int4] {
-            measure(&format!("{name}, {}", codec.name()), Scheme::new(codec, &geometry), &geometry, &mut memory);
+            measure(&format!("{name}, {}", codec.name()), Scheme::new(codec, &geometry), &geometry, &mut memory, false);
+        }
+        if dtype == Dtype::Fp16 {
+            let by = Granularity::Token(0);
+            let scheme = Scheme { keys: by, values: by, ..Scheme::new(Codec::Int8Asym, &geometry) };
+            measure("fp16, int8_asym per token, to the same memory", scheme, &geometry, &mut memory, true);
         }
         if dtype == Dtype::Fp32 {
-            measure(&format!("{name}, fp16"), Scheme::new(Codec::Fp16, &geometry), &geometry, &mut memory);
+            measure(&format!("{name}, fp16"), Scheme::new(Codec::Fp16, &geometry), &geometry, &mut memory, false);
         }
         threads(&format!("{name}, int8_sym"), Scheme::new(Codec::Int8Sym, &geometry), &geometry, &mut memory);
     }

@@ -193,16 +193,26 @@ struct Kernels {
     range_columns: fn(rows: &[&[u8]], columns: Range<usize>, lo: &mut [f32], hi: &mut [f32]),
     parameters: fn(steps: f32, lo: &[f32], hi: &[f32], scale: &mut [f32], inverse: &mut [f32]) -> bool,
     /// By kind of code.
-    quantise: [fn(rows: &[&[u8]], group_bytes: usize, inverse: &[f32], base: &[f32], codes: &mut [u8]); 3],
+    quantise: [fn(rows: Rows<'_>, group_bytes: usize, inverse: &[f32], base: &[f32], codes: &mut [u8]); 3],
     quantise_columns: [Quantise; 3],
     dequantise: [fn(codes: &[u8], group_bytes: usize, scale: &[f32], base: &[f32], rows: &mut [&mut [u8]]); 3],
     dequantise_columns: [Dequantise; 3],
+    /// Values to binary32 and back.
+    read: fn(values: &[u8], floats: &mut [f32]),
+    write: fn(floats: &[f32], values: &mut [u8]),
     halve: fn(row: &[u8], halves: &mut [u8]) -> bool,
     double: fn(halves: &[u8], row: &mut [u8]),
 }
 
+/// Rows at hand, and those after them: they may be fetched from memory meanwhile.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    now: &'a [&'a [u8]],
+    next: &'a [&'a [u8]],
+}
+
 /// From the first column's codes on; a row's are so many bytes after those of the row before.
-type Quantise = fn(rows: &[&[u8]], first: usize, inverse: &[f32], base: &[f32], codes: &mut [u8], stride: usize);
+type Quantise = fn(rows: Rows<'_>, first: usize, inverse: &[f32], base: &[f32], codes: &mut [u8], stride: usize);
 type Dequantise = fn(codes: &[u8], stride: usize, scale: &[f32], base: &[f32], first: usize, rows: &mut [&mut [u8]]);
 
 /// The most groups whose parameters are computed at once.

@@ -5,7 +5,7 @@
 //! encoded           | scales | bases | codes |           read once from memory, once more from the processor's cache
 //! ```
 
-use super::{BATCH, BF16, Codec, F16, F32, Granularity, Isa, Kernels, S8, Scheme, U4, U8, scalar};
+use super::{BATCH, BF16, Codec, F16, F32, Granularity, Isa, Kernels, Rows, S8, Scheme, U4, U8, scalar};
 use crate::block::{Dtype, Geometry};
 use crate::error::{Result, input};
 use std::ops::Range;
@@ -191,6 +191,10 @@ impl Shape {
                 "codec: groups of {group} do not divide {of} {what}; give a divisor, or 0 for all"
             )));
         }
+        if matches!(by, Granularity::Token(1..)) && self.dim / group > BATCH {
+            let least = self.dim.div_ceil(BATCH);
+            return Err(input(format!("codec: groups of {group} channels are too small; give {least} at least")));
+        }
         if kind == U4 && (!self.dim.is_multiple_of(2) || matches!(by, Granularity::Token(n) if n % 2 == 1)) {
             let dim = self.dim;
             return Err(input(format!("codec: four bits need even groups and an even head_dim; it is {dim}")));
@@ -263,8 +267,7 @@ impl Shape {
             }
             if kind != S8 {
                 let width = scalar::width(self.dtype);
-                let bases = bases[first * width..].chunks_exact_mut(width);
-                bases.zip(&some.lo[..count]).for_each(|(to, &base)| self.set(to, base));
+                (kernels.write)(&some.lo[..count], &mut bases[first * width..(first + count) * width]);
             }
         };
         let (steps, which) = (scalar::steps(kind), kind as usize);
@@ -274,19 +277,19 @@ impl Shape {
             Granularity::Channel(_) => {
                 for Tile { rows: tile, first_group } in self.tiles(by) {
                     let codes = &mut codes[tile.start * code_bytes..tile.end * code_bytes];
-                    let rows = &rows[tile];
+                    let (now, next) = (&rows[tile.clone()], &rows[tile.end..]);
                     for first in (0..self.dim).step_by(BATCH) {
                         let count = BATCH.min(self.dim - first);
                         let (lo, hi) = (&mut some.lo[..count], &mut some.hi[..count]);
                         match kind {
-                            S8 => (kernels.absmax_columns)(rows, first..first + count, hi),
-                            _ => (kernels.range_columns)(rows, first..first + count, lo, hi),
+                            S8 => (kernels.absmax_columns)(now, first..first + count, hi),
+                            _ => (kernels.range_columns)(now, first..first + count, lo, hi),
                         }
                         fit &= some.compute(kernels, steps, count);
                         note(first_group + first, count, &some);
                         let (inverse, base) = (&some.inverse[..count], &some.lo[..count]);
                         let from = &mut codes[self.code_bytes(kind, first)..];
-                        (kernels.quantise_columns[which])(rows, first, inverse, base, from, code_bytes);
+                        (kernels.quantise_columns[which])(Rows { now, next }, first, inverse, base, from, code_bytes);
                     }
                 }
             }
@@ -294,16 +297,16 @@ impl Shape {
                 let (group_bytes, parts) = (self.group(by) * width, self.dim / self.group(by));
                 let near = (NEAR / (self.dim * width)).clamp(1, (BATCH / parts).max(1));
                 let chunks = rows.chunks(near).zip(codes.chunks_mut(near * code_bytes)).enumerate();
-                for (n, (rows, codes)) in chunks {
-                    let count = rows.len() * parts;
+                for (n, (now, codes)) in chunks {
+                    let (count, next) = (now.len() * parts, &rows[n * near + now.len()..]);
                     match kind {
-                        S8 => (kernels.absmax)(rows, group_bytes, &mut some.hi[..count]),
-                        _ => (kernels.range)(rows, group_bytes, &mut some.lo[..count], &mut some.hi[..count]),
+                        S8 => (kernels.absmax)(now, group_bytes, &mut some.hi[..count]),
+                        _ => (kernels.range)(now, group_bytes, &mut some.lo[..count], &mut some.hi[..count]),
                     }
                     fit &= some.compute(kernels, steps, count);
                     note(n * near * parts, count, &some);
                     let (inverse, base) = (&some.inverse[..count], &some.lo[..count]);
-                    (kernels.quantise[which])(rows, group_bytes, inverse, base, codes);
+                    (kernels.quantise[which])(Rows { now, next }, group_bytes, inverse, base, codes);
                 }
             }
             Granularity::Head | Granularity::Tensor => {
@@ -329,9 +332,15 @@ impl Shape {
                     fit &= some.compute(kernels, steps, 1);
                     note(first_group, 1, &some);
                     let (inverse, base) = ([some.inverse[0]; BATCH], [some.lo[0]; BATCH]);
-                    for (rows, codes) in rows.chunks(BATCH).zip(codes.chunks_mut(BATCH * code_bytes)) {
-                        let count = rows.len();
-                        (kernels.quantise[which])(rows, row_bytes, &inverse[..count], &base[..count], codes);
+                    for (now, codes) in rows.chunks(BATCH).zip(codes.chunks_mut(BATCH * code_bytes)) {
+                        let count = now.len();
+                        (kernels.quantise[which])(
+                            Rows { now, next: &[] },
+                            row_bytes,
+                            &inverse[..count],
+                            &base[..count],
+                            codes,
+                        );
                     }
                     // As it is where nothing shares: the base of what is signed.
                     some = Parameters::default();
@@ -351,8 +360,7 @@ impl Shape {
                 *scale = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
             }
             if kind != S8 {
-                let bases = bases[width * first..].chunks_exact(width);
-                base.iter_mut().zip(bases).for_each(|(base, bytes)| *base = self.get(bytes));
+                (kernels.read)(&bases[width * first..width * (first + base.len())], base);
             }
         };
         for Tile { rows: tile, first_group } in self.tiles(by) {
@@ -388,22 +396,6 @@ impl Shape {
                     }
                 }
             }
-        }
-    }
-
-    fn get(&self, bytes: &[u8]) -> f32 {
-        match self.dtype {
-            F32 => scalar::get::<F32>(bytes, 0),
-            F16 => scalar::get::<F16>(bytes, 0),
-            _ => scalar::get::<BF16>(bytes, 0),
-        }
-    }
-
-    fn set(&self, bytes: &mut [u8], value: f32) {
-        match self.dtype {
-            F32 => scalar::set::<F32>(bytes, 0, value),
-            F16 => scalar::set::<F16>(bytes, 0, value),
-            _ => scalar::set::<BF16>(bytes, 0, value),
         }
     }
 }

@@ -9,7 +9,7 @@
 //! value   x = q * s + base, rounded to the dtype
 //! ```
 
-use super::{BF16, F16, F32, Kernels, S8, U4, U8};
+use super::{BF16, F16, F32, Kernels, Rows, S8, U4, U8};
 use std::ops::Range;
 
 /// A group whose values are not all at most this is not encoded. The span must be finite, and what decodes, too: the
@@ -235,27 +235,27 @@ pub(super) fn dequantise_each<const D: u8, const K: u8>(codes: &[u8], scale: &[f
 }
 
 fn quantise<const D: u8, const K: u8>(
-    rows: &[&[u8]],
+    rows: Rows<'_>,
     group_bytes: usize,
     inverse: &[f32],
     base: &[f32],
     codes: &mut [u8],
 ) {
     let codes = codes.chunks_exact_mut(code_bytes(K, group_bytes / width(D)));
-    for (((part, codes), &inverse), &base) in parts(rows, group_bytes).zip(codes).zip(inverse).zip(base) {
+    for (((part, codes), &inverse), &base) in parts(rows.now, group_bytes).zip(codes).zip(inverse).zip(base) {
         quantise_part::<D, K>(part, inverse, base, codes);
     }
 }
 
 fn quantise_columns<const D: u8, const K: u8>(
-    rows: &[&[u8]],
+    rows: Rows<'_>,
     first: usize,
     inverse: &[f32],
     base: &[f32],
     codes: &mut [u8],
     stride: usize,
 ) {
-    for (row, codes) in rows.iter().zip(codes.chunks_mut(stride)) {
+    for (row, codes) in rows.now.iter().zip(codes.chunks_mut(stride)) {
         let part = &row[first * width(D)..(first + inverse.len()) * width(D)];
         quantise_each::<D, K>(part, inverse, base, codes);
     }
@@ -289,6 +289,16 @@ fn dequantise_columns<const D: u8, const K: u8>(
     }
 }
 
+/// Values as binary32.
+pub(super) fn read<const D: u8>(values: &[u8], floats: &mut [f32]) {
+    floats.iter_mut().enumerate().for_each(|(at, float)| *float = get::<D>(values, at));
+}
+
+/// Binary32 as values, rounded to the nearest.
+pub(super) fn write<const D: u8>(floats: &[f32], values: &mut [u8]) {
+    floats.iter().enumerate().for_each(|(at, &float)| set::<D>(values, at, float));
+}
+
 /// Binary32 to halves. `false`: one of them is finite no more, or was not.
 pub(super) fn halve(row: &[u8], halves: &mut [u8]) -> bool {
     let mut fit = true;
@@ -318,6 +328,8 @@ const fn kernels<const D: u8>() -> Kernels {
         quantise_columns: [quantise_columns::<D, S8>, quantise_columns::<D, U8>, quantise_columns::<D, U4>],
         dequantise: [dequantise::<D, S8>, dequantise::<D, U8>, dequantise::<D, U4>],
         dequantise_columns: [dequantise_columns::<D, S8>, dequantise_columns::<D, U8>, dequantise_columns::<D, U4>],
+        read: read::<D>,
+        write: write::<D>,
         halve,
         double,
     }

@@ -58,7 +58,7 @@ fn granularity() -> impl Strategy<Value = Granularity> {
 }
 
 fn shape() -> impl Strategy<Value = Geometry> {
-    let dims = prop::sample::select(vec![8u32, 32, 40, 64, 72, 128, 264]);
+    let dims = prop::sample::select(vec![8u32, 32, 40, 64, 72, 128, 264, 576]);
     (0..3usize, 1..3u32, prop::sample::select(vec![4u32, 8, 16]), dims)
         .prop_map(|(dtype, heads, tokens, dim)| geometry(DTYPES[dtype], heads, tokens, dim))
 }
@@ -321,6 +321,9 @@ fn what_makes_no_sense_is_refused_with_what_to_do() {
     {
         assert!(message(Scheme { keys, ..Scheme::new(Codec::Int8Sym, &shape) }, &shape).contains(said));
     }
+    let wide = geometry(Dtype::Bf16, 2, 16, 1024);
+    let scheme = Scheme { values: Granularity::Token(2), ..Scheme::new(Codec::Int8Sym, &wide) };
+    assert!(message(scheme, &wide).contains("too small; give 4"));
     let odd = geometry(Dtype::Bf16, 2, 16, 33);
     assert!(message(Scheme::new(Codec::Int4, &odd), &odd).contains("even"));
     let unknown = Codec::parse("zstd").expect_err("there is none").to_string();

@@ -2,7 +2,7 @@
 //! of one sign order as they do.
 
 use super::scalar::{self, code_bytes, width};
-use super::{BF16, F16, F32, Kernels, S8, U4, U8};
+use super::{BF16, F16, F32, Kernels, Rows, S8, U4, U8};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -65,21 +65,29 @@ fn load<const D: u8>(values: &[u8]) -> __m256 {
     }
 }
 
-/// Eight binary32 as values, rounded to the nearest.
+/// Sixteen binary32 as values, rounded to the nearest.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn store<const D: u8>(values: &mut [u8], floats: __m256) {
+fn store<const D: u8>(values: &mut [u8], floats: [__m256; 2]) {
     match D {
-        F16 => store_half_bytes(values, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(floats)),
-        BF16 => {
-            let bits = _mm256_castps_si256(floats);
-            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-            let high = _mm256_srli_epi32::<16>(rounded);
-            let (first, second) = (_mm256_castsi256_si128(high), _mm256_extracti128_si256::<1>(high));
-            store_half_bytes(values, _mm_packus_epi32(first, second));
+        F16 => {
+            let [low, high] = floats.map(|floats| _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(floats));
+            store_bytes(values, _mm256_set_m128i(high, low));
         }
-        _ => store_bytes(values, _mm256_castps_si256(floats)),
+        BF16 => {
+            let [low, high] = floats.map(|floats| {
+                let bits = _mm256_castps_si256(floats);
+                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+                _mm256_srli_epi32::<16>(rounded)
+            });
+            // Packing works in halves; back in order.
+            store_bytes(values, _mm256_permute4x64_epi64::<0b_11_01_10_00>(_mm256_packus_epi32(low, high)));
+        }
+        _ => {
+            store_bytes(values, _mm256_castps_si256(floats[0]));
+            store_bytes(&mut values[32..], _mm256_castps_si256(floats[1]));
+        }
     }
 }
 
@@ -137,10 +145,11 @@ fn least<const D: u8>(lanes: __m256i) -> i32 {
 
 // The value of an ordered integer.
 #[inline]
+#[target_feature(enable = "avx2,f16c")]
 fn value<const D: u8>(ordered: i32) -> f32 {
     let sign = (ordered >> 31) as u32;
     match D {
-        F16 => scalar::from_half((ordered as u32 ^ sign & 0x7fff) as u16),
+        F16 => _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128((ordered as u32 ^ sign & 0x7fff) as i32))),
         BF16 => f32::from_bits((ordered as u32 ^ sign & 0x7fff) << 16),
         _ => f32::from_bits(ordered as u32 ^ sign & 0x7fff_ffff),
     }
@@ -195,7 +204,9 @@ fn range_of<const D: u8>(row: &[u8]) -> (f32, f32) {
 fn absmax<const D: u8>(rows: &[&[u8]], group_bytes: usize, hi: &mut [f32]) {
     let mut hi = hi.iter_mut();
     for row in rows {
-        for part in row.chunks_exact(group_bytes) {
+        let mut rest = *row;
+        while let Some((part, more)) = rest.split_at_checked(group_bytes) {
+            rest = more;
             if let Some(hi) = hi.next() {
                 *hi = absmax_of::<D>(part);
             }
@@ -207,7 +218,9 @@ fn absmax<const D: u8>(rows: &[&[u8]], group_bytes: usize, hi: &mut [f32]) {
 fn range<const D: u8>(rows: &[&[u8]], group_bytes: usize, lo: &mut [f32], hi: &mut [f32]) {
     let mut both = lo.iter_mut().zip(hi);
     for row in rows {
-        for part in row.chunks_exact(group_bytes) {
+        let mut rest = *row;
+        while let Some((part, more)) = rest.split_at_checked(group_bytes) {
+            rest = more;
             if let Some((lo, hi)) = both.next() {
                 (*lo, *hi) = range_of::<D>(part);
             }
@@ -344,18 +357,19 @@ fn quantise_each<const D: u8, const K: u8>(row: &[u8], inverse: &[f32], base: &[
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
 fn get_codes<const K: u8>(codes: &[u8]) -> [__m256; 4] {
-    let [first, second] = match K {
-        U4 => {
-            let (pairs, mask) = (load_half_bytes(codes), _mm_set1_epi8(15));
-            let (even, odd) = (_mm_and_si128(pairs, mask), _mm_and_si128(_mm_srli_epi16::<4>(pairs), mask));
-            [_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)]
-        }
-        _ => [load_half_bytes(codes), load_half_bytes(&codes[16..])],
-    };
-    let eight = |bytes: __m128i| {
-        _mm256_cvtepi32_ps(if K == S8 { _mm256_cvtepi8_epi32(bytes) } else { _mm256_cvtepu8_epi32(bytes) })
-    };
-    [eight(first), eight(_mm_srli_si128::<8>(first)), eight(second), eight(_mm_srli_si128::<8>(second))]
+    if K == U4 {
+        let (pairs, mask) = (load_half_bytes(codes), _mm_set1_epi8(15));
+        let (even, odd) = (_mm_and_si128(pairs, mask), _mm_and_si128(_mm_srli_epi16::<4>(pairs), mask));
+        let (first, second) = (_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd));
+        let eights = [first, _mm_srli_si128::<8>(first), second, _mm_srli_si128::<8>(second)];
+        return eights.map(|eight| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight)));
+    }
+    [0, 8, 16, 24].map(|at| {
+        let eight: &[u8; 8] = codes[at..].first_chunk().expect("eight codes");
+        // SAFETY: the array is as long as what is loaded; the load needs no alignment.
+        let eight = unsafe { _mm_loadl_epi64(eight.as_ptr().cast()) };
+        _mm256_cvtepi32_ps(if K == S8 { _mm256_cvtepi8_epi32(eight) } else { _mm256_cvtepu8_epi32(eight) })
+    })
 }
 
 #[inline]
@@ -372,9 +386,9 @@ fn dequantise_part<const D: u8, const K: u8>(codes: &[u8], scale: f32, base: f32
     let mut steps = codes.chunks_exact(code_bytes(K, STEP));
     let mut out = row.chunks_exact_mut(STEP * width(D));
     for (values, codes) in out.by_ref().zip(steps.by_ref()) {
-        for (n, codes) in get_codes::<K>(codes).into_iter().enumerate() {
-            store::<D>(&mut values[8 * n * width(D)..], out_of_steps::<K>(codes, scales, bases));
-        }
+        let [a, b, c, d] = get_codes::<K>(codes).map(|codes| out_of_steps::<K>(codes, scales, bases));
+        store::<D>(values, [a, b]);
+        store::<D>(&mut values[16 * width(D)..], [c, d]);
     }
     let rest = out.into_remainder();
     if !rest.is_empty() {
@@ -389,10 +403,10 @@ fn dequantise_each<const D: u8, const K: u8>(codes: &[u8], scale: &[f32], base: 
     let mut out = row.chunks_exact_mut(STEP * width(D));
     let (mut scales, mut bases) = (scale.chunks_exact(STEP), base.chunks_exact(STEP));
     for (((values, codes), scale), base) in out.by_ref().zip(steps.by_ref()).zip(scales.by_ref()).zip(bases.by_ref()) {
-        for (n, codes) in get_codes::<K>(codes).into_iter().enumerate() {
-            let floats = out_of_steps::<K>(codes, load_floats(&scale[8 * n..]), load_floats(&base[8 * n..]));
-            store::<D>(&mut values[8 * n * width(D)..], floats);
-        }
+        let codes = get_codes::<K>(codes);
+        let at = |n: usize| out_of_steps::<K>(codes[n], load_floats(&scale[8 * n..]), load_floats(&base[8 * n..]));
+        store::<D>(values, [at(0), at(1)]);
+        store::<D>(&mut values[16 * width(D)..], [at(2), at(3)]);
     }
     let rest = out.into_remainder();
     if !rest.is_empty() {
@@ -400,17 +414,29 @@ fn dequantise_each<const D: u8, const K: u8>(codes: &[u8], scale: &[f32], base: 
     }
 }
 
+// Has a row come from memory.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn fetch(row: Option<&[u8]>) {
+    for line in row.into_iter().flat_map(|row| row.chunks(64)) {
+        _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+    }
+}
+
 #[target_feature(enable = "avx2,f16c")]
 fn quantise<const D: u8, const K: u8>(
-    rows: &[&[u8]],
+    rows: Rows<'_>,
     group_bytes: usize,
     inverse: &[f32],
     base: &[f32],
     codes: &mut [u8],
 ) {
     let mut groups = inverse.iter().zip(base).zip(codes.chunks_exact_mut(code_bytes(K, group_bytes / width(D))));
-    for row in rows {
-        for part in row.chunks_exact(group_bytes) {
+    for (n, row) in rows.now.iter().enumerate() {
+        fetch(rows.next.get(n).copied());
+        let mut rest = *row;
+        while let Some((part, more)) = rest.split_at_checked(group_bytes) {
+            rest = more;
             if let Some(((&inverse, &base), codes)) = groups.next() {
                 quantise_part::<D, K>(part, inverse, base, codes);
             }
@@ -420,7 +446,7 @@ fn quantise<const D: u8, const K: u8>(
 
 #[target_feature(enable = "avx2,f16c")]
 fn quantise_columns<const D: u8, const K: u8>(
-    rows: &[&[u8]],
+    rows: Rows<'_>,
     first: usize,
     inverse: &[f32],
     base: &[f32],
@@ -428,7 +454,8 @@ fn quantise_columns<const D: u8, const K: u8>(
     stride: usize,
 ) {
     let bytes = first * width(D)..(first + inverse.len()) * width(D);
-    for (row, codes) in rows.iter().zip(codes.chunks_mut(stride)) {
+    for (n, (row, codes)) in rows.now.iter().zip(codes.chunks_mut(stride)).enumerate() {
+        fetch(rows.next.get(n).copied());
         quantise_each::<D, K>(&row[bytes.clone()], inverse, base, &mut codes[..code_bytes(K, inverse.len())]);
     }
 }
@@ -443,7 +470,9 @@ fn dequantise<const D: u8, const K: u8>(
 ) {
     let mut groups = scale.iter().zip(base).zip(codes.chunks_exact(code_bytes(K, group_bytes / width(D))));
     for row in rows {
-        for part in row.chunks_exact_mut(group_bytes) {
+        let mut rest = &mut row[..];
+        while let Some((part, more)) = rest.split_at_mut_checked(group_bytes) {
+            rest = more;
             if let Some(((&scale, &base), codes)) = groups.next() {
                 dequantise_part::<D, K>(codes, scale, base, part);
             }
@@ -467,6 +496,27 @@ fn dequantise_columns<const D: u8, const K: u8>(
 }
 
 #[target_feature(enable = "avx2,f16c")]
+fn read<const D: u8>(values: &[u8], floats: &mut [f32]) {
+    let (eights, rest) = floats.as_chunks_mut::<8>();
+    let mut steps = values.chunks_exact(8 * width(D));
+    for (eight, values) in eights.iter_mut().zip(steps.by_ref()) {
+        // SAFETY: the array is as long as the vector; the store needs no alignment.
+        unsafe { _mm256_storeu_ps(eight.as_mut_ptr(), load::<D>(values)) };
+    }
+    scalar::read::<D>(steps.remainder(), rest);
+}
+
+#[target_feature(enable = "avx2,f16c")]
+fn write<const D: u8>(floats: &[f32], values: &mut [u8]) {
+    let (sixteens, rest) = floats.as_chunks::<16>();
+    let mut steps = values.chunks_exact_mut(16 * width(D));
+    for (sixteen, values) in sixteens.iter().zip(steps.by_ref()) {
+        store::<D>(values, [load_floats(sixteen), load_floats(&sixteen[8..])]);
+    }
+    scalar::write::<D>(rest, steps.into_remainder());
+}
+
+#[target_feature(enable = "avx2,f16c")]
 fn halve(row: &[u8], halves: &mut [u8]) -> bool {
     let mut steps = row.chunks_exact(32);
     let mut out = halves.chunks_exact_mut(16);
@@ -482,10 +532,10 @@ fn halve(row: &[u8], halves: &mut [u8]) -> bool {
 
 #[target_feature(enable = "avx2,f16c")]
 fn double(halves: &[u8], row: &mut [u8]) {
-    let mut steps = halves.chunks_exact(16);
-    let mut out = row.chunks_exact_mut(32);
+    let mut steps = halves.chunks_exact(32);
+    let mut out = row.chunks_exact_mut(64);
     for (values, halves) in out.by_ref().zip(steps.by_ref()) {
-        store::<F32>(values, load::<F16>(halves));
+        store::<F32>(values, [load::<F16>(halves), load::<F16>(&halves[16..])]);
     }
     scalar::double(steps.remainder(), out.into_remainder());
 }
@@ -527,6 +577,8 @@ const fn kernels<const D: u8>() -> Kernels {
             callable!(dequantise_columns::<D, U8>, codes, stride, scale, base, first, rows),
             callable!(dequantise_columns::<D, U4>, codes, stride, scale, base, first, rows),
         ],
+        read: callable!(read::<D>, values, floats),
+        write: callable!(write::<D>, floats, values),
         halve: callable!(halve, row, halves),
         double: callable!(double, halves, row),
     }
