@@ -5,7 +5,7 @@
 
 use std::hint::black_box;
 use std::time::Instant;
-use stratakv::codec::{Codec, Granularity, Layout, Scheme};
+use stratakv::codec::{Codec, Granularity, Layout, Percentile, Scheme};
 use stratakv::{Dtype, Geometry};
 
 const BLOCK: usize = 2 << 20;
@@ -136,6 +136,20 @@ fn threads(name: &str, scheme: Scheme, geometry: &Geometry, memory: &mut Memory)
     report(&format!("encode {name}, 2 threads"), "1 thread", &pairs);
 }
 
+/// The exact percentile of a block's magnitudes, against the greatest of them.
+fn clip(geometry: &Geometry, plain: &[Vec<u8>]) {
+    let layout = Layout::new(Scheme::new(Codec::Int8Sym, geometry), geometry).expect("it fits");
+    let of = |percent: f64, block: &[u8]| {
+        let rows: Vec<&[u8]> = block.chunks_exact(layout.row_bytes()).collect();
+        black_box(layout.percentile(Percentile::new(percent).expect("a percentile"), &rows));
+    };
+    let pairs = (0..ROUNDS).map(|turn| {
+        let (at, away) = (turn % BLOCKS, (turn + BLOCKS / 2) % BLOCKS);
+        (seconds(|| of(99.99, &plain[at])), seconds(|| of(100.0, &plain[away])))
+    });
+    report("exact percentile, 99.99 %, fp16", "greatest magnitude", &pairs.collect::<Vec<_>>());
+}
+
 fn main() {
     for dtype in [Dtype::Fp32, Dtype::Fp16, Dtype::Bf16] {
         let (geometry, name) = (shape(dtype), dtype.name());
@@ -153,6 +167,7 @@ fn main() {
             measure(&format!("{name}, {}", codec.name()), Scheme::new(codec, &geometry), &geometry, &mut memory, false);
         }
         if dtype == Dtype::Fp16 {
+            clip(&geometry, &memory.plain);
             let by = Granularity::Token(0);
             let scheme = Scheme { keys: by, values: by, ..Scheme::new(Codec::Int8Asym, &geometry) };
             measure("fp16, int8_asym per token, to the same memory", scheme, &geometry, &mut memory, true);

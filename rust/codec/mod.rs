@@ -16,6 +16,7 @@
 //! A plane is encoded whole: `[scales][bases][codes]`, each part padded to 64 bytes; scales are bfloat16, bases are of the
 //! dtype. One that has a NaN, an infinity, or values that no scale fits, is not encoded: its block stays as it is.
 
+mod clip;
 mod plane;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
@@ -26,6 +27,7 @@ mod tests;
 
 use crate::block::Geometry;
 use crate::error::{Result, input};
+pub use clip::Percentile;
 pub use plane::Layout;
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -113,6 +115,8 @@ pub struct Scheme {
     pub keys: Granularity,
     /// For values.
     pub values: Granularity,
+    /// Values of a plane beyond this percentile of its magnitudes are clipped.
+    pub clip: Option<Percentile>,
     /// So many layers stay as they are at either end of the model.
     pub raw_layers: [u32; 2],
 }
@@ -128,6 +132,7 @@ impl Scheme {
             codec,
             keys: Granularity::Channel(if four_k { group(geometry.block_tokens) } else { 0 }),
             values: Granularity::Token(if four_v { group(geometry.head_dim) } else { 0 }),
+            clip: None,
             raw_layers: [0; 2],
         }
     }

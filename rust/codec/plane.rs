@@ -5,7 +5,7 @@
 //! encoded           | scales | bases | codes |           read once from memory, once more from the processor's cache
 //! ```
 
-use super::{BATCH, BF16, Codec, F16, F32, Granularity, Isa, Kernels, Rows, S8, Scheme, U4, U8, scalar};
+use super::{BATCH, BF16, Codec, F16, F32, Granularity, Isa, Kernels, Percentile, Rows, S8, Scheme, U4, U8, scalar};
 use crate::block::{Dtype, Geometry};
 use crate::error::{Result, input};
 use std::ops::Range;
@@ -21,11 +21,11 @@ enum Coding {
 
 /// The shape of one plane of a block: rows of `[head][token]`, each of `dim` values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Shape {
+pub(super) struct Shape {
     heads: usize,
     tokens: usize,
-    dim: usize,
-    dtype: u8,
+    pub(super) dim: usize,
+    pub(super) dtype: u8,
 }
 
 /// How the planes of a model's blocks are encoded, and where each lies.
@@ -145,8 +145,17 @@ impl Layout {
                 let halves = out.chunks_exact_mut(self.row_bytes() / 2).zip(rows);
                 halves.fold(true, |fit, (out, row)| (kernels.halve)(row, out) && fit)
             }
-            Coding::Codes(kind, by) => self.shape.quantise(kernels, kind, by, rows, out),
+            Coding::Codes(kind, by) => {
+                let clip = self.scheme.clip.map_or(f32::INFINITY, |clip| clip.of(kernels, &self.shape, rows));
+                // An infinite bound clips nothing, and what is infinite does not fit.
+                !clip.is_nan() && self.shape.quantise(kernels, kind, by, clip, rows, out)
+            }
         }
+    }
+
+    /// The magnitude that a percentile of the values of some rows is at most; not finite, if a value is not.
+    pub fn percentile(&self, percentile: Percentile, rows: &[&[u8]]) -> f32 {
+        percentile.of(self.isa.kernels(self.shape.dtype), &self.shape, rows)
     }
 
     /// Decodes one plane into its rows.
@@ -251,7 +260,15 @@ impl Shape {
         (0..all / rows).map(move |n| Tile { rows: n * rows..(n + 1) * rows, first_group: n * groups })
     }
 
-    fn quantise(&self, kernels: &Kernels, kind: u8, by: Granularity, rows: &[&[u8]], out: &mut [u8]) -> bool {
+    fn quantise(
+        &self,
+        kernels: &Kernels,
+        kind: u8,
+        by: Granularity,
+        clip: f32,
+        rows: &[&[u8]],
+        out: &mut [u8],
+    ) -> bool {
         let [scales_at, bases_at, codes_at] = self.parts(Coding::Codes(kind, by), 0);
         let (head, codes) = out.split_at_mut(codes_at.start);
         let (scales, bases) = head.split_at_mut(bases_at.start);
@@ -259,7 +276,7 @@ impl Shape {
         bases[bases_at.len()..].fill(0);
         let code_bytes = self.code_bytes(kind, self.dim);
         codes[rows.len() * code_bytes..].fill(0);
-        let mut some = Parameters::default();
+        let mut some = Parameters { clip, ..Parameters::default() };
         let mut note = |first: usize, count: usize, some: &Parameters| {
             let scales = scales[2 * first..].as_chunks_mut::<2>().0;
             for (to, scale) in scales.iter_mut().zip(&some.scale[..count]) {
@@ -342,8 +359,8 @@ impl Shape {
                             codes,
                         );
                     }
-                    // As it is where nothing shares: the base of what is signed.
-                    some = Parameters::default();
+                    // The base of what is signed.
+                    some.lo = [0.0; BATCH];
                 }
             }
         }
@@ -406,17 +423,23 @@ struct Parameters {
     hi: [f32; BATCH],
     scale: [f32; BATCH],
     inverse: [f32; BATCH],
+    /// What least and greatest values are cut to.
+    clip: f32,
 }
 
 impl Default for Parameters {
     fn default() -> Self {
-        Self { lo: [0.0; BATCH], hi: [0.0; BATCH], scale: [0.0; BATCH], inverse: [0.0; BATCH] }
+        let none = [0.0; BATCH];
+        Self { lo: none, hi: none, scale: none, inverse: none, clip: f32::INFINITY }
     }
 }
 
 impl Parameters {
     fn compute(&mut self, kernels: &Kernels, steps: f32, count: usize) -> bool {
-        let Self { lo, hi, scale, inverse } = self;
+        let Self { lo, hi, scale, inverse, clip } = self;
+        if clip.is_finite() {
+            lo[..count].iter_mut().chain(&mut hi[..count]).for_each(|value| *value = value.clamp(-*clip, *clip));
+        }
         (kernels.parameters)(steps, &lo[..count], &hi[..count], &mut scale[..count], &mut inverse[..count])
     }
 }

@@ -91,9 +91,10 @@ proptest! {
 
     #[test]
     fn every_path_equals_the_definition(
-        geometry in shape(), (codec, keys, values) in scheme(), seed: u64, wild in 0..6u32,
+        geometry in shape(), (codec, keys, values) in scheme(), seed: u64, wild in 0..6u32, clip in 0..4usize,
     ) {
-        let scheme = Scheme { codec: Codec::ALL[codec], keys, values, raw_layers: [0; 2] };
+        let clip = [None, Some(99.99), Some(90.0), Some(40.0)][clip].map(|p| Percentile::new(p).expect("a percentile"));
+        let scheme = Scheme { codec: Codec::ALL[codec], keys, values, clip, raw_layers: [0; 2] };
         let Ok(defined) = Layout::on(Isa::Scalar, scheme, &geometry) else { return Ok(()) };
         let payload = payload(&geometry, seed, wild);
         let plane_bytes = geometry.block_bytes() / geometry.plane_count();
@@ -116,7 +117,7 @@ proptest! {
     fn what_is_decoded_is_finite_and_within_half_a_step(
         geometry in shape(), (codec, keys, values) in scheme(), seed: u64, wild in 0..6u32,
     ) {
-        let scheme = Scheme { codec: Codec::ALL[codec], keys, values, raw_layers: [0; 2] };
+        let scheme = Scheme { codec: Codec::ALL[codec], keys, values, clip: None, raw_layers: [0; 2] };
         let Ok(layout) = Layout::new(scheme, &geometry) else { return Ok(()) };
         let payload = payload(&geometry, seed, wild);
         let width = geometry.dtype.bytes();
@@ -180,7 +181,7 @@ proptest! {
     fn any_bytes_decode_alike_on_every_path_and_never_panic(
         geometry in shape(), (codec, keys, values) in scheme(), seed: u64,
     ) {
-        let scheme = Scheme { codec: Codec::ALL[codec], keys, values, raw_layers: [0; 2] };
+        let scheme = Scheme { codec: Codec::ALL[codec], keys, values, clip: None, raw_layers: [0; 2] };
         let Ok(defined) = Layout::on(Isa::Scalar, scheme, &geometry) else { return Ok(()) };
         let plane_bytes = geometry.block_bytes() / geometry.plane_count();
         let mut state = seed;
@@ -263,7 +264,7 @@ fn what_has_no_scale_is_not_encoded() {
         let geometry = geometry(dtype, 2, 16, 64);
         for codec in [Codec::Int8Sym, Codec::Int8Asym, Codec::K8V4, Codec::Int4] {
             for by in [Granularity::Tensor, Granularity::Head, Granularity::Token(0), Granularity::Channel(0)] {
-                let scheme = Scheme { codec, keys: by, values: by, raw_layers: [0; 2] };
+                let scheme = Scheme { codec, keys: by, values: by, clip: None, raw_layers: [0; 2] };
                 for isa in Isa::all() {
                     let layout = Layout::on(isa, scheme, &geometry).expect("it fits");
                     let plane_bytes = geometry.block_bytes() / 4;
@@ -285,6 +286,41 @@ fn what_has_no_scale_is_not_encoded() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn a_percentile_is_exact_and_what_is_beyond_is_clipped() {
+    for (dtype, percent) in DTYPES.into_iter().flat_map(|d| [100.0, 99.99, 99.0, 60.0, 0.001].map(|p| (d, p))) {
+        let geometry = geometry(dtype, 4, 32, 64);
+        let plane_bytes = geometry.block_bytes() / geometry.plane_count();
+        let bytes = &payload(&geometry, 7, 1)[..plane_bytes];
+        let all: Vec<f32> = bytes.chunks_exact(dtype.bytes()).map(|bytes| value(dtype, bytes)).collect();
+        let mut sorted: Vec<f32> = all.iter().map(|value| value.abs()).collect();
+        sorted.sort_by(f32::total_cmp);
+        // The least value that so many per cent are at most.
+        let right = sorted[((sorted.len() as f64 * percent / 100.0).ceil() as usize).max(1) - 1];
+        if !sorted.iter().all(|value| value.is_finite()) {
+            continue;
+        }
+        let percentile = Percentile::new(percent).expect("a percentile");
+        let by = Granularity::Head;
+        let scheme = Scheme { codec: Codec::Int8Sym, keys: by, values: by, clip: Some(percentile), raw_layers: [0; 2] };
+        for isa in Isa::all() {
+            let layout = Layout::on(isa, scheme, &geometry).expect("it fits");
+            let rows: Vec<&[u8]> = bytes.chunks_exact(layout.row_bytes()).collect();
+            assert_eq!(layout.percentile(percentile, &rows), right, "{isa:?} {dtype:?} {percent}");
+            let mut out = vec![0; layout.plane(0).len()];
+            if layout.encode(0, &rows, &mut out) {
+                let decoded = decode(&layout, 0, plane_bytes, &out);
+                let most =
+                    decoded.chunks_exact(dtype.bytes()).map(|bytes| value(dtype, bytes).abs()).fold(0.0, f32::max);
+                assert!(most <= right * (1.0 + 1.0 / 64.0), "{most} is beyond {right}");
+            }
+        }
+    }
+    for wrong in [0.0, -1.0, 100.5, f64::NAN] {
+        assert!(Percentile::new(wrong).expect_err("refused").to_string().contains("above 0, up to 100"));
     }
 }
 

@@ -297,16 +297,22 @@ fn parameters<const D: u8>(steps: f32, lo: &[f32], hi: &[f32], scale: &mut [f32]
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
 fn put_codes<const K: u8>(steps: [__m256; 4], codes: &mut [u8]) {
-    let [a, b, c, d] = steps.map(|steps| _mm256_cvtps_epi32(steps));
+    // What is clipped may be beyond any integer: above it is cut here, below packing does it.
+    let most = _mm256_set1_ps(scalar::steps(K));
+    let [a, b, c, d] = steps.map(|steps| _mm256_cvtps_epi32(_mm256_min_ps(steps, most)));
     let (first, second) = (_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
-    let bytes = if K == S8 { _mm256_packs_epi16(first, second) } else { _mm256_packus_epi16(first, second) };
+    let bytes = if K == S8 {
+        // -128 is no code; what is clipped would get it.
+        _mm256_max_epi8(_mm256_packs_epi16(first, second), _mm256_set1_epi8(-127))
+    } else {
+        _mm256_packus_epi16(first, second)
+    };
     // Packing works in halves; back in order.
     let bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     if K != U4 {
         return store_bytes(codes, bytes);
     }
-    let nibbles = _mm256_min_epu8(bytes, _mm256_set1_epi8(15));
-    let pairs = _mm256_maddubs_epi16(nibbles, _mm256_set1_epi16(0x1001));
+    let pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x1001));
     let packed = _mm256_permute4x64_epi64::<0b_00_00_10_00>(_mm256_packus_epi16(pairs, pairs));
     store_half_bytes(codes, _mm256_castsi256_si128(packed));
 }
