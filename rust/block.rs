@@ -155,7 +155,12 @@ impl Geometry {
 
     /// Bytes of one record with an unencoded payload, padding included; also the size of a slot.
     pub fn record_bytes(&self) -> usize {
-        (self.payload_offset() + self.block_bytes()).next_multiple_of(RECORD_ALIGN)
+        self.record_bytes_of(self.block_bytes())
+    }
+
+    /// Bytes of one record with so many bytes of payload, padding included.
+    pub(crate) fn record_bytes_of(&self, payload_bytes: usize) -> usize {
+        (self.payload_offset() + payload_bytes).next_multiple_of(RECORD_ALIGN)
     }
 
     /// The fields in a fixed order, for hashing and for the superblock.

@@ -101,6 +101,10 @@ pub struct Counts {
     pub put_refused: u64,
     /// Blocks written to SSD.
     pub demoted: u64,
+    /// Blocks of them that were encoded.
+    pub encoded: u64,
+    /// Blocks that were to be encoded, and went as they are: values that fit no scale.
+    pub not_encodable: u64,
     /// Blocks that left RAM before they could be written to SSD.
     pub demotions_dropped: u64,
     /// Blocks copied up from SSD to RAM.
@@ -139,6 +143,8 @@ impl Counts {
         self.put_bytes += other.put_bytes;
         self.put_refused += other.put_refused;
         self.demoted += other.demoted;
+        self.encoded += other.encoded;
+        self.not_encodable += other.not_encodable;
         self.demotions_dropped += other.demotions_dropped;
         self.promoted += other.promoted;
         self.corrupt += other.corrupt;

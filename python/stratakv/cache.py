@@ -57,6 +57,8 @@ class Stats:
         put_bytes: payload bytes of those.
         put_refused_blocks: blocks of puts that found no room.
         demoted_blocks: blocks written to SSD.
+        encoded_blocks: blocks of them that were encoded.
+        not_encodable_blocks: blocks that were to be encoded, and went as they are: values that fit no scale.
         demotions_dropped_blocks: blocks that left RAM before they could be written to SSD.
         promoted_blocks: blocks copied up from SSD to RAM.
         corrupt_blocks: records that failed their checks.
@@ -74,6 +76,8 @@ class Stats:
     put_bytes: int
     put_refused_blocks: int
     demoted_blocks: int
+    encoded_blocks: int
+    not_encodable_blocks: int
     demotions_dropped_blocks: int
     promoted_blocks: int
     corrupt_blocks: int
@@ -321,6 +325,23 @@ class ModelCache:
             ClosedError: the store is closed.
         """
         self._model.set_ram_budget(None if budget is None else parse_bytes(budget, "budget"))
+
+    def set_cold_codec(self, codec: str) -> None:
+        """Encodes blocks when they go to SSD, from now on; what lies there stays readable, after a restart too.
+
+        Every codec but ``none`` loses precision. A block with a NaN, an infinity or values that fit no scale goes as it
+        is, and is counted. The setting is not kept over a restart.
+
+        Args:
+            codec: ``none``, ``fp16`` (of fp32), ``int8_sym``, ``int8_asym``, ``k8v4`` (keys in 8 bits, values in 4) or
+                ``int4``. Keys are scaled per channel and block, values per token; with 4 bits in groups of 64 at most.
+
+        Raises:
+            InputError: there is no such codec, it does not fit the model's dtype, or saves nothing.
+            ModelNotFoundError: the model is not registered.
+            ClosedError: the store is closed.
+        """
+        self._model.set_cold_codec(codec)
 
     def drop(self, *, adapter: str = "", tenant: str = "") -> int:
         """Forgets all that is cached for an adapter and a tenant: an adapter has new weights, or a tenant left.

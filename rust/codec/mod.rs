@@ -106,6 +106,30 @@ pub enum Granularity {
     Channel(u32),
 }
 
+impl Granularity {
+    /// What stands for it in a record.
+    pub(crate) fn word(self) -> u32 {
+        match self {
+            Self::Tensor => 0,
+            Self::Head => 1,
+            Self::Token(group) => 2 | group << 8,
+            Self::Channel(group) => 3 | group << 8,
+        }
+    }
+
+    /// What a record's word stands for.
+    pub(crate) fn of_word(word: u32) -> Option<Self> {
+        let group = word >> 8;
+        match word & 0xff {
+            0 if group == 0 => Some(Self::Tensor),
+            1 if group == 0 => Some(Self::Head),
+            2 => Some(Self::Token(group)),
+            3 => Some(Self::Channel(group)),
+            _ => None,
+        }
+    }
+}
+
 /// A codec and how its scales are shared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Scheme {

@@ -125,6 +125,34 @@ impl Layout {
         self.planes[plane].1.clone()
     }
 
+    /// Encodes the payload of a block. `false`: a plane of it cannot be encoded.
+    ///
+    /// # Panics
+    /// The payload or `out` is of another length than a block's.
+    #[must_use]
+    pub fn encode_payload(&self, payload: &[u8], out: &mut [u8]) -> bool {
+        let planes = payload.chunks_exact(self.plane_bytes()).enumerate();
+        planes.fold(true, |fit, (n, plane)| {
+            let rows: Vec<&[u8]> = plane.chunks_exact(self.row_bytes()).collect();
+            fit && self.encode(n, &rows, &mut out[self.plane(n)])
+        })
+    }
+
+    /// Decodes the payload of a block.
+    ///
+    /// # Panics
+    /// As [`encode_payload`](Self::encode_payload).
+    pub fn decode_payload(&self, encoded: &[u8], payload: &mut [u8]) {
+        for (n, plane) in payload.chunks_exact_mut(self.plane_bytes()).enumerate() {
+            let mut rows: Vec<&mut [u8]> = plane.chunks_exact_mut(self.row_bytes()).collect();
+            self.decode(n, &encoded[self.plane(n)], &mut rows);
+        }
+    }
+
+    fn plane_bytes(&self) -> usize {
+        self.shape.heads * self.shape.tokens * self.row_bytes()
+    }
+
     /// Encodes one plane; `rows` are its rows, by head and then token, wherever they lie. `false`: it cannot be encoded,
     /// and what `out` holds means nothing.
     ///

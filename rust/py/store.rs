@@ -4,6 +4,7 @@ use super::block::BlockBuffer;
 use super::tensor::{Placement, Tensor, integers, view};
 use super::{OrRaise, raise};
 use crate::block::{Dtype, Geometry};
+use crate::codec::{Codec, Scheme};
 use crate::error::input;
 use crate::evict::{Kind, Retention};
 use crate::stats::{Counts, Tier, TierCounts};
@@ -128,6 +129,8 @@ fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyD
         ("put_bytes", counts.put_bytes),
         ("put_refused_blocks", counts.put_refused),
         ("demoted_blocks", counts.demoted),
+        ("encoded_blocks", counts.encoded),
+        ("not_encodable_blocks", counts.not_encodable),
         ("demotions_dropped_blocks", counts.demotions_dropped),
         ("promoted_blocks", counts.promoted),
         ("corrupt_blocks", counts.corrupt),
@@ -213,6 +216,12 @@ impl Model {
     /// Limits the model's bytes in RAM, or no longer.
     fn set_ram_budget(&self, py: Python<'_>, budget_bytes: Option<u64>) -> PyResult<()> {
         py.detach(|| self.store.set_ram_budget(&self.model, budget_bytes)).or_raise(py)
+    }
+
+    /// Encodes what goes to SSD from now on.
+    fn set_cold_codec(&self, py: Python<'_>, codec: &str) -> PyResult<()> {
+        let scheme = Codec::parse(codec).map(|codec| Scheme::new(codec, &self.model.spec().geometry)).or_raise(py)?;
+        py.detach(|| self.store.set_cold_codec(&self.model, scheme)).or_raise(py)
     }
 
     /// Forgets one namespace; returns how many blocks.

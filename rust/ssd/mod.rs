@@ -15,6 +15,7 @@ pub(crate) mod record;
 
 use crate::arena::Arena;
 use crate::block::{BlockHash, Geometry, Secret};
+use crate::codec::{Layout, Scheme};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Arc, Mutex};
 use epochs::CONTROL_BYTES;
@@ -45,6 +46,20 @@ pub(crate) struct Place {
     pub(crate) segment: u32,
     /// Offset within the segment.
     pub(crate) offset: u64,
+    /// Its length, in pages.
+    pub(crate) pages: u32,
+}
+
+impl Place {
+    /// Its length in bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        u64::from(self.pages) * PAGE as u64
+    }
+
+    /// Whether another record begins where it ends.
+    pub(crate) fn is_before(&self, other: &Self) -> bool {
+        self.segment == other.segment && self.offset + self.bytes() == other.offset
+    }
 }
 
 /// An open store directory.
@@ -257,7 +272,15 @@ impl Ssd {
             }
         }
         mend(file.as_ref(), &mut pages, |page| identity.write(page)).map_err(failed)?;
-        Ok(ModelFile { file, path, uuid: self.uuid, fingerprint, geometry, layout: identity.layout })
+        Ok(ModelFile {
+            file,
+            path,
+            uuid: self.uuid,
+            fingerprint,
+            geometry,
+            layout: identity.layout,
+            forms: Mutex::default(),
+        })
     }
 
     fn usable_bytes(&self) -> u64 {
@@ -402,6 +425,8 @@ pub(crate) struct ModelFile {
     fingerprint: Id,
     geometry: Geometry,
     pub(crate) layout: SegmentLayout,
+    /// How payloads are encoded that were met so far.
+    forms: Mutex<Vec<Arc<Layout>>>,
 }
 
 /// A segment as recovery found it.
@@ -418,6 +443,21 @@ impl ModelFile {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// How a payload of this form is encoded; `None`: no payload of this model is.
+    pub(crate) fn layout_of(&self, scheme: &Scheme, payload_bytes: usize) -> Option<Arc<Layout>> {
+        let mut forms = self.forms.lock();
+        let known = forms.iter().find(|layout| layout.scheme() == scheme).cloned();
+        let layout = match known {
+            Some(layout) => layout,
+            None => {
+                let new = Arc::new(Layout::new(*scheme, &self.geometry).ok()?);
+                forms.push(new.clone());
+                new
+            }
+        };
+        Some(layout).filter(|layout| layout.bytes() == payload_bytes)
     }
 
     pub(crate) fn identity(&self, epoch: u64) -> SegmentIdentity {
@@ -456,14 +496,14 @@ impl ModelFile {
             return Ok(Some(Recovered { epoch: header.epoch, entries }));
         }
         let mut entries = Vec::new();
-        let bytes = self.geometry.record_bytes();
         let mut offset = SegmentLayout::RECORDS_OFFSET;
-        while offset + bytes as u64 <= self.layout.footer_offset() {
+        while offset < self.layout.footer_offset() {
             let length = read(&mut buffer[..PAGE], offset)?;
             let mut next = offset + PAGE as u64;
-            if record::read_record_head(&buffer[..length], &self.geometry, &header).is_some() {
+            if let Some((_, form)) = record::read_record_head(&buffer[..length], &self.geometry, &header) {
+                let bytes = self.geometry.record_bytes_of(form.payload_bytes);
                 let length = read(&mut buffer[..bytes], offset)?;
-                if let Some(block) = record::read_record(&buffer[..length], &self.geometry, &header) {
+                if let Some((block, _)) = record::read_record(&buffer[..length], &self.geometry, &header) {
                     entries.push(Entry { block, offset, bytes: bytes as u64 });
                     next = offset + bytes as u64;
                 }

@@ -5,6 +5,7 @@
 //! another file, are never taken for present ones. Parsers return `None` for anything that does not agree.
 
 use crate::block::{Geometry, RECORD_ALIGN, RECORD_HEADER_BYTES, Sealed};
+use crate::codec::{Codec, Granularity, Layout, Scheme};
 use crc_fast::{CrcAlgorithm, checksum};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -13,8 +14,6 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub(crate) const FORMAT_VERSION: u16 = 1;
 /// One page: superblocks and segment headers fill it.
 pub(crate) const PAGE: usize = RECORD_ALIGN;
-/// Codec id of an unencoded payload.
-pub(crate) const CODEC_NONE: u16 = 0;
 /// Where the first segment of a model file begins.
 pub(crate) const SEGMENTS_OFFSET: u64 = 64 << 10;
 
@@ -278,23 +277,46 @@ struct RecordHead {
     payload_bytes: U64,
     record_bytes: U64,
     body_checksum: U64,
-    reserved: [u8; 128],
+    keys: U32,
+    values: U32,
+    raw_layers: [U32; 2],
+    reserved: [u8; 112],
     head_checksum: U64,
 }
 
 const _: () = assert!(size_of::<RecordHead>() == RECORD_HEADER_BYTES);
 
+/// How a record's payload is encoded, and how long it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Form {
+    /// `None`: as it is.
+    pub(crate) scheme: Option<Scheme>,
+    pub(crate) payload_bytes: usize,
+}
+
+impl Form {
+    /// The form that a layout gives.
+    pub(crate) fn new(geometry: &Geometry, layout: Option<&Layout>) -> Self {
+        Self {
+            scheme: layout.map(|layout| *layout.scheme()),
+            payload_bytes: layout.map_or(geometry.block_bytes(), Layout::bytes),
+        }
+    }
+}
+
 /// The header of a record, given all that follows it but the padding.
 pub(crate) fn record_head(
     body: &[u8],
     geometry: &Geometry,
+    form: &Form,
     segment: &SegmentIdentity,
     block: &RecordIdentity,
 ) -> [u8; RECORD_HEADER_BYTES] {
+    let word = |of: fn(&Scheme) -> Granularity| U32::new(form.scheme.as_ref().map_or(0, |scheme| of(scheme).word()));
     let mut head = RecordHead {
         magic: RECORD_MAGIC,
         version: U16::new(FORMAT_VERSION),
-        codec: U16::new(CODEC_NONE),
+        codec: U16::new(form.scheme.map_or(Codec::None, |scheme| scheme.codec) as u16),
         uuid: segment.uuid,
         fingerprint: segment.fingerprint,
         epoch: U64::new(segment.epoch),
@@ -304,40 +326,64 @@ pub(crate) fn record_head(
         block_tokens: U32::new(geometry.block_tokens),
         payload_offset: U32::new(geometry.payload_offset() as u32),
         dtype: U32::new(geometry.dtype as u32),
-        payload_bytes: U64::new(geometry.block_bytes() as u64),
-        record_bytes: U64::new(geometry.record_bytes() as u64),
+        payload_bytes: U64::new(form.payload_bytes as u64),
+        record_bytes: U64::new(geometry.record_bytes_of(form.payload_bytes) as u64),
         body_checksum: U64::new(crc(body)),
-        reserved: [0; 128],
+        keys: word(|scheme| scheme.keys),
+        values: word(|scheme| scheme.values),
+        raw_layers: form.scheme.map_or([0; 2], |scheme| scheme.raw_layers).map(U32::new),
+        reserved: [0; 112],
         head_checksum: U64::new(0),
     };
     head.head_checksum = U64::new(crc(&head.as_bytes()[..RECORD_HEADER_BYTES - 8]));
     zerocopy::transmute!(head)
 }
 
-/// Checks a record's header alone and returns what it names.
-pub(crate) fn read_record_head(bytes: &[u8], geometry: &Geometry, segment: &SegmentIdentity) -> Option<RecordIdentity> {
+/// Checks a record's header alone and returns what it names, and how.
+pub(crate) fn read_record_head(
+    bytes: &[u8],
+    geometry: &Geometry,
+    segment: &SegmentIdentity,
+) -> Option<(RecordIdentity, Form)> {
     let (head, _) = RecordHead::read_from_prefix(bytes).ok()?;
     let whole = head.head_checksum.get() == crc(&head.as_bytes()[..RECORD_HEADER_BYTES - 8]);
+    let payload_bytes = usize::try_from(head.payload_bytes.get()).ok()?;
+    let scheme = match Codec::of_id(head.codec.get())? {
+        Codec::None => None,
+        codec => Some(Scheme {
+            codec,
+            keys: Granularity::of_word(head.keys.get())?,
+            values: Granularity::of_word(head.values.get())?,
+            clip: None,
+            raw_layers: head.raw_layers.map(|layers| layers.get()),
+        }),
+    };
+    // An encoded payload is shorter: otherwise it is not encoded.
+    let plain = geometry.block_bytes();
     let ours = head.magic == RECORD_MAGIC
         && head.version.get() == FORMAT_VERSION
-        && head.codec.get() == CODEC_NONE
+        && (if scheme.is_some() { payload_bytes < plain } else { payload_bytes == plain })
         && head.uuid == segment.uuid
         && head.fingerprint == segment.fingerprint
         && head.epoch.get() == segment.epoch
         && head.block_tokens.get() == geometry.block_tokens
         && head.dtype.get() == geometry.dtype as u32
         && head.payload_offset.get() as usize == geometry.payload_offset()
-        && head.payload_bytes.get() == geometry.block_bytes() as u64
-        && head.record_bytes.get() == geometry.record_bytes() as u64;
-    (whole && ours).then_some(RecordIdentity { hash: head.hash, parent: head.parent, depth: head.depth.get() })
+        && head.record_bytes.get() == geometry.record_bytes_of(payload_bytes.min(plain)) as u64;
+    let block = RecordIdentity { hash: head.hash, parent: head.parent, depth: head.depth.get() };
+    (whole && ours).then_some((block, Form { scheme, payload_bytes }))
 }
 
 /// Checks a whole record, body included.
-pub(crate) fn read_record(record: &[u8], geometry: &Geometry, segment: &SegmentIdentity) -> Option<RecordIdentity> {
-    let block = read_record_head(record, geometry, segment)?;
+pub(crate) fn read_record(
+    record: &[u8],
+    geometry: &Geometry,
+    segment: &SegmentIdentity,
+) -> Option<(RecordIdentity, Form)> {
+    let (block, form) = read_record_head(record, geometry, segment)?;
     let (head, _) = RecordHead::read_from_prefix(record).ok()?;
-    let body = record.get(RECORD_HEADER_BYTES..geometry.payload_offset() + geometry.block_bytes())?;
-    (head.body_checksum.get() == crc(body)).then_some(block)
+    let body = record.get(RECORD_HEADER_BYTES..geometry.payload_offset() + form.payload_bytes)?;
+    (head.body_checksum.get() == crc(body)).then_some((block, form))
 }
 
 /// The token ids of a record or slot, given what follows its header.
@@ -465,7 +511,7 @@ mod tests {
         write_tokens(&mut bytes[RECORD_HEADER_BYTES..g.payload_offset()], &[1, 2, 3, u32::MAX]);
         let block = RecordIdentity { hash: [3; 16], parent: [4; 16], depth: 5 };
         let body = RECORD_HEADER_BYTES..g.payload_offset() + g.block_bytes();
-        let head = record_head(&bytes[body], &g, &segment(), &block);
+        let head = record_head(&bytes[body], &g, &Form::new(&g, None), &segment(), &block);
         bytes[..RECORD_HEADER_BYTES].copy_from_slice(&head);
         bytes
     }
@@ -504,10 +550,31 @@ mod tests {
     }
 
     #[test]
+    fn a_record_tells_how_it_is_encoded_and_one_of_an_unknown_codec_is_refused() {
+        let g = Geometry { layers: 2, planes: 2, kv_heads: 2, head_dim: 64, dtype: Dtype::Fp16, block_tokens: 16 };
+        let scheme = Scheme { raw_layers: [1, 0], ..Scheme::new(Codec::K8V4, &g) };
+        let layout = Layout::new(scheme, &g).expect("it fits");
+        let form = Form::new(&g, Some(&layout));
+        let block = RecordIdentity { hash: [3; 16], parent: [4; 16], depth: 5 };
+        let mut bytes = vec![7; g.record_bytes_of(layout.bytes())];
+        let body = RECORD_HEADER_BYTES..g.payload_offset() + layout.bytes();
+        let head = record_head(&bytes[body], &g, &form, &segment(), &block);
+        bytes[..RECORD_HEADER_BYTES].copy_from_slice(&head);
+        assert_eq!(read_record(&bytes, &g, &segment()), Some((block, form)));
+        for (at, value) in [(6, 6u8), (6, 0), (120, 4), (124, 9), (97, 0x60)] {
+            let mut other = bytes.clone();
+            other[at] = value;
+            let sum = crc(&other[..RECORD_HEADER_BYTES - 8]);
+            other[RECORD_HEADER_BYTES - 8..RECORD_HEADER_BYTES].copy_from_slice(&sum.to_le_bytes());
+            assert_eq!(read_record_head(&other, &g, &segment()), None, "byte {at} is {value}");
+        }
+    }
+
+    #[test]
     fn a_record_of_another_life_or_place_is_refused() {
         let (g, bytes) = (geometry(), record());
         let block = RecordIdentity { hash: [3; 16], parent: [4; 16], depth: 5 };
-        assert_eq!(read_record(&bytes, &g, &segment()), Some(block));
+        assert_eq!(read_record(&bytes, &g, &segment()), Some((block, Form::new(&g, None))));
         for other in [
             SegmentIdentity { epoch: 8, ..segment() },
             SegmentIdentity { uuid: [9; 16], ..segment() },

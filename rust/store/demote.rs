@@ -12,8 +12,9 @@ use super::room::{Leaver, Room};
 use super::state::{ModelState, State, Writing};
 use super::{Shared, WritePolicy};
 use crate::block::{Geometry, RECORD_HEADER_BYTES};
+use crate::codec::Layout;
 use crate::pool::Slot;
-use crate::ssd::record::{Entry, RecordIdentity, record_head};
+use crate::ssd::record::{Entry, Form, PAGE, RecordIdentity, SegmentIdentity, record_head};
 use crate::ssd::{ModelFile, Phase, Place, Segment};
 use crate::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,8 +29,11 @@ struct Run {
     model: u32,
     file: Arc<ModelFile>,
     geometry: Geometry,
+    /// Of the first record; with room for all of them as they are.
     place: Place,
     epoch: u64,
+    /// How they are encoded.
+    layout: Option<Arc<Layout>>,
     blocks: Vec<Block>,
     /// Whether the segment is new.
     opening: bool,
@@ -121,7 +125,7 @@ impl Shared {
                     state.writing = Some(run.writing());
                     drop(state);
                     let outcome = match self.write(&run) {
-                        Ok(()) => Outcome::Written,
+                        Ok(records) => Outcome::Written(records),
                         // What a failed opening has reserved goes back, so that the books agree with the disk.
                         Err(error) => {
                             let vacant = run.opening && run.file.punch(run.place.segment).is_ok();
@@ -178,7 +182,7 @@ impl Shared {
         let bytes = geometry.record_bytes();
         let file = state.models.get(&model)?.disk.as_ref()?.file.clone();
         let segment = state.segment(model, index)?;
-        let (epoch, place) = (segment.epoch, Place { segment: index, offset: segment.tail });
+        let (epoch, place) = (segment.epoch, Place { segment: index, offset: segment.tail, pages: 0 });
         let room = (file.layout.footer_offset() - segment.tail) as usize / bytes;
         let room = room.min(file.layout.max_records as usize - segment.entries.len());
         // Blocks of a run are held: no more than an eighth of RAM at a time.
@@ -207,10 +211,12 @@ impl Shared {
         if let Some(segment) = state.segment(model, index) {
             segment.tail += (blocks.len() * bytes) as u64;
         }
-        Some(Run { model, file, geometry, place, epoch, blocks, opening, sealing })
+        let layout = state.models.get(&model)?.cold.clone();
+        Some(Run { model, file, geometry, place, epoch, layout, blocks, opening, sealing })
     }
 
-    fn write(&self, run: &Run) -> std::io::Result<()> {
+    // Returns what was written of each block.
+    fn write(&self, run: &Run) -> std::io::Result<Vec<Written>> {
         if run.opening {
             if let Some(footer) = &run.sealing {
                 // Without its footer the segment is recovered by walking its records.
@@ -221,7 +227,12 @@ impl Shared {
         let bytes = run.geometry.record_bytes();
         let body_bytes = run.geometry.payload_offset() + run.geometry.block_bytes() - RECORD_HEADER_BYTES;
         let segment = run.file.identity(run.epoch);
-        let records: Vec<&[u8]> = run
+        let mut encoded = match (&self.ssd, &run.layout) {
+            (Some(ssd), Some(_)) => Some(ssd.scratch(run.blocks.len() * bytes).map_err(std::io::Error::other)?),
+            _ => None,
+        };
+        let mut rooms = encoded.iter_mut().flat_map(|buffer| buffer.chunks_exact_mut(bytes));
+        let records: Vec<(&[u8], bool)> = run
             .blocks
             .iter()
             .map(|block| {
@@ -229,15 +240,59 @@ impl Shared {
                 // SAFETY: the slot is held by the run's lease, `bytes` long, and published: what follows the header
                 // stays as it is.
                 let body = unsafe { std::slice::from_raw_parts(at.add(RECORD_HEADER_BYTES), body_bytes) };
-                let head = record_head(body, &run.geometry, &segment, &block.identity);
+                if let (Some(layout), Some(room)) = (&run.layout, rooms.next())
+                    && let Some(record) = encode(body, &run.geometry, layout, &segment, &block.identity, room)
+                {
+                    return (record, true);
+                }
+                let form = Form::new(&run.geometry, None);
+                let head = record_head(body, &run.geometry, &form, &segment, &block.identity);
                 // SAFETY: the header lies within the slot, and only this thread ever reads or writes it.
                 unsafe { std::ptr::copy_nonoverlapping(head.as_ptr(), at, head.len()) };
                 // SAFETY: as above; from here on nothing of it is written before the run ends.
-                unsafe { std::slice::from_raw_parts(at.cast_const(), bytes) }
+                (unsafe { std::slice::from_raw_parts(at.cast_const(), bytes) }, false)
             })
             .collect();
-        run.file.write_records(run.place, &records)
+        let parts: Vec<&[u8]> = records.iter().map(|&(record, _)| record).collect();
+        run.file.write_records(run.place, &parts)?;
+        let written = |&(record, encoded): &(&[u8], bool)| Written { bytes: record.len() as u64, encoded };
+        let written = records.iter().map(written).collect();
+        if let (Some(ssd), Some(buffer)) = (&self.ssd, encoded) {
+            ssd.give_back(buffer);
+        }
+        Ok(written)
     }
+}
+
+/// What was written of a block.
+struct Written {
+    bytes: u64,
+    encoded: bool,
+}
+
+// The record of a block in its encoded form, in `room`; `body` is what follows the header in its slot. `None`: it cannot
+// be encoded.
+fn encode<'a>(
+    body: &[u8],
+    geometry: &Geometry,
+    layout: &Layout,
+    segment: &SegmentIdentity,
+    block: &RecordIdentity,
+    room: &'a mut [u8],
+) -> Option<&'a [u8]> {
+    let payload_at = geometry.payload_offset();
+    let (tokens, payload) = body.split_at(payload_at - RECORD_HEADER_BYTES);
+    let end = payload_at + layout.bytes();
+    if !layout.encode_payload(payload, &mut room[payload_at..end]) {
+        return None;
+    }
+    room[RECORD_HEADER_BYTES..payload_at].copy_from_slice(tokens);
+    let record = &mut room[..geometry.record_bytes_of(layout.bytes())];
+    record[end..].fill(0);
+    let form = Form::new(geometry, Some(layout));
+    let head = record_head(&record[RECORD_HEADER_BYTES..end], geometry, &form, segment, block);
+    record[..RECORD_HEADER_BYTES].copy_from_slice(&head);
+    Some(record)
 }
 
 impl State {
@@ -324,7 +379,7 @@ pub(super) fn seal_open_segment(state: &mut State, model: u32, new: Option<u32>)
 }
 
 enum Outcome {
-    Written,
+    Written(Vec<Written>),
     /// `vacant`: the segment holds no disk blocks.
     Failed {
         error: std::io::Error,
@@ -334,15 +389,23 @@ enum Outcome {
 
 fn commit(state: &mut State, run: Run, outcome: Outcome) {
     state.writing = None;
-    let bytes = run.geometry.record_bytes() as u64;
     match outcome {
-        Outcome::Written => {
-            for (n, block) in run.blocks.iter().enumerate() {
-                let place = Place { offset: run.place.offset + n as u64 * bytes, ..run.place };
+        Outcome::Written(records) => {
+            let mut offset = run.place.offset;
+            for (block, Written { bytes, encoded }) in run.blocks.iter().zip(records) {
+                let place = Place { offset, pages: (bytes / PAGE as u64) as u32, ..run.place };
+                offset += bytes;
                 if state.nodes.is_linked(block.node) {
                     let entry = Entry { block: block.identity, offset: place.offset, bytes };
                     state.place_on_ssd(block.node, place, entry);
+                    let counts = state.counts(run.model);
+                    counts.encoded += u64::from(encoded);
+                    counts.not_encodable += u64::from(!encoded && run.layout.is_some());
                 }
+            }
+            // Only this thread appends: what the records did not need is there for the next.
+            if let Some(segment) = state.segment(run.model, run.place.segment) {
+                segment.tail = offset;
             }
         }
         Outcome::Failed { error, vacant } => {

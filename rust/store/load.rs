@@ -204,8 +204,7 @@ fn runs(sources: &[Source], record_bytes: usize, threads: usize) -> Vec<Range<us
             (Source::Ssd { place, .. }, Some(run))
                 if run.end == n
                     && run.len() < most
-                    && matches!(&sources[n - 1], Source::Ssd { place: before, .. }
-                        if before.segment == place.segment && before.offset + record_bytes as u64 == place.offset) =>
+                    && matches!(&sources[n - 1], Source::Ssd { place: before, .. } if before.is_before(place)) =>
             {
                 run.end += 1;
             }
@@ -230,15 +229,22 @@ impl Lease {
             Source::Gone(miss) => return all(*miss),
             Source::Ram(_) => return all(Miss::Closed),
         };
-        let bytes = geometry.record_bytes();
+        let lengths = sources.iter().map(|source| match source {
+            Source::Ssd { place, .. } => place.bytes() as usize,
+            _ => 0,
+        });
+        let (bytes, all_bytes) = (geometry.record_bytes(), lengths.clone().sum());
         let Some(ssd) = &self.shared.ssd else { return all(Miss::Closed) };
-        let Ok(mut buffer) = ssd.scratch(RUN_BYTES.max(bytes)) else { return all(Miss::Io) };
-        let results = match file.read_records(place, &mut buffer[..sources.len() * bytes]) {
+        let Ok(mut buffer) = ssd.scratch(RUN_BYTES.max(bytes).max(all_bytes)) else { return all(Miss::Io) };
+        let results = match file.read_records(place, &mut buffer[..all_bytes]) {
             Ok(length) => {
-                let records = buffer[..length].chunks(bytes).chain(std::iter::repeat(&[][..]));
-                let numbered = sources.iter().zip(records).enumerate();
+                let mut rest = &buffer[..length];
+                let numbered = sources.iter().zip(lengths).enumerate();
                 numbered
-                    .map(|(i, (source, record))| self.take_record(geometry, view, source, first + i, record))
+                    .map(|(i, (source, bytes))| {
+                        let record = rest.split_off(..bytes.min(rest.len())).unwrap_or_default();
+                        self.take_record(geometry, view, source, first + i, record)
+                    })
                     .collect()
             }
             // One bad sector must not cost its neighbours.
@@ -261,20 +267,49 @@ impl Lease {
         record: &[u8],
     ) -> std::result::Result<Tier, Miss> {
         let Source::Ssd { file, hash, epoch, promote, .. } = source else { return Err(Miss::Closed) };
-        read_record(record, geometry, &file.identity(*epoch))
-            .filter(|block| {
+        let (_, form) = read_record(record, geometry, &file.identity(*epoch))
+            .filter(|(block, form)| {
                 block.hash == *hash
+                    && record.len() == geometry.record_bytes_of(form.payload_bytes)
                     && tokens_of(&record[RECORD_HEADER_BYTES..], geometry).eq(self.expected(n).iter().copied())
             })
             .ok_or(Miss::Corrupt)?;
-        if let Some(slot) = promote {
+        let slot = promote.map(|slot| {
             // SAFETY: the slot was allocated for this load and is not published: this thread alone has it. It is as
-            // long as a record, and the record is whole.
-            unsafe { std::ptr::copy_nonoverlapping(record.as_ptr(), self.shared.arena.at(*slot), record.len()) };
+            // long as a record.
+            unsafe { std::slice::from_raw_parts_mut(self.shared.arena.at(slot), geometry.record_bytes()) }
+        });
+        let scatter = |payload: &[u8]| {
+            let payload = payload.as_ptr().cast_mut();
+            let block = BlockCopy { payload, first_token: n * geometry.block_tokens as usize };
+            copy_planes(geometry, view, block, 0..geometry.plane_count(), Direction::Scatter);
+        };
+        let (payload_at, plain_end) = (geometry.payload_offset(), geometry.payload_offset() + geometry.block_bytes());
+        let Some(scheme) = &form.scheme else {
+            if let Some(slot) = slot {
+                slot.copy_from_slice(record);
+            }
+            scatter(&record[payload_at..plain_end]);
+            return Ok(Tier::Ssd);
+        };
+        let layout = file.layout_of(scheme, form.payload_bytes).ok_or(Miss::Corrupt)?;
+        let encoded = &record[payload_at..payload_at + form.payload_bytes];
+        match (slot, &self.shared.ssd) {
+            // In RAM it stands as it came, so that it is not encoded twice: its record on SSD stays.
+            (Some(slot), _) => {
+                slot[..payload_at].copy_from_slice(&record[..payload_at]);
+                slot[plain_end..].fill(0);
+                layout.decode_payload(encoded, &mut slot[payload_at..plain_end]);
+                scatter(&slot[payload_at..plain_end]);
+            }
+            (None, Some(ssd)) => {
+                let mut plain = ssd.scratch(geometry.block_bytes()).map_err(|_| Miss::Io)?;
+                layout.decode_payload(encoded, &mut plain[..geometry.block_bytes()]);
+                scatter(&plain[..geometry.block_bytes()]);
+                ssd.give_back(plain);
+            }
+            (None, None) => return Err(Miss::Closed),
         }
-        let payload = record[geometry.payload_offset()..].as_ptr().cast_mut();
-        let block = BlockCopy { payload, first_token: n * geometry.block_tokens as usize };
-        copy_planes(geometry, view, block, 0..geometry.plane_count(), Direction::Scatter);
         Ok(Tier::Ssd)
     }
 }

@@ -30,6 +30,7 @@ pub use view::BlockView;
 
 use crate::arena::{Arena, Pages};
 use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES, Secret};
+use crate::codec::{Codec, Layout, Scheme};
 use crate::copy::{BlockCopy, Direction, KvView, Workers};
 use crate::error::{Error, ErrorKind, Result, input};
 use crate::evict::{Kind, Retention};
@@ -229,6 +230,7 @@ impl Store {
                 counts: Counts::default(),
                 matches: matches.clone(),
                 disk: None,
+                cold: None,
                 dirty: VecDeque::new(),
                 dirty_blocks: 0,
             },
@@ -335,6 +337,31 @@ impl Store {
         state.ram.pool.set_budget(&books.class, bytes.unwrap_or(u64::MAX));
         drop(state);
         self.shared.work.notify_all();
+        Ok(())
+    }
+
+    /// Encodes a model's blocks when they go to SSD, from now on; what lies there stays readable. `Codec::None`: they go as
+    /// they are. A block with values that fit no scale goes as it is.
+    ///
+    /// # Errors
+    /// The model is not registered; the scheme does not fit its geometry, or makes nothing smaller.
+    pub fn set_cold_codec(&self, model: &Model, scheme: Scheme) -> Result<()> {
+        let geometry = &model.spec.geometry;
+        let layout = Layout::new(scheme, geometry)?;
+        let (name, encoded, plain) = (&model.spec.name, layout.bytes(), geometry.block_bytes());
+        let encodes = scheme.codec != Codec::None;
+        if encodes && geometry.record_bytes_of(encoded) >= geometry.record_bytes() {
+            return Err(input(format!(
+                "codec {:?}: a block of model {name:?} has {plain} bytes, and {encoded} encoded, so nothing is saved; \
+                 use none, or larger blocks",
+                scheme.codec.name()
+            )));
+        }
+        let mut state = self.shared.open_state()?;
+        let Some(books) = state.models.get_mut(&model.id) else {
+            return Err(Error::new(ErrorKind::ModelNotFound, format!("model {name:?} is not registered")));
+        };
+        books.cold = encodes.then(|| Arc::new(layout));
         Ok(())
     }
 

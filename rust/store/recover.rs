@@ -3,6 +3,7 @@
 use super::namespace::Epochs;
 use super::state::{Disk, State};
 use crate::block::Secret;
+use crate::ssd::record::{Entry, PAGE};
 use crate::ssd::{ModelFile, Phase, Place, Recovered, Segment};
 use crate::sync::Arc;
 
@@ -18,14 +19,19 @@ impl State {
         secret: &Secret,
         epochs: &Epochs,
     ) {
+        let most = self.models.get(&model).map_or(0, |m| m.geometry.record_bytes() as u64);
         let mut segments: Vec<Segment> = Vec::new();
         let mut found = Vec::new();
         for (index, segment) in recovered.into_iter().enumerate() {
             let mut books = Segment::empty();
             if let Some(Recovered { epoch, entries }) = segment {
                 books = Segment { phase: Phase::Sealed, epoch, ..books };
-                let at = |offset| Place { segment: index as u32, offset };
-                found.extend(entries.iter().map(|e| (e.block.depth, std::cmp::Reverse(epoch), at(e.offset), e.block)));
+                let at = |e: &Entry| {
+                    let pages = (e.bytes / PAGE as u64) as u32;
+                    Place { segment: index as u32, offset: e.offset, pages }
+                };
+                let entries = entries.iter().filter(|e| e.bytes <= most);
+                found.extend(entries.map(|e| (e.block.depth, std::cmp::Reverse(epoch), at(e), e.block)));
             }
             segments.push(books);
         }

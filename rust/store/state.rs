@@ -8,6 +8,7 @@ use super::lease::Touched;
 use super::model::Matches;
 use super::nodes::{Node, NodeId, Nodes};
 use crate::block::{BlockHash, Geometry};
+use crate::codec::Layout;
 use crate::evict::{Kind, Retention};
 use crate::pool::{Class, Run, Slot};
 use crate::ram::{Leaving, Ram};
@@ -31,6 +32,8 @@ pub(crate) struct ModelState {
     /// What its matches count without the lock.
     pub(crate) matches: Arc<Matches>,
     pub(crate) disk: Option<Disk>,
+    /// How blocks are encoded that go to SSD; `None`: as they are.
+    pub(crate) cold: Option<Arc<Layout>>,
     /// Blocks put and not yet on SSD, by rising ticket. An entry may be outdated; its node's `queued` tells.
     pub(crate) dirty: VecDeque<(u64, BlockHash)>,
     pub(crate) dirty_blocks: u64,
@@ -141,6 +144,7 @@ impl State {
     fn account(&mut self, id: NodeId, add: bool) {
         let model = self.nodes.model(id);
         let (in_ram, on_ssd) = (self.nodes[id].ram.is_some(), self.nodes[id].ssd.is_some());
+        let ssd_bytes = self.nodes[id].ssd.map_or(0, |place| place.bytes());
         let Some(bytes) = self.models.get(&model).map(|m| m.geometry.record_bytes() as u64) else { return };
         let shift = |value: &mut u64, by: u64| *value = if add { *value + by } else { *value - by };
         if in_ram
@@ -150,7 +154,7 @@ impl State {
             shift(&mut model.dirty_blocks, 1);
         }
         let counts = self.counts(model);
-        for (tier, present) in [(Tier::Ram, in_ram), (Tier::Ssd, on_ssd)] {
+        for (tier, present, bytes) in [(Tier::Ram, in_ram, bytes), (Tier::Ssd, on_ssd, ssd_bytes)] {
             if present {
                 shift(&mut counts.tier(tier).blocks, 1);
                 shift(&mut counts.tier(tier).used_bytes, bytes);

@@ -1,0 +1,151 @@
+"""Codecs on the way to SSD: fewer bytes, values near enough, and never the wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import stratakv
+from stores import NUMPY, config, geometry
+
+CODECS = ["fp16", "int8_sym", "int8_asym", "k8v4", "int4"]
+
+
+def shape(dtype: str = "fp16") -> stratakv.Geometry:
+    return geometry(dtype=dtype, head_dim=64, block_tokens=16)
+
+
+def values(dtype: str, tokens: int, seed: int = 0) -> np.ndarray:
+    """Keys and values [L, K, H, N, D] like those of a model: keys have outlier channels."""
+    g = shape(dtype)
+    out = np.random.default_rng(seed).standard_normal((g.layers, g.planes, g.kv_heads, tokens, g.head_dim), np.float32)
+    out[:, 0, :, :, ::16] *= 8
+    return out.astype(NUMPY[dtype])
+
+
+def load(cache: stratakv.ModelCache, tokens: np.ndarray) -> tuple[np.ndarray, stratakv.Explanation]:
+    g = cache.geometry
+    out = np.zeros((g.layers, g.planes, g.kv_heads, len(tokens), g.head_dim), NUMPY[g.dtype])
+    with cache.match(tokens) as hit:
+        count = hit.load(out, layout="LKHND")
+        return out[:, :, :, :count], hit.explain()
+
+
+def steps(kv: np.ndarray, codec: str, block: int = 16) -> np.ndarray:
+    """Half a step of each value's scale, by the definition of the codec."""
+    x = kv.astype(np.float64)
+    tiles = x.reshape(*x.shape[:3], -1, block, x.shape[-1])
+    bound = np.empty_like(tiles)
+    for plane, axis in ((0, 4), (1, 5)):
+        part = tiles[:, plane]
+        of, axis = np.abs(part), axis - 1
+        spread = part.max(axis, keepdims=True) - part.min(axis, keepdims=True)
+        four = codec == "int4" or (codec == "k8v4" and plane == 1)
+        signed = codec == "int8_sym" or (codec == "k8v4" and plane == 0)
+        step = of.max(axis, keepdims=True) / 127 if signed else spread / (15 if four else 255)
+        bound[:, plane] = np.broadcast_to(step, part.shape) / 2
+    # Scales are rounded up to bfloat16, values to their dtype.
+    return bound.reshape(x.shape) * (1 + 2**-7) + np.abs(x).max() * 2**-8
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_was_encoded_is_near_and_smaller_and_found_after_a_restart(tmp_path: Path, codec: str, dtype: str) -> None:
+    if codec == "fp16" and dtype != "fp32":
+        pytest.skip("nothing to save")
+    tokens, kv = np.arange(64), values(dtype, 64)
+    with stratakv.open(config(tmp_path)) as store:
+        cache = store.register("m", shape(dtype))
+        cache.set_cold_codec(codec)
+        assert cache.put(tokens, kv, layout="LKHND") == 64
+        store.flush()
+        stats = cache.stats()
+        assert (stats.demoted_blocks, stats.encoded_blocks, stats.not_encodable_blocks) == (4, 4, 0)
+        sides = stats.tiers["ssd"].used_bytes, stats.tiers["ram"].used_bytes
+        assert sides[0] <= sides[1] * {"fp16": 0.6, "int8_sym": 0.7, "int8_asym": 0.75, "k8v4": 0.6, "int4": 0.5}[codec]
+        assert np.array_equal(load(cache, tokens)[0], kv), "what is in RAM is as it was put"
+    with stratakv.open(config(tmp_path)) as store:
+        cache = store.register("m", shape(dtype))
+        assert cache.stats().tiers["ssd"].used_bytes == sides[0]
+        first, explanation = load(cache, tokens)
+        assert explanation.blocks == ("ssd",) * 4
+        assert first.shape == kv.shape
+        error = np.abs(first.astype(np.float64) - kv.astype(np.float64))
+        bound = np.abs(kv) * 2**-10 if codec == "fp16" else steps(kv, codec)
+        assert (error <= bound).all()
+        # The second read brings the blocks to RAM, the third is from there.
+        second, third = load(cache, tokens), load(cache, tokens)
+        assert third[1].blocks == ("ram",) * 4
+        assert np.array_equal(second[0], first)
+        assert np.array_equal(third[0], first)
+
+
+def test_a_codec_can_be_changed_at_any_time_and_old_records_stay_readable(tmp_path: Path) -> None:
+    kept = {}
+    with stratakv.open(config(tmp_path)) as store:
+        cache = store.register("m", shape())
+        for n, codec in enumerate(["none", *CODECS[1:], "none"]):
+            cache.set_cold_codec(codec)
+            tokens, kv = np.arange(32) + 1000 * n, values("fp16", 32, n)
+            cache.put(tokens, kv, layout="LKHND")
+            store.flush()
+            kept[codec, n] = tokens, kv
+    with stratakv.open(config(tmp_path)) as store:
+        cache = store.register("m", shape())
+        for (codec, _), (tokens, kv) in kept.items():
+            got, explanation = load(cache, tokens)
+            assert explanation.reason is None
+            if codec == "none":
+                assert np.array_equal(got, kv)
+            else:
+                assert (np.abs(got.astype(np.float64) - kv.astype(np.float64)) <= steps(kv, codec)).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 65_504.0])
+def test_a_block_with_values_that_fit_no_scale_is_kept_as_it_is(tmp_path: Path, bad: float) -> None:
+    tokens, kv = np.arange(48), values("fp16", 48)
+    kv[1, 0, 1, 20, 7] = bad
+    with stratakv.open(config(tmp_path)) as store:
+        cache = store.register("m", shape())
+        cache.set_cold_codec("int8_sym")
+        cache.put(tokens, kv, layout="LKHND")
+        store.flush()
+        assert (cache.stats().encoded_blocks, cache.stats().not_encodable_blocks) == (2, 1)
+    with stratakv.open(config(tmp_path)) as store:
+        got, _ = load(store.register("m", shape()), tokens)
+        assert got.shape == kv.shape
+        assert np.array_equal(got[:, :, :, 16:32], kv[:, :, :, 16:32], equal_nan=True)
+        assert np.isfinite(got[:, :, :, :16]).all()
+
+
+def test_encoded_records_survive_a_lost_footer(tmp_path: Path) -> None:
+    tokens, kv = np.arange(320), values("fp16", 320)
+    with stratakv.open(config(tmp_path)) as store:
+        cache = store.register("m", shape())
+        cache.set_cold_codec("k8v4")
+        cache.put(tokens, kv, layout="LKHND")
+        store.flush()
+    (file,) = tmp_path.glob("*.kv")
+    data = file.read_bytes().replace(b"SKVF", b"????")
+    file.write_bytes(data)
+    with stratakv.open(config(tmp_path)) as store:
+        got, explanation = load(store.register("m", shape()), tokens)
+        assert (got.shape[3], explanation.reason) == (320, None)
+        assert (np.abs(got.astype(np.float64) - kv.astype(np.float64)) <= steps(kv, "k8v4")).all()
+
+
+def test_a_codec_that_makes_no_sense_is_refused_with_what_to_do(caches: stratakv.CacheManager) -> None:
+    cache = caches.register("m", shape())
+    with pytest.raises(stratakv.InputError, match=r'"zip": expected one of none, fp16, int8_sym'):
+        cache.set_cold_codec("zip")
+    with pytest.raises(stratakv.InputError, match="nothing is saved; use int8_sym"):
+        cache.set_cold_codec("fp16")
+    with pytest.raises(stratakv.InputError, match="eight bits already"):
+        caches.register("eight", shape("uint8")).set_cold_codec("int8_sym")
+    with pytest.raises(stratakv.InputError, match="nothing is saved; use none, or larger blocks"):
+        caches.register("small", geometry()).set_cold_codec("int8_sym")
+    caches.unregister("m")
+    with pytest.raises(stratakv.ModelNotFoundError, match='"m"'):
+        cache.set_cold_codec("int8_sym")
