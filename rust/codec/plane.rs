@@ -37,6 +37,8 @@ pub struct Layout {
     isa: Isa,
 }
 
+/// Tokens at the start of a sequence that `int4` keeps exact.
+const EXACT: usize = 4;
 /// Parts of an encoded plane begin at multiples of this.
 const ALIGN: usize = 64;
 /// Bytes of rows that stay near while their groups' parameters are computed.
@@ -125,16 +127,44 @@ impl Layout {
         self.planes[plane].1.clone()
     }
 
+    /// Bytes of an encoded payload; `first`: of a block that begins a sequence, some of whose tokens stay exact.
+    pub fn bytes_of(&self, first: bool) -> usize {
+        let exact = if first { self.planes.len() * self.shape.heads * self.exact() * self.row_bytes() } else { 0 };
+        self.bytes() + exact
+    }
+
+    // Tokens at the start of a sequence that stay exact: attention leans on them, whatever they say.
+    fn exact(&self) -> usize {
+        if self.scheme.codec == Codec::Int4 { EXACT.min(self.shape.tokens) } else { 0 }
+    }
+
+    // Rows of a plane's head, and of the tokens in it that stay exact.
+    fn exact_rows(&self) -> impl Iterator<Item = Range<usize>> {
+        let (tokens, exact) = (self.shape.tokens, self.exact());
+        (0..self.shape.heads).map(move |head| head * tokens..head * tokens + exact)
+    }
+
     /// Encodes the payload of a block. `false`: a plane of it cannot be encoded.
     ///
     /// # Panics
     /// The payload or `out` is of another length than a block's.
     #[must_use]
-    pub fn encode_payload(&self, payload: &[u8], out: &mut [u8]) -> bool {
+    pub fn encode_payload(&self, payload: &[u8], first: bool, out: &mut [u8]) -> bool {
+        let (coded, mut exact) = out.split_at_mut(self.bytes());
         let planes = payload.chunks_exact(self.plane_bytes()).enumerate();
         planes.fold(true, |fit, (n, plane)| {
-            let rows: Vec<&[u8]> = plane.chunks_exact(self.row_bytes()).collect();
-            fit && self.encode(n, &rows, &mut out[self.plane(n)])
+            let mut rows: Vec<&[u8]> = plane.chunks_exact(self.row_bytes()).collect();
+            for kept in self.exact_rows().filter(|_| first) {
+                for row in kept.clone() {
+                    exact.split_off_mut(..self.row_bytes()).unwrap_or_default().copy_from_slice(rows[row]);
+                }
+                // They widen no scale: another token stands for them.
+                if kept.len() < self.shape.tokens {
+                    let other = rows[kept.end];
+                    rows[kept].fill(other);
+                }
+            }
+            fit && self.encode(n, &rows, &mut coded[self.plane(n)])
         })
     }
 
@@ -142,10 +172,15 @@ impl Layout {
     ///
     /// # Panics
     /// As [`encode_payload`](Self::encode_payload).
-    pub fn decode_payload(&self, encoded: &[u8], payload: &mut [u8]) {
+    pub fn decode_payload(&self, encoded: &[u8], first: bool, payload: &mut [u8]) {
+        let (coded, exact) = encoded.split_at(self.bytes());
+        let mut exact = exact.chunks_exact(self.row_bytes());
         for (n, plane) in payload.chunks_exact_mut(self.plane_bytes()).enumerate() {
             let mut rows: Vec<&mut [u8]> = plane.chunks_exact_mut(self.row_bytes()).collect();
-            self.decode(n, &encoded[self.plane(n)], &mut rows);
+            self.decode(n, &coded[self.plane(n)], &mut rows);
+            for row in self.exact_rows().filter(|_| first).flatten() {
+                exact.next().into_iter().for_each(|kept| rows[row].copy_from_slice(kept));
+            }
         }
     }
 

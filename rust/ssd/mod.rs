@@ -15,13 +15,13 @@ pub(crate) mod record;
 
 use crate::arena::Arena;
 use crate::block::{BlockHash, Geometry, Secret};
-use crate::codec::{Layout, Scheme};
+use crate::codec::Layout;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Arc, Mutex};
 use epochs::CONTROL_BYTES;
 use io::{DirectoryLock, Io, IoFile};
 use record::{
-    Entry, Id, ModelIdentity, PAGE, SEGMENTS_OFFSET, SegmentIdentity, SegmentLayout, StoreIdentity, Superblock,
+    Entry, Form, Id, ModelIdentity, PAGE, SEGMENTS_OFFSET, SegmentIdentity, SegmentLayout, StoreIdentity, Superblock,
 };
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -446,7 +446,8 @@ impl ModelFile {
     }
 
     /// How a payload of this form is encoded; `None`: no payload of this model is.
-    pub(crate) fn layout_of(&self, scheme: &Scheme, payload_bytes: usize) -> Option<Arc<Layout>> {
+    pub(crate) fn layout_of(&self, form: &Form, depth: u32) -> Option<Arc<Layout>> {
+        let scheme = form.scheme.as_ref()?;
         let mut forms = self.forms.lock();
         let known = forms.iter().find(|layout| layout.scheme() == scheme).cloned();
         let layout = match known {
@@ -457,7 +458,7 @@ impl ModelFile {
                 new
             }
         };
-        Some(layout).filter(|layout| layout.bytes() == payload_bytes)
+        Some(layout).filter(|layout| Form::encoded(layout, depth) == *form)
     }
 
     pub(crate) fn identity(&self, epoch: u64) -> SegmentIdentity {

@@ -295,12 +295,14 @@ pub(crate) struct Form {
 }
 
 impl Form {
-    /// The form that a layout gives.
-    pub(crate) fn new(geometry: &Geometry, layout: Option<&Layout>) -> Self {
-        Self {
-            scheme: layout.map(|layout| *layout.scheme()),
-            payload_bytes: layout.map_or(geometry.block_bytes(), Layout::bytes),
-        }
+    /// As it is.
+    pub(crate) fn plain(geometry: &Geometry) -> Self {
+        Self { scheme: None, payload_bytes: geometry.block_bytes() }
+    }
+
+    /// The form that a layout gives a block of this depth.
+    pub(crate) fn encoded(layout: &Layout, depth: u32) -> Self {
+        Self { scheme: Some(*layout.scheme()), payload_bytes: layout.bytes_of(depth == 0) }
     }
 }
 
@@ -511,7 +513,7 @@ mod tests {
         write_tokens(&mut bytes[RECORD_HEADER_BYTES..g.payload_offset()], &[1, 2, 3, u32::MAX]);
         let block = RecordIdentity { hash: [3; 16], parent: [4; 16], depth: 5 };
         let body = RECORD_HEADER_BYTES..g.payload_offset() + g.block_bytes();
-        let head = record_head(&bytes[body], &g, &Form::new(&g, None), &segment(), &block);
+        let head = record_head(&bytes[body], &g, &Form::plain(&g), &segment(), &block);
         bytes[..RECORD_HEADER_BYTES].copy_from_slice(&head);
         bytes
     }
@@ -554,8 +556,8 @@ mod tests {
         let g = Geometry { layers: 2, planes: 2, kv_heads: 2, head_dim: 64, dtype: Dtype::Fp16, block_tokens: 16 };
         let scheme = Scheme { raw_layers: [1, 0], ..Scheme::new(Codec::K8V4, &g) };
         let layout = Layout::new(scheme, &g).expect("it fits");
-        let form = Form::new(&g, Some(&layout));
         let block = RecordIdentity { hash: [3; 16], parent: [4; 16], depth: 5 };
+        let form = Form::encoded(&layout, block.depth);
         let mut bytes = vec![7; g.record_bytes_of(layout.bytes())];
         let body = RECORD_HEADER_BYTES..g.payload_offset() + layout.bytes();
         let head = record_head(&bytes[body], &g, &form, &segment(), &block);
@@ -574,7 +576,7 @@ mod tests {
     fn a_record_of_another_life_or_place_is_refused() {
         let (g, bytes) = (geometry(), record());
         let block = RecordIdentity { hash: [3; 16], parent: [4; 16], depth: 5 };
-        assert_eq!(read_record(&bytes, &g, &segment()), Some((block, Form::new(&g, None))));
+        assert_eq!(read_record(&bytes, &g, &segment()), Some((block, Form::plain(&g))));
         for other in [
             SegmentIdentity { epoch: 8, ..segment() },
             SegmentIdentity { uuid: [9; 16], ..segment() },

@@ -245,7 +245,7 @@ impl Shared {
                 {
                     return (record, true);
                 }
-                let form = Form::new(&run.geometry, None);
+                let form = Form::plain(&run.geometry);
                 let head = record_head(body, &run.geometry, &form, &segment, &block.identity);
                 // SAFETY: the header lies within the slot, and only this thread ever reads or writes it.
                 unsafe { std::ptr::copy_nonoverlapping(head.as_ptr(), at, head.len()) };
@@ -282,14 +282,14 @@ fn encode<'a>(
 ) -> Option<&'a [u8]> {
     let payload_at = geometry.payload_offset();
     let (tokens, payload) = body.split_at(payload_at - RECORD_HEADER_BYTES);
-    let end = payload_at + layout.bytes();
-    if !layout.encode_payload(payload, &mut room[payload_at..end]) {
+    let form = Form::encoded(layout, block.depth);
+    let end = payload_at + form.payload_bytes;
+    if !layout.encode_payload(payload, block.depth == 0, &mut room[payload_at..end]) {
         return None;
     }
     room[RECORD_HEADER_BYTES..payload_at].copy_from_slice(tokens);
-    let record = &mut room[..geometry.record_bytes_of(layout.bytes())];
+    let record = &mut room[..geometry.record_bytes_of(form.payload_bytes)];
     record[end..].fill(0);
-    let form = Form::new(geometry, Some(layout));
     let head = record_head(&record[RECORD_HEADER_BYTES..end], geometry, &form, segment, block);
     record[..RECORD_HEADER_BYTES].copy_from_slice(&head);
     Some(record)

@@ -267,7 +267,7 @@ impl Lease {
         record: &[u8],
     ) -> std::result::Result<Tier, Miss> {
         let Source::Ssd { file, hash, epoch, promote, .. } = source else { return Err(Miss::Closed) };
-        let (_, form) = read_record(record, geometry, &file.identity(*epoch))
+        let (block, form) = read_record(record, geometry, &file.identity(*epoch))
             .filter(|(block, form)| {
                 block.hash == *hash
                     && record.len() == geometry.record_bytes_of(form.payload_bytes)
@@ -285,26 +285,27 @@ impl Lease {
             copy_planes(geometry, view, block, 0..geometry.plane_count(), Direction::Scatter);
         };
         let (payload_at, plain_end) = (geometry.payload_offset(), geometry.payload_offset() + geometry.block_bytes());
-        let Some(scheme) = &form.scheme else {
+        if form.scheme.is_none() {
             if let Some(slot) = slot {
                 slot.copy_from_slice(record);
             }
             scatter(&record[payload_at..plain_end]);
             return Ok(Tier::Ssd);
-        };
-        let layout = file.layout_of(scheme, form.payload_bytes).ok_or(Miss::Corrupt)?;
+        }
+        let layout = file.layout_of(&form, block.depth).ok_or(Miss::Corrupt)?;
+        let first = block.depth == 0;
         let encoded = &record[payload_at..payload_at + form.payload_bytes];
         match (slot, &self.shared.ssd) {
             // In RAM it stands as it came, so that it is not encoded twice: its record on SSD stays.
             (Some(slot), _) => {
                 slot[..payload_at].copy_from_slice(&record[..payload_at]);
                 slot[plain_end..].fill(0);
-                layout.decode_payload(encoded, &mut slot[payload_at..plain_end]);
+                layout.decode_payload(encoded, first, &mut slot[payload_at..plain_end]);
                 scatter(&slot[payload_at..plain_end]);
             }
             (None, Some(ssd)) => {
                 let mut plain = ssd.scratch(geometry.block_bytes()).map_err(|_| Miss::Io)?;
-                layout.decode_payload(encoded, &mut plain[..geometry.block_bytes()]);
+                layout.decode_payload(encoded, first, &mut plain[..geometry.block_bytes()]);
                 scatter(&plain[..geometry.block_bytes()]);
                 ssd.give_back(plain);
             }

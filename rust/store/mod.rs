@@ -348,7 +348,7 @@ impl Store {
     pub fn set_cold_codec(&self, model: &Model, scheme: Scheme) -> Result<()> {
         let geometry = &model.spec.geometry;
         let layout = Layout::new(scheme, geometry)?;
-        let (name, encoded, plain) = (&model.spec.name, layout.bytes(), geometry.block_bytes());
+        let (name, encoded, plain) = (&model.spec.name, layout.bytes_of(true), geometry.block_bytes());
         let encodes = scheme.codec != Codec::None;
         if encodes && geometry.record_bytes_of(encoded) >= geometry.record_bytes() {
             return Err(input(format!(
