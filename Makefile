@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-engines prove check bench bench-peers wheel clean
+.PHONY: help setup demo test test-engines prove check bench bench-peers accuracy wheel clean
 
 PYTHON ?= python3
 SUITE ?= main
@@ -80,6 +80,9 @@ bench-peers: $(ENGINES) ## Install what the benches compare with: LMCache, and S
 	@echo 'make: LMCache and SGLang (about two minutes)'
 	@$(PIP) install --group engines --group peers
 	@$(PIP) install --no-deps sglang==0.5.23
+
+accuracy: $(NATIVE) $(ENGINES) ## Score a real model on what comes out of each codec; it fetches the model (93 MB), once.
+	$(BIN)/python benches/accuracy.py $(ARGS)
 
 wheel: $(TOOLS) $(RUST) $(PACKAGE) ## Build the wheel; it must stay under 10 MB and import beside numpy alone.
 	@echo 'make: wheel'
