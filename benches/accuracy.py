@@ -51,10 +51,10 @@ def measure(say: Callable[[str], None], windows: int) -> list[Row]:
     import torch  # Only here: it may be missing.
     from transformers import DynamicCache
 
-    from stratakv.demo import _model_home
+    from stratakv.demo import model_home
     from stratakv.demo.model import smollm2
 
-    chat = smollm2(_model_home(), say)
+    chat = smollm2(model_home(), say)
     model = chat.load(torch.float32)
     text = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     ids = chat.encode(text)[: windows * (PREFIX + SCORED)]

@@ -26,7 +26,7 @@ mod x86;
 mod tests;
 
 use crate::block::Geometry;
-use crate::error::{Result, input};
+use crate::error::{Error, ErrorKind, Result, input};
 pub use clip::Percentile;
 pub use plane::Layout;
 use std::ops::Range;
@@ -182,15 +182,28 @@ impl Isa {
         all
     }
 
-    /// The one that is used: the fastest, or what `STRATAKV_CODEC_ISA` names, if the processor has it.
+    /// The one that is used: what `STRATAKV_CODEC_ISA` names, else the fastest.
     pub fn chosen() -> Self {
         static CHOSEN: OnceLock<Isa> = OnceLock::new();
-        *CHOSEN.get_or_init(|| {
-            let all = Self::all();
-            let asked = std::env::var("STRATAKV_CODEC_ISA").unwrap_or_default();
-            let named = all.iter().copied().find(|isa| isa.name() == asked);
-            named.or(all.last().copied()).unwrap_or(Self::Scalar)
+        *CHOSEN.get_or_init(|| Self::asked().ok().flatten().unwrap_or_else(Self::fastest))
+    }
+
+    /// What `STRATAKV_CODEC_ISA` names, if it is set.
+    ///
+    /// # Errors
+    /// This processor has no such path.
+    pub(crate) fn asked() -> Result<Option<Self>> {
+        let Some(asked) = std::env::var_os("STRATAKV_CODEC_ISA") else { return Ok(None) };
+        let named = Self::all().into_iter().find(|isa| asked == isa.name());
+        named.map(Some).ok_or_else(|| {
+            let valid: Vec<&str> = Self::all().into_iter().map(Self::name).collect();
+            let message = format!("STRATAKV_CODEC_ISA is {asked:?}, expected one of {}", valid.join(", "));
+            Error::new(ErrorKind::Config, message)
         })
+    }
+
+    fn fastest() -> Self {
+        Self::all().pop().unwrap_or(Self::Scalar)
     }
 
     /// Its name.

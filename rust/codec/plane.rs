@@ -5,6 +5,7 @@
 //! encoded           | scales | bases | codes |           read once from memory, once more from the processor's cache
 //! ```
 
+use super::scalar::code_bytes;
 use super::{BATCH, BF16, Codec, F16, F32, Granularity, Isa, Kernels, Percentile, Rows, S8, Scheme, U4, U8, scalar};
 use crate::block::{Dtype, Geometry};
 use crate::error::{Result, input};
@@ -300,16 +301,12 @@ impl Shape {
             Coding::Codes(kind, by) => {
                 let (groups, values) = (self.groups(by), self.heads * self.tokens * self.dim);
                 let base = if kind == S8 { 0 } else { groups * scalar::width(self.dtype) };
-                (2 * groups, base, if kind == U4 { values / 2 } else { values })
+                (2 * groups, base, code_bytes(kind, values))
             }
         };
         let bases_at = scales.next_multiple_of(ALIGN);
         let codes_at = bases_at + bases.next_multiple_of(ALIGN);
         [0..scales, bases_at..bases_at + bases, codes_at..codes_at + codes.next_multiple_of(ALIGN)]
-    }
-
-    fn code_bytes(&self, kind: u8, values: usize) -> usize {
-        if kind == U4 { values / 2 } else { values }
     }
 
     fn tiles(&self, by: Granularity) -> impl Iterator<Item = Tile> {
@@ -337,8 +334,8 @@ impl Shape {
         let (scales, bases) = head.split_at_mut(bases_at.start);
         scales[scales_at.end..].fill(0);
         bases[bases_at.len()..].fill(0);
-        let code_bytes = self.code_bytes(kind, self.dim);
-        codes[rows.len() * code_bytes..].fill(0);
+        let row_codes = code_bytes(kind, self.dim);
+        codes[rows.len() * row_codes..].fill(0);
         let mut some = Parameters { clip, ..Parameters::default() };
         let mut note = |first: usize, count: usize, some: &Parameters| {
             let scales = scales[2 * first..].as_chunks_mut::<2>().0;
@@ -356,7 +353,7 @@ impl Shape {
         match by {
             Granularity::Channel(_) => {
                 for Tile { rows: tile, first_group } in self.tiles(by) {
-                    let codes = &mut codes[tile.start * code_bytes..tile.end * code_bytes];
+                    let codes = &mut codes[tile.start * row_codes..tile.end * row_codes];
                     let (now, next) = (&rows[tile.clone()], &rows[tile.end..]);
                     for first in (0..self.dim).step_by(BATCH) {
                         let count = BATCH.min(self.dim - first);
@@ -368,15 +365,15 @@ impl Shape {
                         fit &= some.compute(kernels, steps, count);
                         note(first_group + first, count, &some);
                         let (inverse, base) = (&some.inverse[..count], &some.lo[..count]);
-                        let from = &mut codes[self.code_bytes(kind, first)..];
-                        (kernels.quantise_columns[which])(Rows { now, next }, first, inverse, base, from, code_bytes);
+                        let from = &mut codes[code_bytes(kind, first)..];
+                        (kernels.quantise_columns[which])(Rows { now, next }, first, inverse, base, from, row_codes);
                     }
                 }
             }
             Granularity::Token(_) => {
                 let (group_bytes, parts) = (self.group(by) * width, self.dim / self.group(by));
                 let near = (NEAR / (self.dim * width)).clamp(1, (BATCH / parts).max(1));
-                let chunks = rows.chunks(near).zip(codes.chunks_mut(near * code_bytes)).enumerate();
+                let chunks = rows.chunks(near).zip(codes.chunks_mut(near * row_codes)).enumerate();
                 for (n, (now, codes)) in chunks {
                     let (count, next) = (now.len() * parts, &rows[n * near + now.len()..]);
                     match kind {
@@ -391,7 +388,7 @@ impl Shape {
             }
             Granularity::Head | Granularity::Tensor => {
                 for Tile { rows: tile, first_group } in self.tiles(by) {
-                    let codes = &mut codes[tile.start * code_bytes..tile.end * code_bytes];
+                    let codes = &mut codes[tile.start * row_codes..tile.end * row_codes];
                     let rows = &rows[tile];
                     let row_bytes = self.dim * width;
                     let mut all = if kind == S8 { (0.0, 0.0) } else { (f32::INFINITY, f32::NEG_INFINITY) };
@@ -412,7 +409,7 @@ impl Shape {
                     fit &= some.compute(kernels, steps, 1);
                     note(first_group, 1, &some);
                     let (inverse, base) = ([some.inverse[0]; BATCH], [some.lo[0]; BATCH]);
-                    for (now, codes) in rows.chunks(BATCH).zip(codes.chunks_mut(BATCH * code_bytes)) {
+                    for (now, codes) in rows.chunks(BATCH).zip(codes.chunks_mut(BATCH * row_codes)) {
                         let count = now.len();
                         (kernels.quantise[which])(
                             Rows { now, next: &[] },
@@ -432,7 +429,7 @@ impl Shape {
 
     fn dequantise(&self, kernels: &Kernels, kind: u8, by: Granularity, encoded: &[u8], rows: &mut [&mut [u8]]) {
         let [scales, bases, codes] = self.parts(Coding::Codes(kind, by), 0).map(|part| &encoded[part]);
-        let (code_bytes, width, which) = (self.code_bytes(kind, self.dim), scalar::width(self.dtype), kind as usize);
+        let (row_codes, width, which) = (code_bytes(kind, self.dim), scalar::width(self.dtype), kind as usize);
         let (mut scale, mut base) = ([0.0; BATCH], [0.0; BATCH]);
         let read = |first: usize, scale: &mut [f32], base: &mut [f32]| {
             let scales = &scales[2 * first..2 * (first + scale.len())];
@@ -444,7 +441,7 @@ impl Shape {
             }
         };
         for Tile { rows: tile, first_group } in self.tiles(by) {
-            let codes = &codes[tile.start * code_bytes..tile.end * code_bytes];
+            let codes = &codes[tile.start * row_codes..tile.end * row_codes];
             let rows = &mut rows[tile];
             match by {
                 Granularity::Channel(_) => {
@@ -452,14 +449,14 @@ impl Shape {
                         let count = BATCH.min(self.dim - first);
                         let (scale, base) = (&mut scale[..count], &mut base[..count]);
                         read(first_group + first, scale, base);
-                        let from = &codes[self.code_bytes(kind, first)..];
-                        (kernels.dequantise_columns[which])(from, code_bytes, scale, base, first, rows);
+                        let from = &codes[code_bytes(kind, first)..];
+                        (kernels.dequantise_columns[which])(from, row_codes, scale, base, first, rows);
                     }
                 }
                 Granularity::Token(_) => {
                     let (group_bytes, parts) = (self.group(by) * width, self.dim / self.group(by));
                     let most = (BATCH / parts).max(1);
-                    let chunks = rows.chunks_mut(most).zip(codes.chunks(most * code_bytes)).enumerate();
+                    let chunks = rows.chunks_mut(most).zip(codes.chunks(most * row_codes)).enumerate();
                     for (n, (rows, codes)) in chunks {
                         let count = rows.len() * parts;
                         let (scale, base) = (&mut scale[..count], &mut base[..count]);
@@ -470,7 +467,7 @@ impl Shape {
                 Granularity::Head | Granularity::Tensor => {
                     read(first_group, &mut scale[..1], &mut base[..1]);
                     let (scale, base) = ([scale[0]; BATCH], [base[0]; BATCH]);
-                    for (rows, codes) in rows.chunks_mut(BATCH).zip(codes.chunks(BATCH * code_bytes)) {
+                    for (rows, codes) in rows.chunks_mut(BATCH).zip(codes.chunks(BATCH * row_codes)) {
                         let count = rows.len();
                         (kernels.dequantise[which])(codes, self.dim * width, &scale[..count], &base[..count], rows);
                     }

@@ -155,7 +155,7 @@ fn value<const D: u8>(ordered: i32) -> f32 {
     }
 }
 
-// The lesser of two, if the first may not be a number; as `range` has it.
+// The range of two parts.
 fn joined(one: (f32, f32), other: (f32, f32)) -> (f32, f32) {
     let nan = one.0.is_nan() || one.1.is_nan() || other.0.is_nan();
     let lo = if other.0.total_cmp(&one.0).is_lt() { other.0 } else { one.0 };

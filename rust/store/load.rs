@@ -296,7 +296,7 @@ impl Lease {
         let first = block.depth == 0;
         let encoded = &record[payload_at..payload_at + form.payload_bytes];
         match (slot, &self.shared.ssd) {
-            // In RAM it stands as it came, so that it is not encoded twice: its record on SSD stays.
+            // In RAM it stands decoded; its record on SSD stays, and so it is not encoded again.
             (Some(slot), _) => {
                 slot[..payload_at].copy_from_slice(&record[..payload_at]);
                 slot[plain_end..].fill(0);

@@ -30,7 +30,7 @@ pub use view::BlockView;
 
 use crate::arena::{Arena, Pages};
 use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES, Secret};
-use crate::codec::{Codec, Layout, Scheme};
+use crate::codec::{Codec, Isa, Layout, Scheme};
 use crate::copy::{BlockCopy, Direction, KvView, Workers};
 use crate::error::{Error, ErrorKind, Result, input};
 use crate::evict::{Kind, Retention};
@@ -125,7 +125,8 @@ impl Store {
     /// Opens a store on the real file system.
     ///
     /// # Errors
-    /// The directory is locked, not writable, of another version or secret; or memory cannot be had.
+    /// The directory is locked, not writable, of another version or secret; memory cannot be had; or
+    /// `STRATAKV_CODEC_ISA` names what the processor does not have.
     pub fn open(options: Options) -> Result<Self> {
         Self::open_on(options, Arc::new(FileIo))
     }
@@ -135,6 +136,7 @@ impl Store {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_on(options: Options, io: Arc<dyn Io>) -> Result<Self> {
+        Isa::asked()?;
         let given = options.secret.as_deref();
         let (ssd, secret, epochs) = match &options.ssd {
             Some(ssd) => {

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import stratakv
-from stores import NUMPY, config, geometry
+from stores import NUMPY, config, geometry, loaded
 
 CODECS = ["fp16", "int8_sym", "int8_asym", "k8v4", "int4"]
 
@@ -23,14 +27,6 @@ def values(dtype: str, tokens: int, seed: int = 0) -> np.ndarray:
     out = np.random.default_rng(seed).standard_normal((g.layers, g.planes, g.kv_heads, tokens, g.head_dim), np.float32)
     out[:, 0, :, :, ::16] *= 8
     return out.astype(NUMPY[dtype])
-
-
-def load(cache: stratakv.ModelCache, tokens: np.ndarray) -> tuple[np.ndarray, stratakv.Explanation]:
-    g = cache.geometry
-    out = np.zeros((g.layers, g.planes, g.kv_heads, len(tokens), g.head_dim), NUMPY[g.dtype])
-    with cache.match(tokens) as hit:
-        count = hit.load(out, layout="LKHND")
-        return out[:, :, :, :count], hit.explain()
 
 
 def steps(kv: np.ndarray, codec: str, block: int = 16) -> np.ndarray:
@@ -70,11 +66,11 @@ def test_what_was_encoded_is_near_and_smaller_and_found_after_a_restart(tmp_path
         assert (
             sides[0] <= sides[1] * {"fp16": 0.6, "int8_sym": 0.7, "int8_asym": 0.75, "k8v4": 0.6, "int4": 0.55}[codec]
         )
-        assert np.array_equal(load(cache, tokens)[0], kv), "what is in RAM is as it was put"
+        assert np.array_equal(loaded(cache, tokens)[0], kv), "what is in RAM is as it was put"
     with stratakv.open(config(tmp_path)) as store:
         cache = store.register("m", shape(dtype))
         assert cache.stats().tiers["ssd"].used_bytes == sides[0]
-        first, explanation = load(cache, tokens)
+        first, explanation = loaded(cache, tokens)
         assert explanation.blocks == ("ssd",) * 4
         assert first.shape == kv.shape
         error = np.abs(first.astype(np.float64) - kv.astype(np.float64))
@@ -83,7 +79,7 @@ def test_what_was_encoded_is_near_and_smaller_and_found_after_a_restart(tmp_path
         bound = np.abs(kv) * 2**-10 if codec == "fp16" else steps(kv, codec)
         assert (error <= bound).all()
         # The second read brings the blocks to RAM, the third is from there.
-        second, third = load(cache, tokens), load(cache, tokens)
+        second, third = loaded(cache, tokens), loaded(cache, tokens)
         assert third[1].blocks == ("ram",) * 4
         assert np.array_equal(second[0], first)
         assert np.array_equal(third[0], first)
@@ -102,7 +98,7 @@ def test_a_codec_can_be_changed_at_any_time_and_old_records_stay_readable(tmp_pa
     with stratakv.open(config(tmp_path)) as store:
         cache = store.register("m", shape())
         for (codec, _), (tokens, kv) in kept.items():
-            got, explanation = load(cache, tokens)
+            got, explanation = loaded(cache, tokens)
             assert explanation.reason is None
             if codec == "none":
                 assert np.array_equal(got, kv)
@@ -121,10 +117,38 @@ def test_a_block_with_values_that_fit_no_scale_is_kept_as_it_is(tmp_path: Path, 
         store.flush()
         assert (cache.stats().encoded_blocks, cache.stats().not_encodable_blocks) == (2, 1)
     with stratakv.open(config(tmp_path)) as store:
-        got, _ = load(store.register("m", shape()), tokens)
+        got, _ = loaded(store.register("m", shape()), tokens)
         assert got.shape == kv.shape
         assert np.array_equal(got[:, :, :, 16:32], kv[:, :, :, 16:32], equal_nan=True)
         assert np.isfinite(got[:, :, :, :16]).all()
+
+
+def test_the_path_can_be_forced_and_gives_the_same_bits(tmp_path: Path) -> None:
+    script = """
+import sys, numpy as np, stratakv, test_codec as t
+with stratakv.open(t.config(sys.argv[1])) as store:
+    cache = store.register("m", t.shape("bf16"))
+    cache.set_cold_codec("k8v4")
+    cache.put(np.arange(64), t.values("bf16", 64), layout="LKHND")
+with stratakv.open(t.config(sys.argv[1])) as store:
+    sys.stdout.buffer.write(t.loaded(store.register("m", t.shape("bf16")), np.arange(64))[0].tobytes())
+"""
+
+    def run(path: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
+        known = [str(Path(__file__).parent), *sys.path]
+        here = {**os.environ, "STRATAKV_CODEC_ISA": path, "PYTHONPATH": os.pathsep.join(known)}
+        return subprocess.run([sys.executable, "-c", script, str(folder)], env=here, capture_output=True, check=False)
+
+    refused = run("mmx", tmp_path / "refused")
+    assert b"ConfigError" in refused.stderr
+    valid = re.search(rb'is "mmx", expected one of ([a-z0-9, ]+)', refused.stderr)
+    assert valid, refused.stderr
+    paths = valid[1].decode().split(", ")
+    assert paths[0] == "scalar"
+    results = {path: run(path, tmp_path / path) for path in paths}
+    assert all(result.returncode == 0 for result in results.values()), results
+    assert len({result.stdout for result in results.values()}) == 1
+    assert len(results["scalar"].stdout) == values("bf16", 64).nbytes
 
 
 def test_encoded_records_survive_a_lost_footer(tmp_path: Path) -> None:
@@ -138,7 +162,7 @@ def test_encoded_records_survive_a_lost_footer(tmp_path: Path) -> None:
     data = file.read_bytes().replace(b"SKVF", b"????")
     file.write_bytes(data)
     with stratakv.open(config(tmp_path)) as store:
-        got, explanation = load(store.register("m", shape()), tokens)
+        got, explanation = loaded(store.register("m", shape()), tokens)
         assert (got.shape[3], explanation.reason) == (320, None)
         assert (np.abs(got.astype(np.float64) - kv.astype(np.float64)) <= steps(kv, "k8v4")).all()
 

@@ -131,7 +131,7 @@ def _conduct(args: argparse.Namespace, store: Path, errors: Any) -> Report:  # n
         "system": _INSTRUCTION + _document(),
         "system_tokens": args.system_tokens or scale.system_tokens,
         "tiny": args.tiny,
-        "models": str(args.model_dir or _model_home()),
+        "models": str(args.model_dir or model_home()),
         "store": str(store),
         "ram": args.ram or scale.ram,
         "ssd": scale.ssd,
@@ -228,7 +228,7 @@ def _document() -> str:
     return readme + "\n\n" + pydoc.plain(pydoc.render_doc(argparse))
 
 
-def _model_home() -> Path:
+def model_home() -> Path:
     """The user's cache folder for models."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser() / "stratakv" / "models"
