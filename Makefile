@@ -15,7 +15,8 @@ PROOFS := $(or $(CARGO_TARGET_DIR),target)
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-# Threads over index and pool, and short tests of what stands on them; under Miri the threads take few steps.
+# Threads over index and pool, and short tests of what stands on them; under Miri the threads take few steps. It reads the
+# sources as it runs, and remembers where they were: a cache that another checkout shares must forget that.
 MIRI := a_full_index a_run_is an_unlinked retention threads_
 
 # Stamps: a step runs again only when what it reads has changed.
@@ -51,7 +52,8 @@ prove: $(TOOLS) ## Check index and pool: all executions of the state word, rando
 	@echo 'make: random schedules (shuttle)'
 	RUSTFLAGS='--cfg shuttle' cargo test --locked --release --lib --target-dir '$(PROOFS)/shuttle' schedules
 	@if cargo +nightly miri --version >/dev/null 2>&1; then set -x; \
-	  cargo +nightly miri test --locked --lib --target-dir '$(PROOFS)/miri' -- $(MIRI); \
+	  cargo +nightly clean --quiet --target-dir '$(PROOFS)/miri' --target '$(HOST)' -p stratakv; \
+	  cargo +nightly miri test --locked --lib --target-dir '$(PROOFS)' -- $(MIRI); \
 	  else echo 'make: skipped Miri: not installed (rustup +nightly component add miri rust-src)'; fi
 	@if test -d "$$(rustc +nightly --print sysroot 2>/dev/null)/lib/rustlib/src/rust"; then set -x; \
 	  RUSTFLAGS='-Zsanitizer=thread' cargo +nightly test --locked -Zbuild-std --target '$(HOST)' --lib --test store \
