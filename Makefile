@@ -17,6 +17,8 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 
 # Threads over index and pool, and short tests of what stands on them; under Miri the threads take few steps. It reads the
 # sources as it runs, and remembers where they were: a cache that another checkout shares must forget that.
+# ThreadSanitizer has to see where memory is mapped and unmapped, else it takes what is mapped there next for the same: so
+# system calls go through the C library there.
 MIRI := a_full_index a_run_is an_unlinked retention threads_
 
 # Stamps: a step runs again only when what it reads has changed.
@@ -56,7 +58,7 @@ prove: $(TOOLS) ## Check index and pool: all executions of the state word, rando
 	  cargo +nightly miri test --locked --lib --target-dir '$(PROOFS)' -- $(MIRI); \
 	  else echo 'make: skipped Miri: not installed (rustup +nightly component add miri rust-src)'; fi
 	@if test -d "$$(rustc +nightly --print sysroot 2>/dev/null)/lib/rustlib/src/rust"; then set -x; \
-	  RUSTFLAGS='-Zsanitizer=thread' cargo +nightly test --locked -Zbuild-std --target '$(HOST)' --lib --test store \
+	  RUSTFLAGS='-Zsanitizer=thread --cfg rustix_use_libc' cargo +nightly test --locked -Zbuild-std --target '$(HOST)' --lib --test store \
 	    --target-dir '$(PROOFS)/tsan' -- thread released readers; \
 	  else echo 'make: skipped ThreadSanitizer: no source of std (rustup +nightly component add rust-src)'; fi
 
