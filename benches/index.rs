@@ -9,7 +9,7 @@ use std::sync::{Arc, Barrier};
 use std::time::Instant;
 use stratakv::block::BlockHash;
 use stratakv::evict::Kind;
-use stratakv::pool::Pool;
+use stratakv::pool::{Holding, Pool};
 use stratakv::trie::{Inserted, NodeId, Trie};
 use stratakv::{
     Dtype, Geometry, KvView, Model, ModelSpec, Options, PlaneView, Secret, Store, WritePolicy, block::Hasher,
@@ -347,7 +347,7 @@ fn pool() {
 /// Nanoseconds of taking and giving back a slot, in each of so many threads, over a pool that is half full.
 fn pairs(threads: usize) -> f64 {
     let pool = Pool::new(1 << 30);
-    let class = pool.class(0, 128 << 10);
+    let class = pool.class(&Holding::new(0), 128 << 10);
     let held: Vec<_> = (0..4000).filter_map(|_| pool.allocate(&class)).collect();
     let gate = Barrier::new(threads);
     let spent = std::thread::scope(|scope| {

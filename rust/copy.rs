@@ -49,8 +49,8 @@ impl KvView {
     /// A view of `tokens` tokens; `planes` holds one plane per layer and K/V, layer by layer.
     ///
     /// # Safety
-    /// Every row that the planes, their strides and the page table name must be valid memory of the geometry that the
-    /// view is used with, writable if it is loaded into, and not written by others during a call.
+    /// Every row that the planes, their strides and the page table name must be valid memory of the view's geometry,
+    /// writable and apart from each other if it is loaded into, and not written by others during a call.
     ///
     /// # Errors
     /// [`ErrorKind::Input`](crate::ErrorKind::Input) when the page table covers fewer tokens.
@@ -72,6 +72,54 @@ impl KvView {
     /// Planes of all layers.
     pub fn plane_count(&self) -> usize {
         self.planes.len()
+    }
+
+    /// Whether two of the rows that a load of so many tokens writes are the same.
+    ///
+    /// # Errors
+    /// Which, by page or stride.
+    pub(crate) fn check_apart(&self, geometry: &Geometry, tokens: usize) -> Result<()> {
+        if tokens == 0 {
+            return Ok(());
+        }
+        let row = geometry.row_bytes();
+        for PlaneView { token_stride, head_stride, .. } in &self.planes {
+            for (axis, stride, count) in [("N", token_stride, tokens), ("H", head_stride, geometry.kv_heads as usize)] {
+                if count > 1 && stride.unsigned_abs() < row {
+                    return Err(input(format!(
+                        "kv: rows of {row} bytes lie {stride} bytes apart along {axis}, so a load would write one over \
+                         the other; give a tensor that is not expanded"
+                    )));
+                }
+            }
+        }
+        let Some(table) = &self.pages else { return Ok(()) };
+        let mut written = table.pages[..tokens.div_ceil(table.page_tokens)].to_vec();
+        written.sort_unstable();
+        match written.windows(2).find(|two| two[0] == two[1]) {
+            Some(two) => Err(input(format!("pages: page {} is named twice, expected each once in a load", two[0]))),
+            None => Ok(()),
+        }
+    }
+
+    /// The rows of a block's plane, head by head.
+    pub(crate) fn rows(
+        &self,
+        geometry: &Geometry,
+        plane: usize,
+        first_token: usize,
+    ) -> impl Iterator<Item = *mut u8> + use<> {
+        let PlaneView { token_stride, head_stride, .. } = self.planes[plane];
+        let tokens = geometry.block_tokens as usize;
+        let mut of_head = Vec::with_capacity(tokens);
+        while of_head.len() < tokens {
+            let (start, run) = self.run(plane, first_token + of_head.len(), tokens - of_head.len());
+            // As in `run`.
+            of_head.extend((0..run).map(|n| start.wrapping_offset(n as isize * token_stride)));
+        }
+        let head_at = move |head: u32| head as isize * head_stride;
+        (0..geometry.kv_heads)
+            .flat_map(move |head| of_head.clone().into_iter().map(move |row| row.wrapping_offset(head_at(head))))
     }
 
     // Address of the first row of `token`, and how many tokens from there lie at one stride.
@@ -112,9 +160,9 @@ pub(crate) enum Direction {
 }
 
 /// Below this many bytes one thread is faster than waking another.
-const SPLIT_BYTES: usize = 512 << 10;
+pub(crate) const SPLIT_BYTES: usize = 512 << 10;
 /// Work is handed out in pieces of about this many bytes.
-const PIECE_BYTES: usize = 128 << 10;
+pub(crate) const PIECE_BYTES: usize = 128 << 10;
 
 /// Threads for copies and reads; the calling thread is one of them.
 #[derive(Debug)]
@@ -207,7 +255,7 @@ impl Workers {
 }
 
 /// Blocks that one piece of a gather spans, so that long sequences are split, too.
-const RUN_BLOCKS: usize = 64;
+pub(crate) const RUN_BLOCKS: usize = 64;
 
 /// Gathers some planes of neighbouring blocks: outermost by head, since a head's tokens are neighbours in most tensors.
 fn gather_planes(geometry: &Geometry, view: &KvView, blocks: &[BlockCopy], planes: std::ops::Range<usize>) {

@@ -13,6 +13,7 @@ pub mod codec;
 mod copy;
 mod error;
 pub mod evict;
+mod fused;
 pub mod pool;
 mod ram;
 mod ssd;

@@ -76,16 +76,30 @@ fn longest_run(bits: u64, most: usize) -> (usize, usize) {
     (begins.trailing_zeros() as usize, length)
 }
 
-/// The slots of one model.
+/// What one model holds of the arena, over slots of all sizes.
 #[derive(Debug)]
-pub struct Class {
+pub struct Holding {
     model: u32,
-    slot_bytes: usize,
-    // Never zero, and never given twice in a process.
-    key: u64,
     chunks: AtomicUsize,
     slots: AtomicUsize,
     most_chunks: AtomicUsize,
+}
+
+impl Holding {
+    /// Of a model that has nothing yet.
+    pub fn new(model: u32) -> Arc<Self> {
+        let (chunks, slots) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Arc::new(Self { model, chunks, slots, most_chunks: AtomicUsize::new(usize::MAX) })
+    }
+}
+
+/// A model's slots of one size.
+#[derive(Debug)]
+pub struct Class {
+    holding: Arc<Holding>,
+    slot_bytes: usize,
+    // Never zero, and never given twice in a process.
+    key: u64,
 }
 
 /// What a chunk belongs to. It changes only while no slot there is taken, so whoever holds a slot reads it safely.
@@ -211,16 +225,10 @@ impl Pool {
         }
     }
 
-    /// A model's slots; it has none yet.
-    pub fn class(&self, model: u32, slot_bytes: usize) -> Arc<Class> {
-        Arc::new(Class {
-            model,
-            slot_bytes: slot_bytes.next_multiple_of(SMALLEST_SLOT),
-            key: unique(),
-            chunks: AtomicUsize::new(0),
-            slots: AtomicUsize::new(0),
-            most_chunks: AtomicUsize::new(usize::MAX),
-        })
+    /// A model's slots of a size; there are none yet.
+    pub fn class(&self, holding: &Arc<Holding>, slot_bytes: usize) -> Arc<Class> {
+        let slot_bytes = slot_bytes.next_multiple_of(SMALLEST_SLOT);
+        Arc::new(Class { holding: holding.clone(), slot_bytes, key: unique() })
     }
 
     /// Whether a slot of that size can exist at all.
@@ -343,7 +351,8 @@ impl Pool {
         if self.free_chunks.load(Ordering::Relaxed) < enough {
             return None;
         }
-        let allowed = class.most_chunks.load(Ordering::Relaxed).saturating_sub(class.chunks.load(Ordering::Relaxed));
+        let Holding { chunks: held, slots: held_slots, most_chunks, .. } = &*class.holding;
+        let allowed = most_chunks.load(Ordering::Relaxed).saturating_sub(held.load(Ordering::Relaxed));
         let best = self.span_chunks(class.slot_bytes)?.min(allowed);
         // A shorter span is better than none when the arena is nearly full.
         let free_run = |length: usize| books.covered.windows(length).position(|run| run.iter().all(Option::is_none));
@@ -364,8 +373,8 @@ impl Pool {
         books.covered[first..first + chunks].fill(Some(first));
         books.spans.insert(first, Span { class: class.clone(), chunks, layout });
         self.free_chunks.fetch_sub(chunks, Ordering::Relaxed);
-        class.chunks.fetch_add(chunks, Ordering::Relaxed);
-        class.slots.fetch_add(layout.slots, Ordering::Relaxed);
+        held.fetch_add(chunks, Ordering::Relaxed);
+        held_slots.fetch_add(layout.slots, Ordering::Relaxed);
         for n in 0..layout.words() {
             // Release: who takes a bit sees the owner above. Added, not stored: a thread that took the place for that
             // of an earlier span may be about to give a bit back.
@@ -408,8 +417,8 @@ impl Pool {
             }
             books.covered[first..first + span.chunks].fill(None);
             self.free_chunks.fetch_add(span.chunks, Ordering::Relaxed);
-            span.class.chunks.fetch_sub(span.chunks, Ordering::Relaxed);
-            span.class.slots.fetch_sub(span.layout.slots, Ordering::Relaxed);
+            span.class.holding.chunks.fetch_sub(span.chunks, Ordering::Relaxed);
+            span.class.holding.slots.fetch_sub(span.layout.slots, Ordering::Relaxed);
         }
         !gone.is_empty()
     }
@@ -421,57 +430,74 @@ impl Pool {
         }
     }
 
-    /// Bytes of the spans that a class holds.
-    pub(crate) fn held_bytes(&self, class: &Class) -> usize {
+    /// Bytes of the spans that a model holds.
+    pub(crate) fn held_bytes(&self, holding: &Holding) -> usize {
         // Relaxed, as below: a count to steer by.
-        class.chunks.load(Ordering::Relaxed) << self.chunk
+        holding.chunks.load(Ordering::Relaxed) << self.chunk
     }
 
-    /// Slots that a class has or could open without anybody leaving.
-    pub(crate) fn slots_in_reach(&self, class: &Class) -> usize {
-        let held = class.chunks.load(Ordering::Relaxed);
-        let allowed = class.most_chunks.load(Ordering::Relaxed).saturating_sub(held);
+    /// Slots that a model has, or could open of a size without anybody leaving.
+    pub(crate) fn slots_in_reach(&self, holding: &Holding, slot_bytes: usize) -> usize {
+        let Holding { chunks, slots, most_chunks, .. } = holding;
+        let allowed = most_chunks.load(Ordering::Relaxed).saturating_sub(chunks.load(Ordering::Relaxed));
         let free = self.free_chunks.load(Ordering::Relaxed).min(allowed);
-        class.slots.load(Ordering::Relaxed) + (free << self.chunk) / class.slot_bytes
+        slots.load(Ordering::Relaxed) + (free << self.chunk) / slot_bytes
     }
 
-    /// Sets the most bytes of spans that a class may hold; what it holds beyond stays until it is emptied.
-    pub(crate) fn set_budget(&self, class: &Class, bytes: u64) {
+    /// Sets the most bytes of spans that a model may hold, one slot of `largest` bytes at least; what it holds beyond
+    /// stays until it is emptied.
+    pub(crate) fn set_budget(&self, holding: &Holding, largest: usize, bytes: u64) {
         let chunks = usize::try_from(bytes >> self.chunk).unwrap_or(usize::MAX);
-        class.most_chunks.store(chunks.max(class.slot_bytes.div_ceil(1 << self.chunk)), Ordering::Relaxed);
+        holding.most_chunks.store(chunks.max(largest.div_ceil(1 << self.chunk)), Ordering::Relaxed);
     }
 
-    /// Whether a class holds more than its budget.
-    pub(crate) fn over_budget(&self, class: &Class) -> bool {
-        class.chunks.load(Ordering::Relaxed) > class.most_chunks.load(Ordering::Relaxed)
+    /// Whether a model holds more than its budget.
+    pub(crate) fn over_budget(&self, holding: &Holding) -> bool {
+        holding.chunks.load(Ordering::Relaxed) > holding.most_chunks.load(Ordering::Relaxed)
     }
 
-    /// The places where a span for such a slot could be, each with the spans that would have to go: their models and
-    /// taken slots.
-    pub(crate) fn places_for(&self, slot_bytes: usize) -> Vec<Vec<(u32, Vec<Slot>)>> {
+    /// Bytes of a taken slot.
+    pub(crate) fn slot_bytes(&self, slot: Slot) -> usize {
+        // Relaxed: of an owner that cannot change, since the slot is taken.
+        self.owners[slot.0 >> self.chunk].slot_pages.load(Ordering::Relaxed) as usize * SMALLEST_SLOT
+    }
+
+    /// Whether a taken slot is of a class.
+    pub(crate) fn is_of(&self, slot: Slot, class: &Class) -> bool {
+        // Relaxed: of an owner that cannot change, since the slot is taken.
+        self.owners[slot.0 >> self.chunk].class.load(Ordering::Relaxed) == class.key
+    }
+
+    /// The places where a span of a class could be and none of it is, each with the spans that would have to go: their
+    /// models and taken slots.
+    pub(crate) fn places_for(&self, class: &Class) -> Vec<Vec<(u32, Vec<Slot>)>> {
         let books = self.books.lock();
-        let places = books.covered.windows(slot_bytes.div_ceil(1 << self.chunk)).map(|window| {
+        let places = books.covered.windows(class.slot_bytes.div_ceil(1 << self.chunk)).filter_map(|window| {
             let mut covered: Vec<usize> = window.iter().copied().flatten().collect();
             covered.dedup();
-            covered.into_iter().map(|first| self.taken(first, &books.spans[&first])).collect()
+            let spans = covered.into_iter().map(|first| {
+                let span = &books.spans[&first];
+                (span.class.key != class.key).then(|| (span.class.holding.model, self.taken(first, span)))
+            });
+            spans.collect()
         });
         places.collect()
     }
 
-    /// The spans of a class: the taken slots of each.
-    pub(crate) fn spans_of(&self, class: &Class) -> Vec<Vec<Slot>> {
+    /// The spans of a model: the taken slots of each.
+    pub(crate) fn spans_of(&self, holding: &Holding) -> Vec<Vec<Slot>> {
         let books = self.books.lock();
-        let own = books.spans.iter().filter(|(_, span)| span.class.key == class.key);
-        own.map(|(&first, span)| self.taken(first, span).1).collect()
+        let own = books.spans.iter().filter(|(_, span)| std::ptr::eq(&*span.class.holding, holding));
+        own.map(|(&first, span)| self.taken(first, span)).collect()
     }
 
-    fn taken(&self, first: usize, span: &Span) -> (u32, Vec<Slot>) {
+    fn taken(&self, first: usize, span: &Span) -> Vec<Slot> {
         let Layout { slots, per_word, stride } = span.layout;
         let word = |n: usize| (first << self.chunk_words) + (n >> per_word << stride);
         let bit = |n: usize| self.bits[word(n)].load(Ordering::Relaxed) >> (n & ((1 << per_word) - 1)) & 1;
         let slots =
             (0..slots).filter(|&n| bit(n) == 0).map(|n| Slot((first << self.chunk) + n * span.class.slot_bytes));
-        (span.class.model, slots.collect())
+        slots.collect()
     }
 
     // The fewest chunks that waste at most 1/16, else the least wasteful number.
@@ -492,7 +518,7 @@ mod tests {
 
     fn used_slots(pool: &Pool) -> usize {
         let books = pool.books.lock();
-        books.spans.iter().map(|(&first, span)| pool.taken(first, span).1.len()).sum()
+        books.spans.iter().map(|(&first, span)| pool.taken(first, span).len()).sum()
     }
 
     proptest! {
@@ -503,7 +529,10 @@ mod tests {
         ) {
             let capacity = 24 << 20;
             let pool = Pool::new(capacity);
-            let classes: Vec<_> = sizes.iter().enumerate().map(|(n, pages)| pool.class(n as u32, pages * 4096)).collect();
+            // Two models, and each has slots of several sizes.
+            let models = [0, 1].map(Holding::new);
+            let classes: Vec<_> =
+                sizes.iter().enumerate().map(|(n, pages)| pool.class(&models[n % 2], pages * 4096)).collect();
             let mut live: HashMap<Slot, usize> = HashMap::new();
             for (model, give, pick, most) in steps {
                 let class = &classes[model % sizes.len()];
@@ -531,7 +560,7 @@ mod tests {
             pool.settle();
             prop_assert!(pool.books.lock().covered.iter().all(Option::is_none));
             prop_assert!(pool.bits.iter().all(|word| word.load(Ordering::Relaxed) == 0));
-            prop_assert!(classes.iter().all(|class| pool.held_bytes(class) == 0));
+            prop_assert!(models.iter().all(|model| pool.held_bytes(model) == 0));
         }
     }
 
@@ -547,7 +576,7 @@ mod tests {
     #[test]
     fn a_slot_that_comes_back_to_a_full_pool_is_found_by_any_thread() {
         let pool = Pool::new(8 << 20);
-        let class = pool.class(0, 4096);
+        let class = pool.class(&Holding::new(0), 4096);
         let taken: Vec<Slot> = std::iter::from_fn(|| pool.allocate(&class)).collect();
         for slot in taken.into_iter().step_by(97) {
             assert_eq!(pool.allocate(&class), None);
@@ -560,27 +589,31 @@ mod tests {
     #[test]
     fn one_model_can_use_nearly_the_whole_arena() {
         let pool = Pool::new(64 << 20);
-        let class = pool.class(0, 737 * 1024 / 4096 * 4096);
+        let class = pool.class(&Holding::new(0), 737 * 1024 / 4096 * 4096);
         let taken = std::iter::from_fn(|| pool.allocate(&class)).count();
         assert!(taken * class.slot_bytes > (64 << 20) * 15 / 16, "{taken} slots of {}", class.slot_bytes);
     }
 
     #[test]
-    fn a_class_opens_no_span_beyond_its_budget() {
+    fn a_model_opens_no_span_beyond_its_budget() {
         let pool = Pool::new(64 << 20);
-        let class = pool.class(0, 4096);
-        pool.set_budget(&class, 5 << 20);
-        assert_eq!(std::iter::from_fn(|| pool.allocate(&class)).count(), 2 * 512);
-        assert!(!pool.over_budget(&class));
-        pool.set_budget(&class, 0);
-        assert!(pool.over_budget(&class), "one span is the least");
+        let model = Holding::new(0);
+        let classes = [4096, 8192].map(|bytes| pool.class(&model, bytes));
+        pool.set_budget(&model, 8192, 5 << 20);
+        assert!(pool.allocate(&classes[1]).is_some());
+        let slots: Vec<Slot> = std::iter::from_fn(|| pool.allocate(&classes[0])).collect();
+        assert_eq!(slots.len(), 512, "two spans are the most, over both sizes");
+        assert!(slots.iter().all(|&slot| pool.is_of(slot, &classes[0]) && !pool.is_of(slot, &classes[1])));
+        assert!(!pool.over_budget(&model));
+        pool.set_budget(&model, 8192, 0);
+        assert!(pool.over_budget(&model), "one span is the least");
     }
 
     // Each slot has one owner at a time: who has it writes its mark there, and finds it when giving it back.
     #[test]
     fn threads_never_share_a_slot_while_spans_come_and_go() {
         let pool = Pool::new(8 << 20);
-        let classes = [1, 2, 3].map(|pages| pool.class(pages as u32, pages * 4096));
+        let classes = [1, 2, 3].map(|pages| pool.class(&Holding::new(pages as u32), pages * 4096));
         let marks: Vec<AtomicU64> = std::iter::repeat_with(AtomicU64::default).take((8 << 20) / 4096).collect();
         std::thread::scope(|scope| {
             for thread in 1..=4u64 {

@@ -74,8 +74,22 @@ pub struct TierCounts {
     pub blocks: u64,
     /// Bytes those occupy, headers and padding included.
     pub used_bytes: u64,
+    /// Bytes they would take if none were encoded.
+    pub plain_bytes: u64,
     /// Blocks that had to leave.
     pub evicted: u64,
+    /// Payload bytes that were encoded for the tier, and nanoseconds that took, over all threads.
+    pub encoded_bytes: u64,
+    /// See there.
+    pub encode_ns: u64,
+    /// Payload bytes that were decoded from it, and nanoseconds that took, over all threads.
+    pub decoded_bytes: u64,
+    /// See there.
+    pub decode_ns: u64,
+    /// Bytes of records that were read from a device, and nanoseconds that took, over all threads.
+    pub read_bytes: u64,
+    /// See there.
+    pub read_ns: u64,
 }
 
 /// Counters of one model, or of all together.
@@ -101,9 +115,9 @@ pub struct Counts {
     pub put_refused: u64,
     /// Blocks written to SSD.
     pub demoted: u64,
-    /// Blocks of them that were encoded.
+    /// Blocks that were encoded, when they were put or on their way to SSD.
     pub encoded: u64,
-    /// Blocks that were to be encoded, and went as they are: values that fit no scale.
+    /// Blocks that were to be encoded, and stayed as they are: values that fit no scale.
     pub not_encodable: u64,
     /// Blocks that left RAM before they could be written to SSD.
     pub demotions_dropped: u64,
@@ -155,7 +169,14 @@ impl Counts {
             mine.miss += theirs.miss;
             mine.blocks += theirs.blocks;
             mine.used_bytes += theirs.used_bytes;
+            mine.plain_bytes += theirs.plain_bytes;
             mine.evicted += theirs.evicted;
+            mine.encoded_bytes += theirs.encoded_bytes;
+            mine.encode_ns += theirs.encode_ns;
+            mine.decoded_bytes += theirs.decoded_bytes;
+            mine.decode_ns += theirs.decode_ns;
+            mine.read_bytes += theirs.read_bytes;
+            mine.read_ns += theirs.read_ns;
         }
     }
 }

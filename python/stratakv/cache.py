@@ -31,7 +31,14 @@ class TierStats:
         miss_blocks: blocks it did not have, or could not deliver.
         blocks: blocks it holds now.
         used_bytes: bytes they take, headers and padding included.
+        plain_bytes: bytes they would take if none were encoded.
         evicted_blocks: blocks that had to leave.
+        encoded_bytes: payload bytes that were encoded for the tier.
+        decoded_bytes: payload bytes that were decoded from it.
+        read_bytes: bytes of records that were read from its device.
+        encode_s: seconds spent on encoding, over all threads.
+        decode_s: seconds spent on decoding, over all threads.
+        read_s: seconds spent on reading, over all threads.
     """
 
     asked_blocks: int
@@ -39,7 +46,19 @@ class TierStats:
     miss_blocks: int
     blocks: int
     used_bytes: int
+    plain_bytes: int
     evicted_blocks: int
+    encoded_bytes: int
+    decoded_bytes: int
+    read_bytes: int
+    encode_s: float
+    decode_s: float
+    read_s: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times more blocks the tier holds than it would if none were encoded; 1 when it is empty."""
+        return self.plain_bytes / self.used_bytes if self.used_bytes else 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +76,8 @@ class Stats:
         put_bytes: payload bytes of those.
         put_refused_blocks: blocks of puts that found no room.
         demoted_blocks: blocks written to SSD.
-        encoded_blocks: blocks of them that were encoded.
-        not_encodable_blocks: blocks that were to be encoded, and went as they are: values that fit no scale.
+        encoded_blocks: blocks that were encoded, when they were put or on their way to SSD.
+        not_encodable_blocks: blocks that were to be encoded, and stayed as they are: values that fit no scale.
         demotions_dropped_blocks: blocks that left RAM before they could be written to SSD.
         promoted_blocks: blocks copied up from SSD to RAM.
         corrupt_blocks: records that failed their checks.
@@ -169,7 +188,7 @@ class Match:
 
         Returns:
             Its keys and values, read-only, ``[layer, plane, head, token, dim]``; of bfloat16 the bits, as 16-bit
-            integers. ``None`` if it is not in RAM, or the match was released: `load` reads every tier.
+            integers. ``None`` if it is not in RAM, is encoded there, or the match was released: `load` reads all.
 
         Raises:
             InputError: the match has no such block.
@@ -326,11 +345,26 @@ class ModelCache:
         """
         self._model.set_ram_budget(None if budget is None else parse_bytes(budget, "budget"))
 
-    def set_cold_codec(self, codec: str) -> None:
-        """Encodes blocks when they go to SSD, from now on; what lies there stays readable, after a restart too.
+    def set_ram_codec(self, codec: str) -> None:
+        """Encodes blocks when they are put, from now on; as such they go to SSD, too. See `set_cold_codec`.
 
-        Every codec but ``none`` loses precision. A block with a NaN, an infinity or values that fit no scale goes as it
-        is, and is counted. The setting is not kept over a restart.
+        RAM holds more of them. A put reads the tensors once and encodes on the way, a load decodes into the tensors;
+        `Match.view` has no plain bytes to show.
+
+        Args:
+            codec: as for `set_cold_codec`.
+
+        Raises:
+            InputError: as there, and the others.
+        """
+        self._model.set_codec("ram", codec)
+
+    def set_cold_codec(self, codec: str) -> None:
+        """Encodes blocks when they go to SSD, from now on; what was encoded before stays readable, after a restart too.
+
+        Every codec but ``none`` loses precision. What is encoded is never encoded again: it goes from one tier to the
+        other as it is. A block with a NaN, an infinity or values that fit no scale stays plain, and is counted. The
+        setting is not kept over a restart.
 
         Args:
             codec: ``none``, ``fp16`` (of fp32), ``int8_sym``, ``int8_asym``, ``k8v4`` (keys in 8 bits, values in 4) or
@@ -341,7 +375,7 @@ class ModelCache:
             ModelNotFoundError: the model is not registered.
             ClosedError: the store is closed.
         """
-        self._model.set_cold_codec(codec)
+        self._model.set_codec("ssd", codec)
 
     def drop(self, *, adapter: str = "", tenant: str = "") -> int:
         """Forgets all that is cached for an adapter and a tenant: an adapter has new weights, or a tenant left.

@@ -134,6 +134,11 @@ impl Layout {
         self.bytes() + exact
     }
 
+    /// Bytes of a record with an encoded payload; `first` as in [`bytes_of`](Self::bytes_of).
+    pub(crate) fn record_bytes(&self, geometry: &Geometry, first: bool) -> usize {
+        geometry.record_bytes_of(self.bytes_of(first))
+    }
+
     // Tokens at the start of a sequence that stay exact: attention leans on them, whatever they say.
     fn exact(&self) -> usize {
         if self.scheme.codec == Codec::Int4 { EXACT.min(self.shape.tokens) } else { 0 }
@@ -151,22 +156,35 @@ impl Layout {
     /// The payload or `out` is of another length than a block's.
     #[must_use]
     pub fn encode_payload(&self, payload: &[u8], first: bool, out: &mut [u8]) -> bool {
-        let (coded, mut exact) = out.split_at_mut(self.bytes());
+        let (coded, exact) = out.split_at_mut(self.bytes());
         let planes = payload.chunks_exact(self.plane_bytes()).enumerate();
         planes.fold(true, |fit, (n, plane)| {
             let mut rows: Vec<&[u8]> = plane.chunks_exact(self.row_bytes()).collect();
-            for kept in self.exact_rows().filter(|_| first) {
-                for row in kept.clone() {
-                    exact.split_off_mut(..self.row_bytes()).unwrap_or_default().copy_from_slice(rows[row]);
-                }
-                // They widen no scale: another token stands for them.
-                if kept.len() < self.shape.tokens {
-                    let other = rows[kept.end];
-                    rows[kept].fill(other);
-                }
-            }
-            fit && self.encode(n, &rows, &mut coded[self.plane(n)])
+            let parts = (&mut coded[self.plane(n)], &mut exact[self.exact_part(n, first)]);
+            fit && self.encode_plane(n, &mut rows, parts)
         })
+    }
+
+    /// Where what stays exact of a plane lies, from the end of what is encoded.
+    pub(crate) fn exact_part(&self, plane: usize, first: bool) -> Range<usize> {
+        let bytes = if first { self.shape.heads * self.exact() * self.row_bytes() } else { 0 };
+        plane * bytes..(plane + 1) * bytes
+    }
+
+    /// Encodes one plane into the two places of its own; none of it stays exact where the second is empty.
+    #[must_use]
+    pub(crate) fn encode_plane(&self, n: usize, rows: &mut [&[u8]], (coded, exact): (&mut [u8], &mut [u8])) -> bool {
+        let first = !exact.is_empty();
+        let mut places = exact.chunks_exact_mut(self.row_bytes());
+        for kept in self.exact_rows().filter(|_| first) {
+            rows[kept.clone()].iter().zip(&mut places).for_each(|(row, place)| place.copy_from_slice(row));
+            // They widen no scale: another token stands for them.
+            if kept.len() < self.shape.tokens {
+                let other = rows[kept.end];
+                rows[kept].fill(other);
+            }
+        }
+        self.encode(n, rows, coded)
     }
 
     /// Decodes the payload of a block.
@@ -174,14 +192,19 @@ impl Layout {
     /// # Panics
     /// As [`encode_payload`](Self::encode_payload).
     pub fn decode_payload(&self, encoded: &[u8], first: bool, payload: &mut [u8]) {
-        let (coded, exact) = encoded.split_at(self.bytes());
-        let mut exact = exact.chunks_exact(self.row_bytes());
         for (n, plane) in payload.chunks_exact_mut(self.plane_bytes()).enumerate() {
             let mut rows: Vec<&mut [u8]> = plane.chunks_exact_mut(self.row_bytes()).collect();
-            self.decode(n, &coded[self.plane(n)], &mut rows);
-            for row in self.exact_rows().filter(|_| first).flatten() {
-                exact.next().into_iter().for_each(|kept| rows[row].copy_from_slice(kept));
-            }
+            self.decode_plane(n, encoded, first, &mut rows);
+        }
+    }
+
+    /// Decodes one plane of an encoded payload into its rows.
+    pub(crate) fn decode_plane(&self, n: usize, encoded: &[u8], first: bool, rows: &mut [&mut [u8]]) {
+        let (coded, exact) = encoded.split_at(self.bytes());
+        self.decode(n, &coded[self.plane(n)], rows);
+        let exact = exact[self.exact_part(n, first)].chunks_exact(self.row_bytes());
+        for (row, kept) in self.exact_rows().filter(|_| first).flatten().zip(exact) {
+            rows[row].copy_from_slice(kept);
         }
     }
 

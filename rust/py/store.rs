@@ -7,7 +7,7 @@ use crate::block::{Dtype, Geometry};
 use crate::codec::{Codec, Scheme};
 use crate::error::input;
 use crate::evict::{Kind, Retention};
-use crate::stats::{Counts, Tier, TierCounts};
+use crate::stats::{Counts, Tier};
 use crate::sync::Mutex;
 use crate::{ModelSpec, Options, SsdOptions, WritePolicy};
 use pyo3::prelude::*;
@@ -141,18 +141,26 @@ fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyD
     }
     let tiers = PyDict::new(py);
     for tier in Tier::ALL {
-        let TierCounts { asked, hit, miss, blocks, used_bytes, evicted } = counts.tiers[tier as usize];
+        let counts = counts.tiers[tier as usize];
         let row = PyDict::new(py);
         let fields = [
-            ("asked_blocks", asked),
-            ("hit_blocks", hit),
-            ("miss_blocks", miss),
-            ("blocks", blocks),
-            ("used_bytes", used_bytes),
-            ("evicted_blocks", evicted),
+            ("asked_blocks", counts.asked),
+            ("hit_blocks", counts.hit),
+            ("miss_blocks", counts.miss),
+            ("blocks", counts.blocks),
+            ("used_bytes", counts.used_bytes),
+            ("plain_bytes", counts.plain_bytes),
+            ("evicted_blocks", counts.evicted),
+            ("encoded_bytes", counts.encoded_bytes),
+            ("decoded_bytes", counts.decoded_bytes),
+            ("read_bytes", counts.read_bytes),
         ];
         for (name, value) in fields {
             row.set_item(name, value)?;
+        }
+        let seconds = [("encode_s", counts.encode_ns), ("decode_s", counts.decode_ns), ("read_s", counts.read_ns)];
+        for (name, ns) in seconds {
+            row.set_item(name, Duration::from_nanos(ns).as_secs_f64())?;
         }
         tiers.set_item(tier.name(), row)?;
     }
@@ -218,10 +226,11 @@ impl Model {
         py.detach(|| self.store.set_ram_budget(&self.model, budget_bytes)).or_raise(py)
     }
 
-    /// Encodes what goes to SSD from now on.
-    fn set_cold_codec(&self, py: Python<'_>, codec: &str) -> PyResult<()> {
+    /// Encodes what is put, or what goes to SSD, from now on.
+    fn set_codec(&self, py: Python<'_>, tier: &str, codec: &str) -> PyResult<()> {
         let scheme = Codec::parse(codec).map(|codec| Scheme::new(codec, &self.model.spec().geometry)).or_raise(py)?;
-        py.detach(|| self.store.set_cold_codec(&self.model, scheme)).or_raise(py)
+        let tier = if tier == Tier::Ram.name() { Tier::Ram } else { Tier::Ssd };
+        py.detach(|| self.store.set_codec(&self.model, tier, scheme)).or_raise(py)
     }
 
     /// Forgets one namespace; returns how many blocks.

@@ -16,6 +16,7 @@ use crate::codec::Layout;
 use crate::pool::Slot;
 use crate::ssd::record::{Entry, Form, PAGE, RecordIdentity, SegmentIdentity, record_head};
 use crate::ssd::{ModelFile, Phase, Place, Segment};
+use crate::stats::Tier;
 use crate::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,7 +33,7 @@ struct Run {
     /// Of the first record; with room for all of them as they are.
     place: Place,
     epoch: u64,
-    /// How they are encoded.
+    /// How those are encoded that are not yet.
     layout: Option<Arc<Layout>>,
     blocks: Vec<Block>,
     /// Whether the segment is new.
@@ -45,6 +46,8 @@ struct Run {
 struct Block {
     node: NodeId,
     slot: Slot,
+    /// How it is encoded already.
+    layout: Option<Arc<Layout>>,
     identity: RecordIdentity,
     ticket: u64,
 }
@@ -116,7 +119,7 @@ impl Shared {
             let Some(model) = state.model_to_demote(self.policy) else {
                 self.idle.notify_all();
                 // What is still held today may be free later, and nobody calls for that.
-                let shrinking = state.models.values().any(|m| state.ram.pool.over_budget(&m.class));
+                let shrinking = state.models.values().any(|m| state.ram.pool.over_budget(&m.holding));
                 state = if shrinking { self.work.wait_timeout(state, RETRY) } else { self.work.wait(state) };
                 continue;
             };
@@ -125,7 +128,7 @@ impl Shared {
                     state.writing = Some(run.writing());
                     drop(state);
                     let outcome = match self.write(&run) {
-                        Ok(records) => Outcome::Written(records),
+                        Ok((records, encode_ns)) => Outcome::Written { records, encode_ns },
                         // What a failed opening has reserved goes back, so that the books agree with the disk.
                         Err(error) => {
                             let vacant = run.opening && run.file.punch(run.place.segment).is_ok();
@@ -205,7 +208,8 @@ impl Shared {
                 parent: secret.seal(nodes.hash_before(id)),
                 depth: nodes.depth(id),
             };
-            blocks.push(Block { node: id, slot, identity, ticket });
+            let layout = nodes[id].layout.clone();
+            blocks.push(Block { node: id, slot, layout, identity, ticket });
             next = next_dirty(state, model);
         }
         if let Some(segment) = state.segment(model, index) {
@@ -215,8 +219,8 @@ impl Shared {
         Some(Run { model, file, geometry, place, epoch, layout, blocks, opening, sealing })
     }
 
-    // Returns what was written of each block.
-    fn write(&self, run: &Run) -> std::io::Result<Vec<Written>> {
+    // Returns what was written of each block, and the nanoseconds of encoding.
+    fn write(&self, run: &Run) -> std::io::Result<(Vec<Written>, u64)> {
         if run.opening {
             if let Some(footer) = &run.sealing {
                 // Without its footer the segment is recovered by walking its records.
@@ -225,49 +229,68 @@ impl Shared {
             run.file.start_segment(run.place.segment, run.epoch)?;
         }
         let bytes = run.geometry.record_bytes();
-        let body_bytes = run.geometry.payload_offset() + run.geometry.block_bytes() - RECORD_HEADER_BYTES;
         let segment = run.file.identity(run.epoch);
         let mut encoded = match (&self.ssd, &run.layout) {
             (Some(ssd), Some(_)) => Some(ssd.scratch(run.blocks.len() * bytes).map_err(std::io::Error::other)?),
             _ => None,
         };
         let mut rooms = encoded.iter_mut().flat_map(|buffer| buffer.chunks_exact_mut(bytes));
-        let records: Vec<(&[u8], bool)> = run
+        let mut encode_ns = 0;
+        let records: Vec<(&[u8], Encoding)> = run
             .blocks
             .iter()
             .map(|block| {
                 let at = self.arena.at(block.slot);
-                // SAFETY: the slot is held by the run's lease, `bytes` long, and published: what follows the header
-                // stays as it is.
+                let form = block
+                    .layout
+                    .as_ref()
+                    .map_or_else(|| Form::plain(&run.geometry), |layout| Form::encoded(layout, block.identity.depth));
+                let bytes = run.geometry.record_bytes_of(form.payload_bytes);
+                let body_bytes = run.geometry.payload_offset() + form.payload_bytes - RECORD_HEADER_BYTES;
+                // SAFETY: the slot is held by the run's lease, as long as its record, and published: what follows the
+                // header stays as it is.
                 let body = unsafe { std::slice::from_raw_parts(at.add(RECORD_HEADER_BYTES), body_bytes) };
-                if let (Some(layout), Some(room)) = (&run.layout, rooms.next())
-                    && let Some(record) = encode(body, &run.geometry, layout, &segment, &block.identity, room)
-                {
-                    return (record, true);
+                let mut encoding = Encoding::Kept;
+                // What is encoded already stays so.
+                if let (None, Some(layout), Some(room)) = (&block.layout, &run.layout, rooms.next()) {
+                    let started = Instant::now();
+                    let record = encode(body, &run.geometry, layout, &segment, &block.identity, room);
+                    if let Some(record) = record {
+                        encode_ns += started.elapsed().as_nanos() as u64;
+                        return (record, Encoding::Done);
+                    }
+                    encoding = Encoding::Impossible;
                 }
-                let form = Form::plain(&run.geometry);
                 let head = record_head(body, &run.geometry, &form, &segment, &block.identity);
                 // SAFETY: the header lies within the slot, and only this thread ever reads or writes it.
                 unsafe { std::ptr::copy_nonoverlapping(head.as_ptr(), at, head.len()) };
                 // SAFETY: as above; from here on nothing of it is written before the run ends.
-                (unsafe { std::slice::from_raw_parts(at.cast_const(), bytes) }, false)
+                (unsafe { std::slice::from_raw_parts(at.cast_const(), bytes) }, encoding)
             })
             .collect();
         let parts: Vec<&[u8]> = records.iter().map(|&(record, _)| record).collect();
         run.file.write_records(run.place, &parts)?;
-        let written = |&(record, encoded): &(&[u8], bool)| Written { bytes: record.len() as u64, encoded };
+        let written = |&(record, encoding): &(&[u8], Encoding)| Written { bytes: record.len() as u64, encoding };
         let written = records.iter().map(written).collect();
         if let (Some(ssd), Some(buffer)) = (&self.ssd, encoded) {
             ssd.give_back(buffer);
         }
-        Ok(written)
+        Ok((written, encode_ns))
     }
 }
 
 /// What was written of a block.
 struct Written {
     bytes: u64,
-    encoded: bool,
+    encoding: Encoding,
+}
+
+/// What became of a block on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Encoding {
+    Kept,
+    Done,
+    Impossible,
 }
 
 // The record of a block in its encoded form, in `room`; `body` is what follows the header in its slot. `None`: it cannot
@@ -300,11 +323,11 @@ impl State {
     // what it can reach of RAM is clean or free.
     fn model_to_demote(&self, policy: WritePolicy) -> Option<u32> {
         let due = |(_, model): &(&u32, &ModelState)| {
-            let slots = self.ram.pool.slots_in_reach(&model.class) as u64;
+            let slots = self.ram.pool.slots_in_reach(&model.holding, model.slot_bytes()) as u64;
             let wanted = self.flushing > 0
                 || policy == WritePolicy::WriteThrough
                 || model.dirty_blocks * 4 >= slots * 3
-                || self.ram.pool.over_budget(&model.class);
+                || self.ram.pool.over_budget(&model.holding);
             wanted && !model.dirty.is_empty() && model.disk.is_some()
         };
         self.models.iter().filter(due).max_by_key(|(id, model)| (model.dirty_blocks, **id)).map(|(id, _)| *id)
@@ -312,7 +335,7 @@ impl State {
 
     /// Whether the thread would find something to do.
     pub(super) fn has_work(&self, policy: WritePolicy) -> bool {
-        self.model_to_demote(policy).is_some() || self.models.values().any(|m| self.ram.pool.over_budget(&m.class))
+        self.model_to_demote(policy).is_some() || self.models.values().any(|m| self.ram.pool.over_budget(&m.holding))
     }
 
     /// Notes a block that is in RAM only.
@@ -379,7 +402,10 @@ pub(super) fn seal_open_segment(state: &mut State, model: u32, new: Option<u32>)
 }
 
 enum Outcome {
-    Written(Vec<Written>),
+    Written {
+        records: Vec<Written>,
+        encode_ns: u64,
+    },
     /// `vacant`: the segment holds no disk blocks.
     Failed {
         error: std::io::Error,
@@ -390,17 +416,21 @@ enum Outcome {
 fn commit(state: &mut State, run: Run, outcome: Outcome) {
     state.writing = None;
     match outcome {
-        Outcome::Written(records) => {
+        Outcome::Written { records, encode_ns } => {
+            state.counts(run.model).tier(Tier::Ssd).encode_ns += encode_ns;
             let mut offset = run.place.offset;
-            for (block, Written { bytes, encoded }) in run.blocks.iter().zip(records) {
+            for (block, Written { bytes, encoding }) in run.blocks.iter().zip(records) {
                 let place = Place { offset, pages: (bytes / PAGE as u64) as u32, ..run.place };
                 offset += bytes;
                 if state.nodes.is_linked(block.node) {
                     let entry = Entry { block: block.identity, offset: place.offset, bytes };
                     state.place_on_ssd(block.node, place, entry);
                     let counts = state.counts(run.model);
-                    counts.encoded += u64::from(encoded);
-                    counts.not_encodable += u64::from(!encoded && run.layout.is_some());
+                    counts.not_encodable += u64::from(encoding == Encoding::Impossible);
+                    if encoding == Encoding::Done {
+                        counts.encoded += 1;
+                        counts.tier(Tier::Ssd).encoded_bytes += run.geometry.block_bytes() as u64;
+                    }
                 }
             }
             // Only this thread appends: what the records did not need is there for the next.

@@ -1,20 +1,23 @@
 //! Loading a match: per block, from the cheapest tier that has it, straight into the caller's tensors.
 //!
-//! RAM blocks are scattered from their slots; SSD records are read in runs of neighbours, checked and scattered, in
-//! parallel. A block read from SSD for the second time is copied to a slot as well, and stays in RAM. The first block
-//! that fails ends the load: everything before it is valid, nothing after it is.
+//! RAM blocks are scattered from their slots, and decoded on the way where they are encoded; SSD records are read in runs
+//! of neighbours, checked and scattered, in parallel. A block read from SSD for the second time is copied to a slot as
+//! well, in the form that it has, and stays in RAM. The first block that fails ends the load: everything before it is valid, nothing after it is.
 
 use super::{Lease, check_view};
 use crate::block::{Geometry, RECORD_HEADER_BYTES, Sealed};
+use crate::codec::Layout;
 use crate::copy::{BlockCopy, Direction, KvView, copy_planes};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fused::{decode_blocks, decode_planes};
 use crate::pool::Slot;
 use crate::ssd::record::{read_record, tokens_of};
 use crate::ssd::{ModelFile, Place};
 use crate::stats::{Miss, Tier};
-use crate::sync::{Arc, Mutex, Ordering};
+use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
 use crate::trie::NodeId;
 use std::ops::Range;
+use std::time::Instant;
 
 /// What a load did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,9 +32,26 @@ pub struct LoadOutcome {
 
 // Where one block will be read from.
 enum Source {
-    Ram(Slot),
+    Ram(Slot, Option<Arc<Layout>>),
     Ssd { file: Arc<ModelFile>, hash: Sealed, place: Place, epoch: u64, promote: Option<Slot> },
     Gone(Miss),
+}
+
+// What came of a block: where it came from, and how its record there is encoded.
+type Taken = std::result::Result<(Tier, Option<Arc<Layout>>), Miss>;
+
+// What a load spent, over all threads.
+#[derive(Debug, Default)]
+struct Spent {
+    ram_decode_ns: AtomicU64,
+    ssd_decode_ns: AtomicU64,
+    read_ns: AtomicU64,
+    read_bytes: AtomicU64,
+}
+
+fn add(to: &AtomicU64, value: u64) {
+    // Relaxed: read when all threads are done.
+    to.fetch_add(value, Ordering::Relaxed);
 }
 
 impl Lease {
@@ -42,19 +62,20 @@ impl Lease {
     pub fn load(&self, view: &KvView) -> Result<LoadOutcome> {
         let geometry = self.model.spec().geometry;
         check_view(&geometry, view, self.tokens.len())?;
+        view.check_apart(&geometry, self.tokens.len())?;
         let (held, sources) = self.plan()?;
-        let results: Vec<Mutex<std::result::Result<Tier, Miss>>> =
-            sources.iter().map(|_| Mutex::new(Err(Miss::Closed))).collect();
-        self.copy_from_ram(&geometry, view, &sources, &results);
+        let results: Vec<Mutex<Taken>> = sources.iter().map(|_| Mutex::new(Err(Miss::Closed))).collect();
+        let spent = Spent::default();
+        self.copy_from_ram(&geometry, view, &sources, &results, &spent);
         let runs = runs(&sources, geometry.record_bytes(), self.shared.workers.threads());
         self.shared.workers.each(runs.len(), |i| {
-            let done = self.read_run(&geometry, view, &sources[runs[i].clone()], runs[i].start);
+            let done = self.read_run(&geometry, view, &sources[runs[i].clone()], runs[i].start, &spent);
             for (n, result) in runs[i].clone().zip(done) {
                 *results[n].lock() = result;
             }
         });
-        let results: Vec<_> = results.iter().map(|r| *r.lock()).collect();
-        Ok(self.settle(&geometry, &held, &sources, &results))
+        let results: Vec<Taken> = results.into_iter().map(Mutex::into_inner).collect();
+        Ok(self.settle(&geometry, &held, &sources, &results, &spent))
     }
 
     // The token ids that block `n` must carry.
@@ -84,7 +105,7 @@ impl Lease {
         for &id in &held {
             let node = &state.nodes[id];
             let source = match (node.ram, node.ssd) {
-                (Some(slot), _) => Source::Ram(slot),
+                (Some(slot), _) => Source::Ram(slot, node.layout.clone()),
                 (None, Some(place)) => {
                     let disk = state.models.get(&self.model.id).and_then(|m| m.disk.as_ref());
                     match disk.map(|d| (d.file.clone(), d.segments[place.segment as usize].epoch)) {
@@ -94,7 +115,10 @@ impl Lease {
                                 node.ssd_reads += 1;
                                 node.ssd_reads > 1
                             });
-                            let promote = if again { state.allocate(self.model.id, false) } else { None };
+                            let promote = match again {
+                                true => state.allocate(self.model.id, place.bytes() as usize, false),
+                                false => None,
+                            };
                             Source::Ssd { file, hash, place, epoch, promote }
                         }
                         None => Source::Gone(lost),
@@ -113,11 +137,12 @@ impl Lease {
         geometry: &Geometry,
         view: &KvView,
         sources: &[Source],
-        results: &[Mutex<std::result::Result<Tier, Miss>>],
+        results: &[Mutex<Taken>],
+        spent: &Spent,
     ) {
-        let mut blocks = Vec::new();
+        let (mut blocks, mut coded) = (Vec::new(), Vec::new());
         for (n, source) in sources.iter().enumerate() {
-            let Source::Ram(slot) = source else { continue };
+            let Source::Ram(slot, layout) = source else { continue };
             let at = self.shared.arena.at(*slot);
             let length = geometry.payload_offset() - RECORD_HEADER_BYTES;
             // SAFETY: the slot is published and held by this lease; what follows its header does not change.
@@ -126,12 +151,19 @@ impl Lease {
                 *results[n].lock() = Err(Miss::Corrupt);
                 continue;
             }
-            *results[n].lock() = Ok(Tier::Ram);
+            *results[n].lock() = Ok((Tier::Ram, layout.clone()));
             // SAFETY: the payload lies within the slot.
             let payload = unsafe { at.add(geometry.payload_offset()) };
-            blocks.push(BlockCopy { payload, first_token: n * geometry.block_tokens as usize });
+            let block = BlockCopy { payload, first_token: n * geometry.block_tokens as usize };
+            match layout {
+                Some(layout) => coded.push((block, layout)),
+                None => blocks.push(block),
+            }
         }
         self.shared.workers.copy(geometry, view, &blocks, Direction::Scatter);
+        if !coded.is_empty() {
+            add(&spent.ram_decode_ns, decode_blocks(&self.shared.workers, geometry, view, &coded));
+        }
     }
 
     // Books what happened, promotes what was read again, and forgets what proved bad.
@@ -140,7 +172,8 @@ impl Lease {
         geometry: &Geometry,
         held: &[NodeId],
         sources: &[Source],
-        results: &[std::result::Result<Tier, Miss>],
+        results: &[Taken],
+        spent: &Spent,
     ) -> LoadOutcome {
         let good = results.iter().take_while(|r| r.is_ok()).count();
         let model = self.model.id;
@@ -149,12 +182,12 @@ impl Lease {
             // It may have been unlinked meanwhile.
             let linked = held.get(n).copied().filter(|&id| state.nodes.is_linked(id));
             if let Source::Ssd { promote: Some(slot), .. } = source {
-                match linked.filter(|&id| result.is_ok() && state.nodes[id].ram.is_none()) {
-                    Some(id) => {
-                        state.place_in_ram(id, *slot);
+                match (linked.filter(|&id| state.nodes[id].ram.is_none()), result) {
+                    (Some(id), Ok((_, layout))) => {
+                        state.place_in_ram(id, *slot, layout.clone());
                         state.counts(model).promoted += 1;
                     }
-                    None => state.ram.pool.free(*slot),
+                    _ => state.ram.pool.free(*slot),
                 }
             }
             if n > good {
@@ -162,7 +195,7 @@ impl Lease {
             }
             let counts = state.counts(model);
             match (source, result) {
-                (Source::Ram(_), _) => counts.asked_tier(Tier::Ram, result.is_ok()),
+                (Source::Ram(..), _) => counts.asked_tier(Tier::Ram, result.is_ok()),
                 (Source::Ssd { .. }, _) => {
                     counts.asked_tier(Tier::Ram, false);
                     counts.asked_tier(Tier::Ssd, result.is_ok());
@@ -171,6 +204,9 @@ impl Lease {
                     counts.asked_tier(Tier::Ram, false);
                     counts.asked_tier(Tier::Ssd, false);
                 }
+            }
+            if let Ok((tier, Some(_))) = result {
+                counts.tier(*tier).decoded_bytes += geometry.block_bytes() as u64;
             }
             if let Err(miss) = result {
                 counts.corrupt += u64::from(*miss == Miss::Corrupt);
@@ -185,8 +221,15 @@ impl Lease {
         let counts = state.counts(model);
         counts.loaded_tokens += tokens as u64;
         counts.loaded_bytes += (good * geometry.block_bytes()) as u64;
-        let places = results[..good].iter().filter_map(|r| r.ok()).collect();
-        LoadOutcome { tokens, places, miss: results.get(good).and_then(|r| r.err()) }
+        // Relaxed: all threads are done.
+        let load = |spent: &AtomicU64| spent.load(Ordering::Relaxed);
+        counts.tier(Tier::Ram).decode_ns += load(&spent.ram_decode_ns);
+        let ssd = counts.tier(Tier::Ssd);
+        ssd.decode_ns += load(&spent.ssd_decode_ns);
+        ssd.read_ns += load(&spent.read_ns);
+        ssd.read_bytes += load(&spent.read_bytes);
+        let places = results[..good].iter().flatten().map(|(tier, _)| *tier).collect();
+        LoadOutcome { tokens, places, miss: results.get(good).and_then(|r| r.as_ref().err().copied()) }
     }
 }
 
@@ -195,12 +238,12 @@ const RUN_BYTES: usize = 4 << 20;
 
 // Blocks that lie below RAM, in runs of neighbouring records: long enough for the disk, and enough for all threads.
 fn runs(sources: &[Source], record_bytes: usize, threads: usize) -> Vec<Range<usize>> {
-    let below = sources.iter().filter(|s| !matches!(s, Source::Ram(_))).count();
+    let below = sources.iter().filter(|s| !matches!(s, Source::Ram(..))).count();
     let most = (below * record_bytes / (2 * threads)).clamp(record_bytes, RUN_BYTES.max(record_bytes)) / record_bytes;
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (n, source) in sources.iter().enumerate() {
         match (source, runs.last_mut()) {
-            (Source::Ram(_), _) => {}
+            (Source::Ram(..), _) => {}
             (Source::Ssd { place, .. }, Some(run))
                 if run.end == n
                     && run.len() < most
@@ -222,12 +265,13 @@ impl Lease {
         view: &KvView,
         sources: &[Source],
         first: usize,
-    ) -> Vec<std::result::Result<Tier, Miss>> {
+        spent: &Spent,
+    ) -> Vec<Taken> {
         let all = |miss| vec![Err(miss); sources.len()];
         let (file, place) = match &sources[0] {
             Source::Ssd { file, place, .. } => (file, *place),
             Source::Gone(miss) => return all(*miss),
-            Source::Ram(_) => return all(Miss::Closed),
+            Source::Ram(..) => return all(Miss::Closed),
         };
         let lengths = sources.iter().map(|source| match source {
             Source::Ssd { place, .. } => place.bytes() as usize,
@@ -236,20 +280,24 @@ impl Lease {
         let (bytes, all_bytes) = (geometry.record_bytes(), lengths.clone().sum());
         let Some(ssd) = &self.shared.ssd else { return all(Miss::Closed) };
         let Ok(mut buffer) = ssd.scratch(RUN_BYTES.max(bytes).max(all_bytes)) else { return all(Miss::Io) };
+        let started = Instant::now();
         let results = match file.read_records(place, &mut buffer[..all_bytes]) {
             Ok(length) => {
+                add(&spent.read_ns, started.elapsed().as_nanos() as u64);
+                add(&spent.read_bytes, length as u64);
                 let mut rest = &buffer[..length];
                 let numbered = sources.iter().zip(lengths).enumerate();
                 numbered
                     .map(|(i, (source, bytes))| {
                         let record = rest.split_off(..bytes.min(rest.len())).unwrap_or_default();
-                        self.take_record(geometry, view, source, first + i, record)
+                        self.take_record(geometry, view, source, first + i, record, spent)
                     })
                     .collect()
             }
             // One bad sector must not cost its neighbours.
             Err(_) if sources.len() > 1 => {
-                (0..sources.len()).flat_map(|i| self.read_run(geometry, view, &sources[i..=i], first + i)).collect()
+                let each = 0..sources.len();
+                each.flat_map(|i| self.read_run(geometry, view, &sources[i..=i], first + i, spent)).collect()
             }
             Err(_) => all(Miss::Io),
         };
@@ -265,52 +313,39 @@ impl Lease {
         source: &Source,
         n: usize,
         record: &[u8],
-    ) -> std::result::Result<Tier, Miss> {
+        spent: &Spent,
+    ) -> Taken {
         let Source::Ssd { file, hash, epoch, promote, .. } = source else { return Err(Miss::Closed) };
         let (block, form) = read_record(record, geometry, &file.identity(*epoch))
             .filter(|(block, form)| {
                 block.hash == *hash
+                    && block.depth as usize == n
                     && record.len() == geometry.record_bytes_of(form.payload_bytes)
                     && tokens_of(&record[RECORD_HEADER_BYTES..], geometry).eq(self.expected(n).iter().copied())
             })
             .ok_or(Miss::Corrupt)?;
-        let slot = promote.map(|slot| {
-            // SAFETY: the slot was allocated for this load and is not published: this thread alone has it. It is as
-            // long as a record.
-            unsafe { std::slice::from_raw_parts_mut(self.shared.arena.at(slot), geometry.record_bytes()) }
-        });
-        let scatter = |payload: &[u8]| {
-            let payload = payload.as_ptr().cast_mut();
-            let block = BlockCopy { payload, first_token: n * geometry.block_tokens as usize };
-            copy_planes(geometry, view, block, 0..geometry.plane_count(), Direction::Scatter);
+        // An encoded block is of the form that its layout gives it, or none at all.
+        let layout = match &form.scheme {
+            Some(_) => Some(file.layout_of(&form, block.depth).ok_or(Miss::Corrupt)?),
+            None => None,
         };
-        let (payload_at, plain_end) = (geometry.payload_offset(), geometry.payload_offset() + geometry.block_bytes());
-        if form.scheme.is_none() {
-            if let Some(slot) = slot {
-                slot.copy_from_slice(record);
-            }
-            scatter(&record[payload_at..plain_end]);
-            return Ok(Tier::Ssd);
+        if let Some(slot) = promote {
+            // SAFETY: the slot was allocated for this load, as long as the record, and is not published: this thread
+            // alone has it.
+            let slot = unsafe { std::slice::from_raw_parts_mut(self.shared.arena.at(*slot), record.len()) };
+            slot.copy_from_slice(record);
         }
-        let layout = file.layout_of(&form, block.depth).ok_or(Miss::Corrupt)?;
-        let first = block.depth == 0;
-        let encoded = &record[payload_at..payload_at + form.payload_bytes];
-        match (slot, &self.shared.ssd) {
-            // In RAM it stands decoded; its record on SSD stays, and so it is not encoded again.
-            (Some(slot), _) => {
-                slot[..payload_at].copy_from_slice(&record[..payload_at]);
-                slot[plain_end..].fill(0);
-                layout.decode_payload(encoded, first, &mut slot[payload_at..plain_end]);
-                scatter(&slot[payload_at..plain_end]);
+        let payload = &record[geometry.payload_offset()..][..form.payload_bytes];
+        let (first_token, planes) = (n * geometry.block_tokens as usize, 0..geometry.plane_count());
+        match &layout {
+            Some(layout) => {
+                add(&spent.ssd_decode_ns, decode_planes(geometry, view, layout, payload, first_token, planes));
             }
-            (None, Some(ssd)) => {
-                let mut plain = ssd.scratch(geometry.block_bytes()).map_err(|_| Miss::Io)?;
-                layout.decode_payload(encoded, first, &mut plain[..geometry.block_bytes()]);
-                scatter(&plain[..geometry.block_bytes()]);
-                ssd.give_back(plain);
+            None => {
+                let block = BlockCopy { payload: payload.as_ptr().cast_mut(), first_token };
+                copy_planes(geometry, view, block, planes, Direction::Scatter);
             }
-            (None, None) => return Err(Miss::Closed),
         }
-        Ok(Tier::Ssd)
+        Ok((Tier::Ssd, layout))
     }
 }

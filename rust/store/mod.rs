@@ -16,6 +16,7 @@ mod load;
 mod model;
 mod namespace;
 mod nodes;
+mod put;
 mod recover;
 mod room;
 mod sequence;
@@ -25,27 +26,28 @@ mod view;
 pub use lease::Lease;
 pub use load::LoadOutcome;
 pub use model::{Model, ModelSpec};
+pub use put::PutOutcome;
 pub use sequence::Sequence;
 pub use view::BlockView;
 
 use crate::arena::{Arena, Pages};
-use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES, Secret};
+use crate::block::{Geometry, Secret};
 use crate::codec::{Codec, Isa, Layout, Scheme};
-use crate::copy::{BlockCopy, Direction, KvView, Workers};
+use crate::copy::{KvView, Workers};
 use crate::error::{Error, ErrorKind, Result, input};
-use crate::evict::{Kind, Retention};
-use crate::pool::Slot;
+use crate::evict::Kind;
+use crate::pool::Holding;
 use crate::ssd::io::{FileIo, Io};
-use crate::ssd::record::{MAX_NAME_BYTES, write_tokens};
+use crate::ssd::record::MAX_NAME_BYTES;
 use crate::ssd::{Ssd, SsdOptions, Stale};
-use crate::stats::{Counts, Snapshot};
+use crate::stats::{Counts, Snapshot, Tier};
 use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
-use crate::trie::{NodeId, Trie};
-use lease::{Held, Touched};
+use crate::trie::Trie;
+use lease::Touched;
 use model::Matches;
-use namespace::{Epochs, Namespace};
+use namespace::Epochs;
 use state::{FILE_HEAD_BYTES, ModelState, State};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::thread::JoinHandle;
 
 /// When blocks are written to SSD.
@@ -110,15 +112,6 @@ struct Shared {
 pub struct Store {
     shared: Arc<Shared>,
     demoter: Mutex<Option<JoinHandle<()>>>,
-}
-
-/// What a put did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PutOutcome {
-    /// Leading tokens that are cached now.
-    pub tokens: usize,
-    /// Blocks that were new.
-    pub new_blocks: usize,
 }
 
 impl Store {
@@ -220,7 +213,6 @@ impl Store {
         let matches = Arc::new(Matches::default());
         let id = state.next_model;
         state.next_model += 1;
-        let class = state.ram.pool.class(id, geometry.record_bytes());
         // The name is taken from here on; the file is read without the lock.
         state.models.insert(
             id,
@@ -228,10 +220,12 @@ impl Store {
                 name: name.clone(),
                 geometry: *geometry,
                 weight: u64::from((*weight).max(1)),
-                class,
+                holding: Holding::new(id),
+                classes: BTreeMap::new(),
                 counts: Counts::default(),
                 matches: matches.clone(),
                 disk: None,
+                hot: None,
                 cold: None,
                 dirty: VecDeque::new(),
                 dirty_blocks: 0,
@@ -336,122 +330,51 @@ impl Store {
                 "RAM budget of model {name:?}: {bytes} bytes, expected at least {record}, one block"
             )));
         }
-        state.ram.pool.set_budget(&books.class, bytes.unwrap_or(u64::MAX));
+        state.ram.pool.set_budget(&books.holding, record as usize, bytes.unwrap_or(u64::MAX));
         drop(state);
         self.shared.work.notify_all();
         Ok(())
     }
 
-    /// Encodes a model's blocks when they go to SSD, from now on; what lies there stays readable. `Codec::None`: they go as
-    /// they are. A block with values that fit no scale goes as it is.
+    /// Encodes a model's blocks from now on: those that are put, in RAM; or those that go to SSD as they were put. What
+    /// was encoded before stays readable, is never encoded again, and takes its form along to the other tier.
+    /// `Codec::None` ends that. A block with values that fit no scale stays as it is.
     ///
     /// # Errors
     /// The model is not registered; the scheme does not fit its geometry, or makes nothing smaller.
-    pub fn set_cold_codec(&self, model: &Model, scheme: Scheme) -> Result<()> {
-        let geometry = &model.spec.geometry;
-        let layout = Layout::new(scheme, geometry)?;
-        let (name, encoded, plain) = (&model.spec.name, layout.bytes_of(true), geometry.block_bytes());
-        let encodes = scheme.codec != Codec::None;
-        if encodes && geometry.record_bytes_of(encoded) >= geometry.record_bytes() {
-            return Err(input(format!(
-                "codec {:?}: a block of model {name:?} has {plain} bytes, and {encoded} encoded, so nothing is saved; \
-                 use none, or larger blocks",
-                scheme.codec.name()
-            )));
-        }
+    pub fn set_codec(&self, model: &Model, tier: Tier, scheme: Scheme) -> Result<()> {
+        let layout = Self::layout(&model.spec.geometry, scheme)?;
         let mut state = self.shared.open_state()?;
         let Some(books) = state.models.get_mut(&model.id) else {
+            let name = &model.spec.name;
             return Err(Error::new(ErrorKind::ModelNotFound, format!("model {name:?} is not registered")));
         };
-        books.cold = encodes.then(|| Arc::new(layout));
+        match tier {
+            Tier::Ram => books.hot = layout,
+            Tier::Ssd => books.cold = layout,
+        }
         Ok(())
     }
 
-    /// Stores the blocks of `tokens` that are not cached yet, and makes them findable. The SSD follows behind.
+    /// How a scheme encodes blocks of a geometry; `None`: not at all.
     ///
     /// # Errors
-    /// The view does not fit the model, or covers fewer tokens; the store is closed.
-    pub fn put(&self, model: &Model, tokens: &[u32], adapter: &str, tenant: &str, view: &KvView) -> Result<PutOutcome> {
-        let sequence = self.sequence(model, adapter, tenant, tokens.to_vec());
-        self.put_sequence(model, &sequence, view, Retention::default())
-    }
-
-    /// As [`put`](Self::put), of a sequence. What is asked beyond the default for its blocks replaces what was asked for
-    /// them before, and holds while they are in RAM.
-    ///
-    /// # Errors
-    /// As there; or the sequence is of another model, or the priority too high.
-    pub fn put_sequence(
-        &self,
-        model: &Model,
-        sequence: &Sequence,
-        view: &KvView,
-        retention: Retention,
-    ) -> Result<PutOutcome> {
-        if retention.priority > Retention::MAX_PRIORITY {
-            let (given, most) = (retention.priority, Retention::MAX_PRIORITY);
-            return Err(input(format!("priority is {given}, expected 0 to {most}")));
+    /// The scheme does not fit the geometry, or makes nothing smaller.
+    pub fn layout(geometry: &Geometry, scheme: Scheme) -> Result<Option<Arc<Layout>>> {
+        geometry.validate()?;
+        let layout = Layout::new(scheme, geometry)?;
+        if scheme.codec == Codec::None {
+            return Ok(None);
         }
-        let geometry = model.spec.geometry;
-        let Sequence { namespace, tokens, hashes, .. } = sequence;
-        check_view(&geometry, view, tokens.len())?;
-        self.shared.check_open()?;
-        sequence.check_model(model)?;
-        let block_tokens = geometry.block_tokens as usize;
-        let found = self.shared.find(model, namespace, hashes)?;
-        let known = found.map_or(0, |(_, blocks)| blocks);
-        let parent = Held { trie: &self.shared.trie, id: found.map(|(id, _)| id) };
-        if known == hashes.len() {
-            if retention != Retention::default() {
-                let mut state = self.shared.open_state()?;
-                if let Some(deepest) = parent.id.filter(|&id| state.nodes.is_linked(id)) {
-                    state.retain(deepest, retention);
-                }
-            }
-            return Ok(PutOutcome { tokens: known * block_tokens, new_blocks: 0 });
+        if layout.record_bytes(geometry, true) >= geometry.record_bytes() {
+            let (encoded, plain) = (layout.bytes_of(true), geometry.block_bytes());
+            return Err(input(format!(
+                "codec {:?}: a block of this model has {plain} bytes, and {encoded} encoded, so nothing is saved; use \
+                 none, or larger blocks",
+                scheme.codec.name()
+            )));
         }
-        let mut state = self.shared.open_state()?;
-        state.catch_up(&self.shared.touched);
-        let slots = state.allocate_some(model.id, hashes.len() - known, true);
-        drop(state);
-
-        let blocks: Vec<BlockCopy> = slots
-            .iter()
-            .enumerate()
-            .map(|(n, &slot)| {
-                let first_token = (known + n) * block_tokens;
-                let at = self.shared.arena.at(slot);
-                let body_end = geometry.payload_offset() + geometry.block_bytes();
-                // SAFETY: the slot was allocated above and is not published: this thread alone has it.
-                let record = unsafe { std::slice::from_raw_parts_mut(at, geometry.record_bytes()) };
-                let room = &mut record[RECORD_HEADER_BYTES..geometry.payload_offset()];
-                write_tokens(room, &tokens[first_token..first_token + block_tokens]);
-                record[body_end..].fill(0);
-                // SAFETY: the payload lies within the slot.
-                BlockCopy { payload: unsafe { at.add(geometry.payload_offset()) }, first_token }
-            })
-            .collect();
-        self.shared.workers.copy(&geometry, view, &blocks, Direction::Gather);
-
-        let mut state = self.shared.state.lock();
-        let (published, new_blocks) = state.publish(model, namespace, parent.id, &hashes[known..], slots);
-        let (cached, refused) = (known + published, hashes.len() - known - published);
-        if retention != Retention::default()
-            && let Some(deepest) = hashes[..cached].last().and_then(|&hash| state.nodes.find(hash))
-        {
-            state.retain(deepest, retention);
-        }
-        let counts = state.counts(model.id);
-        counts.put_blocks += new_blocks as u64;
-        counts.put_bytes += (new_blocks * geometry.block_bytes()) as u64;
-        counts.put_refused += refused as u64;
-        // A call costs more than all the rest of a small put.
-        let work = state.has_work(self.shared.policy);
-        drop(state);
-        if work {
-            self.shared.work.notify_all();
-        }
-        Ok(PutOutcome { tokens: cached * block_tokens, new_blocks })
+        Ok(Some(Arc::new(layout)))
     }
 
     /// Waits until every block put so far was written to SSD, and is durable. Under a cap below the size of RAM the
@@ -605,50 +528,6 @@ impl Shared {
         // It may have been closed while this waited.
         self.check_open()?;
         Ok(state)
-    }
-}
-
-impl State {
-    // Makes blocks findable whose bytes are complete; gives the slots of those back that others have put meanwhile.
-    // Returns how many of the blocks are cached now, and how many of them are new.
-    fn publish(
-        &mut self,
-        model: &Model,
-        namespace: &Namespace,
-        mut parent: Option<NodeId>,
-        hashes: &[BlockHash],
-        slots: Vec<Slot>,
-    ) -> (usize, usize) {
-        let mut cached = 0;
-        let mut attached = parent.is_none_or(|p| self.nodes.is_linked(p)) && self.models.contains_key(&model.id);
-        attached &= !model.matches.ended() && !namespace.is_dropped();
-        // Matches tell what was found; this is what was not.
-        let order = &mut self.ram.leaving(model.id).order;
-        hashes.iter().rev().for_each(|&hash| order.asked(state::tag(hash)));
-        order.choose();
-        if let Some(known) = parent.filter(|_| attached) {
-            self.touch(known, false);
-        }
-        let (now, seed) = (self.tick(), namespace.hasher.seed());
-        let mut placed = Vec::with_capacity(slots.len());
-        for (&hash, slot) in hashes.iter().zip(slots) {
-            match if attached { self.nodes.insert(parent, hash, model.id, seed) } else { None } {
-                Some(id) => placed.push((id, slot)),
-                None => self.ram.pool.free(slot),
-            }
-            parent = self.nodes.find(hash);
-            attached &= parent.is_some();
-            cached += usize::from(attached);
-        }
-        // From the end to the start, as paths are touched.
-        for &(id, slot) in placed.iter().rev() {
-            self.nodes[id].last_use = now;
-            self.place_in_ram(id, slot);
-        }
-        if self.ssd_capacity_bytes > 0 {
-            placed.iter().for_each(|&(id, _)| self.enqueue_dirty(id));
-        }
-        (cached, placed.len())
     }
 }
 

@@ -6,6 +6,7 @@
 //! What is unlinked while somebody holds it is found no more; its slot waits in limbo until the last lease went.
 
 use crate::block::BlockHash;
+use crate::codec::Layout;
 use crate::evict::Ghosts;
 use crate::pool::Slot;
 use crate::ram::Walk;
@@ -25,6 +26,8 @@ const SIBLINGS: usize = 64;
 pub(crate) struct Node {
     pub(crate) last_use: u64,
     pub(crate) ram: Option<Slot>,
+    /// How the payload in that slot is encoded; `None`: it is as it was put.
+    pub(crate) layout: Option<Arc<Layout>>,
     pub(crate) ram_children: u32,
     pub(crate) ssd: Option<Place>,
     pub(crate) ssd_reads: u32,

@@ -10,7 +10,7 @@ use super::nodes::{Node, NodeId, Nodes};
 use crate::block::{BlockHash, Geometry};
 use crate::codec::Layout;
 use crate::evict::{Kind, Retention};
-use crate::pool::{Class, Run, Slot};
+use crate::pool::{Class, Holding, Run, Slot};
 use crate::ram::{Leaving, Ram};
 use crate::ssd::record::Entry;
 use crate::ssd::{ModelFile, Phase, Place, Segment, Ssd, Stale};
@@ -26,17 +26,27 @@ pub(crate) struct ModelState {
     pub(crate) name: String,
     pub(crate) geometry: Geometry,
     pub(crate) weight: u64,
-    /// Its slots in RAM.
-    pub(crate) class: Arc<Class>,
+    /// What it holds of RAM, and its slots there by their size.
+    pub(crate) holding: Arc<Holding>,
+    pub(crate) classes: BTreeMap<usize, Arc<Class>>,
     pub(crate) counts: Counts,
     /// What its matches count without the lock.
     pub(crate) matches: Arc<Matches>,
     pub(crate) disk: Option<Disk>,
-    /// How blocks are encoded that go to SSD; `None`: as they are.
+    /// How blocks are encoded that are put, and those that go to SSD as they were put; `None`: not at all.
+    pub(crate) hot: Option<Arc<Layout>>,
     pub(crate) cold: Option<Arc<Layout>>,
     /// Blocks put and not yet on SSD, by rising ticket. An entry may be outdated; its node's `queued` tells.
     pub(crate) dirty: VecDeque<(u64, BlockHash)>,
     pub(crate) dirty_blocks: u64,
+}
+
+impl ModelState {
+    /// Bytes of the slots that its puts take at present.
+    pub(crate) fn slot_bytes(&self) -> usize {
+        let encoded = self.hot.as_ref().map(|layout| layout.record_bytes(&self.geometry, false));
+        encoded.unwrap_or_else(|| self.geometry.record_bytes())
+    }
 }
 
 /// One model's file and the books of its segments.
@@ -145,7 +155,9 @@ impl State {
         let model = self.nodes.model(id);
         let (in_ram, on_ssd) = (self.nodes[id].ram.is_some(), self.nodes[id].ssd.is_some());
         let ssd_bytes = self.nodes[id].ssd.map_or(0, |place| place.bytes());
-        let Some(bytes) = self.models.get(&model).map(|m| m.geometry.record_bytes() as u64) else { return };
+        let Some(geometry) = self.models.get(&model).map(|m| m.geometry) else { return };
+        let ram_bytes = self.nodes[id].ram.map_or(0, |slot| self.ram.pool.slot_bytes(slot) as u64);
+        let plain = geometry.record_bytes() as u64;
         let shift = |value: &mut u64, by: u64| *value = if add { *value + by } else { *value - by };
         if in_ram
             && !on_ssd
@@ -154,10 +166,11 @@ impl State {
             shift(&mut model.dirty_blocks, 1);
         }
         let counts = self.counts(model);
-        for (tier, present, bytes) in [(Tier::Ram, in_ram, bytes), (Tier::Ssd, on_ssd, ssd_bytes)] {
+        for (tier, present, bytes) in [(Tier::Ram, in_ram, ram_bytes), (Tier::Ssd, on_ssd, ssd_bytes)] {
             if present {
                 shift(&mut counts.tier(tier).blocks, 1);
                 shift(&mut counts.tier(tier).used_bytes, bytes);
+                shift(&mut counts.tier(tier).plain_bytes, plain);
             }
         }
     }
@@ -220,15 +233,20 @@ impl State {
         }
     }
 
-    /// Gives a block its bytes in RAM.
-    pub(crate) fn place_in_ram(&mut self, id: NodeId, slot: Slot) {
+    /// Gives a block its bytes in RAM, and says how they are encoded.
+    pub(crate) fn place_in_ram(&mut self, id: NodeId, slot: Slot, layout: Option<Arc<Layout>>) {
         self.ram.hold(slot, id);
         let (model, hash) = (self.nodes.model(id), self.nodes.hash(id));
         // Attention over what came before costs as much as the rest of a model at about 32 k tokens.
         let block_tokens = self.models.get(&model).map_or(1, |m| m.geometry.block_tokens);
         let cost = 1.0 + (self.nodes.depth(id) * block_tokens) as f32 / 32_768.0;
-        self.ram.leaving(model).order.insert(id, tag(hash), cost);
-        self.alter(id, |node| node.ram = Some(slot));
+        self.alter(id, |node| (node.ram, node.layout) = (Some(slot), layout));
+        // For as many bytes as a block has that is not encoded.
+        let shorter = self
+            .models
+            .get(&model)
+            .map_or(1.0, |m| m.geometry.record_bytes() as f32 / self.ram.pool.slot_bytes(slot) as f32);
+        self.ram.leaving(model).order.insert(id, tag(hash), cost * shorter);
         if let Some(parent) = self.nodes.parent(id) {
             self.alter(parent, |node| node.ram_children += 1);
         }
@@ -252,7 +270,12 @@ impl State {
     }
 
     fn leave_ram(&mut self, id: NodeId) {
-        let Some(slot) = self.alter(id, |node| node.ram.take()) else { return };
+        let Some(slot) = self.alter(id, |node| {
+            node.layout = None;
+            node.ram.take()
+        }) else {
+            return;
+        };
         self.ram.let_go(slot);
         self.ram.pool.free(slot);
         if let Some(parent) = self.nodes.parent(id) {
@@ -282,35 +305,49 @@ impl State {
         ids.len() as u64
     }
 
-    /// Takes a slot for a model, making room if need be. A model below its share of the arena takes from those above
-    /// theirs; otherwise it evicts its own. `may_lose` allows evicting blocks that are not on SSD.
-    pub(crate) fn allocate(&mut self, model: u32, may_lose: bool) -> Option<Slot> {
-        self.allocate_some(model, 1, may_lose).pop()
+    /// Takes a slot of so many bytes for a model, making room if need be. A model below its share of the arena takes from
+    /// those above theirs; otherwise it evicts its own. `may_lose` allows evicting blocks that are not on SSD.
+    pub(crate) fn allocate(&mut self, model: u32, bytes: usize, may_lose: bool) -> Option<Slot> {
+        self.allocate_some(model, bytes, 1, may_lose).pop()
     }
 
     /// Takes so many slots, neighbours as far as there are, or as many as there can be.
-    pub(crate) fn allocate_some(&mut self, model: u32, wanted: usize, may_lose: bool) -> Vec<Slot> {
+    pub(crate) fn allocate_some(&mut self, model: u32, bytes: usize, wanted: usize, may_lose: bool) -> Vec<Slot> {
         let mut slots = Vec::with_capacity(wanted);
+        let Some(class) = self.class(model, bytes) else { return slots };
         while slots.len() < wanted
-            && let Some(run) = self.allocate_run(model, wanted - slots.len(), may_lose)
+            && let Some(run) = self.allocate_run(model, &class, bytes, wanted - slots.len(), may_lose)
         {
             slots.extend(run);
         }
         slots
     }
 
-    fn allocate_run(&mut self, model: u32, most: usize, may_lose: bool) -> Option<Run> {
-        let class = self.models.get(&model)?.class.clone();
-        let slot_bytes = self.models.get(&model)?.geometry.record_bytes();
+    /// A model's slots of a size.
+    pub(crate) fn class(&mut self, model: u32, bytes: usize) -> Option<Arc<Class>> {
+        let ModelState { classes, holding, .. } = self.models.get_mut(&model)?;
+        Some(classes.entry(bytes).or_insert_with(|| self.ram.pool.class(holding, bytes)).clone())
+    }
+
+    fn allocate_run(
+        &mut self,
+        model: u32,
+        class: &Arc<Class>,
+        bytes: usize,
+        most: usize,
+        may_lose: bool,
+    ) -> Option<Run> {
+        let holding = self.models.get(&model)?.holding.clone();
         loop {
-            if let Some(run) = self.ram.pool.allocate_run(&class, most) {
+            if let Some(run) = self.ram.pool.allocate_run(class, most) {
                 return Some(run);
             }
-            let below_share = self.ram.pool.held_bytes(&class) as u64 + slot_bytes as u64 <= self.ram_share(model);
-            let own_first: [fn(&mut Self, u32, bool) -> bool; 2] = [Self::evict_own, Self::take_span];
-            let others_first = [own_first[1], own_first[0]];
-            let ways = if below_share { others_first } else { own_first };
-            let made_room = ways.iter().any(|make_room| make_room(self, model, may_lose));
+            let below_share = self.ram.pool.held_bytes(&holding) as u64 + bytes as u64 <= self.ram_share(model);
+            let made_room = if below_share {
+                self.take_from_others(model, class, may_lose) || self.evict_own(model, class, may_lose)
+            } else {
+                self.evict_own(model, class, may_lose) || self.take_from_others(model, class, may_lose)
+            };
             if !made_room {
                 return None;
             }
@@ -334,7 +371,7 @@ impl State {
         self.ssd_capacity_bytes > 0
     }
 
-    fn evict_own(&mut self, model: u32, may_lose: bool) -> bool {
+    fn evict_own(&mut self, model: u32, class: &Class, may_lose: bool) -> bool {
         let (now, ssd_in_use) = (self.ram.now(), self.ssd_in_use());
         let nodes = &self.nodes;
         let Leaving { order, retained, walk } = self.ram.leaving(model);
@@ -356,18 +393,25 @@ impl State {
             break;
         }
         let Some(victim) = victim else { return false };
-        self.evict_from_ram(victim, ssd_in_use);
-        true
+        if nodes[victim].ram.is_some_and(|slot| self.ram.pool.is_of(slot, class)) {
+            self.evict_from_ram(victim, ssd_in_use);
+            return true;
+        }
+        // Its slot is of another size: a whole place is emptied for slots of this one.
+        self.take_place(&[model], class, may_lose)
     }
 
-    // Empties the coldest place for one slot that is held by models above their shares.
-    fn take_span(&mut self, taker: u32, may_lose: bool) -> bool {
-        let Some(slot_bytes) = self.models.get(&taker).map(|m| m.geometry.record_bytes()) else { return false };
+    // Takes the coldest place for one slot from the models above their shares.
+    fn take_from_others(&mut self, taker: u32, class: &Class, may_lose: bool) -> bool {
         let above = |&(&id, model): &(&u32, &ModelState)| {
-            id != taker && self.ram.pool.held_bytes(&model.class) as u64 > self.ram_share(id)
+            id != taker && self.ram.pool.held_bytes(&model.holding) as u64 > self.ram_share(id)
         };
         let givers: Vec<u32> = self.models.iter().filter(above).map(|(&id, _)| id).collect();
-        let places = self.ram.pool.places_for(slot_bytes).into_iter();
+        self.take_place(&givers, class, may_lose)
+    }
+
+    fn take_place(&mut self, givers: &[u32], class: &Class, may_lose: bool) -> bool {
+        let places = self.ram.pool.places_for(class).into_iter();
         let places = places.filter(|spans| !spans.is_empty() && spans.iter().all(|(id, _)| givers.contains(id)));
         let places = places.map(|spans| spans.into_iter().flat_map(|(_, slots)| slots).collect());
         self.empty_coldest(places.collect(), may_lose)
@@ -377,8 +421,8 @@ impl State {
     /// that takes them. `false`: there is none, or none that can be emptied now.
     pub(super) fn shrink_one(&mut self) -> bool {
         let may_lose = !self.ssd_in_use() || self.ssd_read_only.is_some();
-        let over = self.models.values().filter(|m| self.ram.pool.over_budget(&m.class));
-        let places: Vec<Vec<Slot>> = over.flat_map(|m| self.ram.pool.spans_of(&m.class)).collect();
+        let over = self.models.values().filter(|m| self.ram.pool.over_budget(&m.holding));
+        let places: Vec<Vec<Slot>> = over.flat_map(|m| self.ram.pool.spans_of(&m.holding)).collect();
         let emptied = self.empty_coldest(places, may_lose);
         self.ram.pool.settle();
         emptied

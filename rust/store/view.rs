@@ -19,7 +19,8 @@ pub struct BlockView {
 }
 
 impl Lease {
-    /// The bytes of block `n` of the match. `None`: there is no such block, it is not in RAM, or the match was released.
+    /// The bytes of block `n` of the match. `None`: there is no such block, it is not in RAM, it is encoded there, or the
+    /// match was released.
     pub fn view(&self, n: usize) -> Option<BlockView> {
         let hash = *self.hashes[..self.blocks()].get(n)?;
         let geometry = self.model.spec().geometry;
@@ -28,7 +29,7 @@ impl Lease {
             return None;
         }
         let node = state.nodes.find(hash)?;
-        let slot = state.nodes[node].ram?;
+        let slot = state.nodes[node].ram.filter(|_| state.nodes[node].layout.is_none())?;
         if state.nodes.lease(&[node]).is_empty() {
             return None;
         }

@@ -1,0 +1,116 @@
+//! Encoding while gathering, decoding while scattering: rows of the caller's tensors are read or written where they are,
+//! once, and no plain copy of a block exists.
+
+use crate::block::Geometry;
+use crate::codec::Layout;
+use crate::copy::{BlockCopy, KvView, PIECE_BYTES, RUN_BLOCKS, SPLIT_BYTES, Workers};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
+use std::ops::Range;
+use std::time::Instant;
+
+/// Encodes whole blocks into their payloads. Returns which of them could be encoded, and the nanoseconds of all threads.
+pub(crate) fn encode_blocks(
+    workers: &Workers,
+    geometry: &Geometry,
+    view: &KvView,
+    layout: &Layout,
+    blocks: &[BlockCopy],
+) -> (Vec<bool>, u64) {
+    let (planes, spent) = (geometry.plane_count(), AtomicU64::new(0));
+    let fit: Vec<AtomicBool> = blocks.iter().map(|_| AtomicBool::new(true)).collect();
+    let encode = |planes: Range<usize>, blocks: Range<usize>, copies: &[BlockCopy]| {
+        let started = Instant::now();
+        let mut rows = Vec::with_capacity((geometry.kv_heads * geometry.block_tokens) as usize);
+        // The caller's memory is read in order, plane by plane over neighbouring blocks.
+        for plane in planes {
+            for (at, block) in blocks.clone().zip(copies) {
+                rows.clear();
+                rows.extend(view.rows(geometry, plane, block.first_token).map(|row| {
+                    // SAFETY: the view's maker promised that its rows are valid memory that nobody writes meanwhile.
+                    unsafe { std::slice::from_raw_parts(row.cast_const(), geometry.row_bytes()) }
+                }));
+                let first = block.first_token == 0;
+                let (coded, exact) = (layout.plane(plane), layout.exact_part(plane, first));
+                // SAFETY: the payload is as long as the layout says, this call's alone, and planes have places of their
+                // own in it, apart from each other.
+                let parts = unsafe {
+                    let exact_at = block.payload.add(layout.bytes() + exact.start);
+                    (
+                        std::slice::from_raw_parts_mut(block.payload.add(coded.start), coded.len()),
+                        std::slice::from_raw_parts_mut(exact_at, exact.len()),
+                    )
+                };
+                if !layout.encode_plane(plane, &mut rows, parts) {
+                    // Relaxed: read when all threads are done.
+                    fit[at].store(false, Ordering::Relaxed);
+                }
+            }
+        }
+        spent.fetch_add(started.elapsed().as_nanos() as u64, Ordering::Relaxed);
+    };
+    if blocks.len() * geometry.block_bytes() < SPLIT_BYTES {
+        encode(0..planes, 0..blocks.len(), blocks);
+    } else {
+        let plane_bytes = geometry.block_bytes() / planes;
+        let group = (PIECE_BYTES / (plane_bytes * blocks.len().min(RUN_BLOCKS))).clamp(1, planes);
+        let (groups, runs) = (planes.div_ceil(group), blocks.len().div_ceil(RUN_BLOCKS));
+        workers.each(groups * runs, |i| {
+            let (first, from) = (i / runs * group, i % runs * RUN_BLOCKS);
+            let run = from..(from + RUN_BLOCKS).min(blocks.len());
+            encode(first..(first + group).min(planes), run.clone(), &blocks[run]);
+        });
+    }
+    let fit = fit.iter().map(|fit| fit.load(Ordering::Relaxed)).collect();
+    (fit, spent.load(Ordering::Relaxed))
+}
+
+/// Decodes whole blocks, each by its layout. Returns the nanoseconds of all threads.
+pub(crate) fn decode_blocks(
+    workers: &Workers,
+    geometry: &Geometry,
+    view: &KvView,
+    blocks: &[(BlockCopy, &Arc<Layout>)],
+) -> u64 {
+    let (planes, spent) = (geometry.plane_count(), AtomicU64::new(0));
+    let decode = |n: usize, planes: Range<usize>| {
+        let (block, layout) = blocks[n];
+        // SAFETY: the payload is as long as the layout says, and read only.
+        let payload =
+            unsafe { std::slice::from_raw_parts(block.payload.cast_const(), layout.bytes_of(block.first_token == 0)) };
+        spent.fetch_add(decode_planes(geometry, view, layout, payload, block.first_token, planes), Ordering::Relaxed);
+    };
+    if blocks.len() * geometry.block_bytes() < SPLIT_BYTES {
+        (0..blocks.len()).for_each(|n| decode(n, 0..planes));
+    } else {
+        let group = (PIECE_BYTES / (geometry.block_bytes() / planes)).clamp(1, planes);
+        let groups = planes.div_ceil(group);
+        workers.each(blocks.len() * groups, |i| {
+            let first = i % groups * group;
+            decode(i / groups, first..(first + group).min(planes));
+        });
+    }
+    spent.load(Ordering::Relaxed)
+}
+
+/// Decodes some planes of one block. Returns the nanoseconds that took.
+pub(crate) fn decode_planes(
+    geometry: &Geometry,
+    view: &KvView,
+    layout: &Layout,
+    payload: &[u8],
+    first_token: usize,
+    planes: Range<usize>,
+) -> u64 {
+    let started = Instant::now();
+    let mut rows = Vec::with_capacity((geometry.kv_heads * geometry.block_tokens) as usize);
+    for plane in planes {
+        rows.clear();
+        rows.extend(view.rows(geometry, plane, first_token).map(|row| {
+            // SAFETY: the view's maker promised that its rows are valid, writable memory that nobody else uses
+            // meanwhile; no two rows are the same.
+            unsafe { std::slice::from_raw_parts_mut(row, geometry.row_bytes()) }
+        }));
+        layout.decode_plane(plane, payload, first_token == 0, &mut rows);
+    }
+    started.elapsed().as_nanos() as u64
+}
