@@ -25,6 +25,8 @@ def bounds(name: str) -> tuple[str, str] | None:
     verb, rest = name.split(" ", 1)
     if "same memory" in name or "per head" in name:
         return None
+    if verb == "put":
+        return "ratio >= 1.3", "ratio >= 1.8"
     if "percentile" in name:
         return "ratio >= 0.7", "ratio >= 0.95"
     if "2 threads" in name:

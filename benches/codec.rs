@@ -6,7 +6,9 @@
 use std::hint::black_box;
 use std::time::Instant;
 use stratakv::codec::{Codec, Granularity, Layout, Percentile, Scheme};
-use stratakv::{Dtype, Geometry};
+use stratakv::evict::Kind;
+use stratakv::stats::Tier;
+use stratakv::{Dtype, Geometry, KvView, Model, ModelSpec, Options, PlaneView, Store, WritePolicy};
 
 const BLOCK: usize = 2 << 20;
 const BLOCKS: usize = 128;
@@ -150,6 +152,56 @@ fn clip(geometry: &Geometry, plain: &[Vec<u8>]) {
     report("exact percentile, 99.99 %, fp16", "greatest magnitude", &pairs.collect::<Vec<_>>());
 }
 
+/// A put into RAM that is encoded, from a token-major tensor, against a plain one and an encoding of what that gathered.
+fn fused(geometry: Geometry, memory: &mut Memory) {
+    let scheme = Scheme::new(Codec::Int8Sym, &geometry);
+    let layout = Layout::new(scheme, &geometry).expect("it fits");
+    let open = |scheme| {
+        let options = Options {
+            ram_capacity_bytes: (BLOCKS * BLOCK) as u64,
+            ssd: None,
+            eviction: Kind::Lru,
+            policy: WritePolicy::WriteBack,
+            secret: None,
+            threads: 1,
+            index_bytes: None,
+        };
+        let store = Store::open(options).expect("a store");
+        let spec = ModelSpec { name: "m".into(), weights_version: String::new(), geometry, weight: 1 };
+        let model = store.register(spec).expect("a model");
+        store.set_codec(&model, Tier::Ram, scheme).expect("a codec");
+        (store, model)
+    };
+    let (plain, encoding) = (open(Scheme::new(Codec::None, &geometry)), open(scheme));
+    let mut encoded = vec![vec![1u8; layout.bytes()]; BLOCKS];
+    let mut tokens = vec![0; geometry.block_tokens as usize];
+    let mut put = |(store, model): &(Store, std::sync::Arc<Model>), turn: usize, block: &mut [u8]| {
+        let (row, plane_bytes) = (geometry.row_bytes() as isize, block.len() / geometry.plane_count());
+        let planes = block.chunks_exact_mut(plane_bytes).map(|plane| PlaneView {
+            base: plane.as_mut_ptr(),
+            head_stride: row,
+            token_stride: row * geometry.kv_heads as isize,
+            page_stride: 0,
+        });
+        // SAFETY: a plane of the block has a row for each head of each token, and nobody writes it meanwhile.
+        let view = unsafe { KvView::new(planes.collect(), None, tokens.len()) }.expect("no page table");
+        tokens[0] = turn as u32;
+        let spent = seconds(|| assert_eq!(store.put(model, &tokens, "", "", &view).expect("a put").new_blocks, 1));
+        spent
+    };
+    let pairs: Vec<(f64, f64)> = (0..3 * ROUNDS)
+        .map(|turn| {
+            let (at, away) = (turn % BLOCKS, (turn + BLOCKS / 2) % BLOCKS);
+            let ours = put(&encoding, turn, &mut memory.plain[at]);
+            let gathered = put(&plain, turn, &mut memory.plain[away]);
+            // What a gather wrote is no longer in the cache, as is this.
+            (ours, gathered + seconds(|| encode(&layout, &memory.other[at], &mut encoded[at])))
+        })
+        .skip(ROUNDS)
+        .collect();
+    report("put from strided bf16, int8_sym", "a plain put, then an encoding", &pairs);
+}
+
 fn main() {
     for dtype in [Dtype::Fp32, Dtype::Fp16, Dtype::Bf16] {
         let (geometry, name) = (shape(dtype), dtype.name());
@@ -174,6 +226,9 @@ fn main() {
         }
         if dtype == Dtype::Fp32 {
             measure(&format!("{name}, fp16"), Scheme::new(Codec::Fp16, &geometry), &geometry, &mut memory, false);
+        }
+        if dtype == Dtype::Bf16 {
+            fused(geometry, &mut memory);
         }
         threads(&format!("{name}, int8_sym"), Scheme::new(Codec::Int8Sym, &geometry), &geometry, &mut memory);
     }
