@@ -102,24 +102,20 @@ impl KvView {
         }
     }
 
-    /// The rows of a block's plane, head by head.
-    pub(crate) fn rows(
-        &self,
-        geometry: &Geometry,
-        plane: usize,
-        first_token: usize,
-    ) -> impl Iterator<Item = *mut u8> + use<> {
+    /// Calls back with each row of a block's plane, head by head.
+    #[inline]
+    pub(crate) fn each_row(&self, geometry: &Geometry, plane: usize, first_token: usize, mut row: impl FnMut(*mut u8)) {
         let PlaneView { token_stride, head_stride, .. } = self.planes[plane];
         let tokens = geometry.block_tokens as usize;
-        let mut of_head = Vec::with_capacity(tokens);
-        while of_head.len() < tokens {
-            let (start, run) = self.run(plane, first_token + of_head.len(), tokens - of_head.len());
-            // As in `run`.
-            of_head.extend((0..run).map(|n| start.wrapping_offset(n as isize * token_stride)));
+        for head in 0..geometry.kv_heads as isize {
+            let mut done = 0;
+            while done < tokens {
+                let (start, run) = self.run(plane, first_token + done, tokens - done);
+                let start = start.wrapping_offset(head * head_stride);
+                (0..run as isize).for_each(|n| row(start.wrapping_offset(n * token_stride)));
+                done += run;
+            }
         }
-        let head_at = move |head: u32| head as isize * head_stride;
-        (0..geometry.kv_heads)
-            .flat_map(move |head| of_head.clone().into_iter().map(move |row| row.wrapping_offset(head_at(head))))
     }
 
     // Address of the first row of `token`, and how many tokens from there lie at one stride.

@@ -16,7 +16,7 @@ pub(crate) fn encode_blocks(
     layout: &Layout,
     blocks: &[BlockCopy],
 ) -> (Vec<bool>, u64) {
-    let (planes, spent) = (geometry.plane_count(), AtomicU64::new(0));
+    let (planes, row_bytes, spent) = (geometry.plane_count(), geometry.row_bytes(), AtomicU64::new(0));
     let fit: Vec<AtomicBool> = blocks.iter().map(|_| AtomicBool::new(true)).collect();
     let encode = |planes: Range<usize>, blocks: Range<usize>, copies: &[BlockCopy]| {
         let started = Instant::now();
@@ -25,10 +25,10 @@ pub(crate) fn encode_blocks(
         for plane in planes {
             for (at, block) in blocks.clone().zip(copies) {
                 rows.clear();
-                rows.extend(view.rows(geometry, plane, block.first_token).map(|row| {
+                view.each_row(geometry, plane, block.first_token, |row| {
                     // SAFETY: the view's maker promised that its rows are valid memory that nobody writes meanwhile.
-                    unsafe { std::slice::from_raw_parts(row.cast_const(), geometry.row_bytes()) }
-                }));
+                    rows.push(unsafe { std::slice::from_raw_parts(row.cast_const(), row_bytes) });
+                });
                 let first = block.first_token == 0;
                 let (coded, exact) = (layout.plane(plane), layout.exact_part(plane, first));
                 // SAFETY: the payload is as long as the layout says, this call's alone, and planes have places of their
@@ -101,15 +101,15 @@ pub(crate) fn decode_planes(
     first_token: usize,
     planes: Range<usize>,
 ) -> u64 {
-    let started = Instant::now();
+    let (started, row_bytes) = (Instant::now(), geometry.row_bytes());
     let mut rows = Vec::with_capacity((geometry.kv_heads * geometry.block_tokens) as usize);
     for plane in planes {
         rows.clear();
-        rows.extend(view.rows(geometry, plane, first_token).map(|row| {
+        view.each_row(geometry, plane, first_token, |row| {
             // SAFETY: the view's maker promised that its rows are valid, writable memory that nobody else uses
             // meanwhile; no two rows are the same.
-            unsafe { std::slice::from_raw_parts_mut(row, geometry.row_bytes()) }
-        }));
+            rows.push(unsafe { std::slice::from_raw_parts_mut(row, row_bytes) });
+        });
         layout.decode_plane(plane, payload, first_token == 0, &mut rows);
     }
     started.elapsed().as_nanos() as u64
