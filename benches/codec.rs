@@ -186,8 +186,7 @@ fn fused(geometry: Geometry, memory: &mut Memory) {
         // SAFETY: a plane of the block has a row for each head of each token, and nobody writes it meanwhile.
         let view = unsafe { KvView::new(planes.collect(), None, tokens.len()) }.expect("no page table");
         tokens[0] = turn as u32;
-        let spent = seconds(|| assert_eq!(store.put(model, &tokens, "", "", &view).expect("a put").new_blocks, 1));
-        spent
+        seconds(|| assert_eq!(store.put(model, &tokens, "", "", &view).expect("a put").new_blocks, 1))
     };
     let pairs: Vec<(f64, f64)> = (0..3 * ROUNDS)
         .map(|turn| {

@@ -2,9 +2,9 @@
 //! once, and no plain copy of a block exists.
 
 use crate::block::Geometry;
-use crate::codec::Layout;
+use crate::codec::{Layout, Percentile};
 use crate::copy::{BlockCopy, KvView, PIECE_BYTES, RUN_BLOCKS, SPLIT_BYTES, Workers};
-use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
 use std::ops::Range;
 use std::time::Instant;
 
@@ -62,6 +62,29 @@ pub(crate) fn encode_blocks(
     }
     let fit = fit.iter().map(|fit| fit.load(Ordering::Relaxed)).collect();
     (fit, spent.load(Ordering::Relaxed))
+}
+
+/// A percentile of each plane's magnitudes, over the first tokens of a view.
+pub(crate) fn percentiles(
+    workers: &Workers,
+    geometry: &Geometry,
+    view: &KvView,
+    layout: &Layout,
+    tokens: u32,
+    percentile: Percentile,
+) -> Vec<f32> {
+    // All of them are one block.
+    let sample = Geometry { block_tokens: tokens, ..*geometry };
+    let found: Vec<Mutex<f32>> = (0..geometry.plane_count()).map(|_| Mutex::new(0.0)).collect();
+    workers.each(found.len(), |plane| {
+        let mut rows = Vec::with_capacity((geometry.kv_heads * tokens) as usize);
+        view.each_row(&sample, plane, 0, |row| {
+            // SAFETY: as in `encode_blocks`.
+            rows.push(unsafe { std::slice::from_raw_parts(row.cast_const(), geometry.row_bytes()) });
+        });
+        *found[plane].lock() = layout.percentile(percentile, &rows);
+    });
+    found.into_iter().map(Mutex::into_inner).collect()
 }
 
 /// Decodes whole blocks, each by its layout. Returns the nanoseconds of all threads.

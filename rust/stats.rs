@@ -88,6 +88,8 @@ pub struct TierCounts {
     pub decode_ns: u64,
     /// Bytes of records that were read from a device, and nanoseconds that took, over all threads.
     pub read_bytes: u64,
+    /// Bytes that were not, because records were encoded.
+    pub saved_bytes: u64,
     /// See there.
     pub read_ns: u64,
 }
@@ -176,6 +178,7 @@ impl Counts {
             mine.decoded_bytes += theirs.decoded_bytes;
             mine.decode_ns += theirs.decode_ns;
             mine.read_bytes += theirs.read_bytes;
+            mine.saved_bytes += theirs.saved_bytes;
             mine.read_ns += theirs.read_ns;
         }
     }

@@ -9,7 +9,7 @@ with stratakv.open() as caches:
 
 from stratakv._native import TokenSequence, __version__
 from stratakv.cache import Explanation, Match, ModelCache, Stats, TierStats
-from stratakv.config import Config, Geometry, RamConfig, SsdConfig, StoreConfig
+from stratakv.config import Codec, Config, Geometry, RamConfig, SsdConfig, StoreConfig
 from stratakv.errors import (
     ClosedError,
     ConfigError,
@@ -26,6 +26,7 @@ from stratakv.manager import CacheManager, Status, open
 __all__ = [
     "CacheManager",
     "ClosedError",
+    "Codec",
     "Config",
     "ConfigError",
     "Explanation",

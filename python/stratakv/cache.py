@@ -12,11 +12,13 @@ from types import TracebackType
 from typing import Any
 
 from stratakv import _native
-from stratakv.config import Geometry, parse_bytes
+from stratakv.config import Codec, Geometry, parse_bytes
 from stratakv.errors import InputError
 
 # As in the native half.
 MAX_PRIORITY = 10
+# Bytes decoded from a tier before anything is said of what that costs.
+_TOLD_FROM = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,7 @@ class TierStats:
         encoded_bytes: payload bytes that were encoded for the tier.
         decoded_bytes: payload bytes that were decoded from it.
         read_bytes: bytes of records that were read from its device.
+        saved_bytes: bytes that were not, because records were encoded.
         encode_s: seconds spent on encoding, over all threads.
         decode_s: seconds spent on decoding, over all threads.
         read_s: seconds spent on reading, over all threads.
@@ -51,6 +54,7 @@ class TierStats:
     encoded_bytes: int
     decoded_bytes: int
     read_bytes: int
+    saved_bytes: int
     encode_s: float
     decode_s: float
     read_s: float
@@ -107,6 +111,32 @@ class Stats:
     def hit_ratio(self) -> float:
         """Blocks found over blocks asked for, 0..1; 0 before the first match."""
         return self.hit_blocks / self.asked_blocks if self.asked_blocks else 0.0
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """Where decoding costs more than it saves, in sentences; none before 64 MiB of a tier were decoded.
+
+        From SSD it saves the reading of the bytes that are not there. From RAM it saves reads from SSD, of those blocks
+        that RAM would not hold if they were plain; without reads from SSD nothing is known, and nothing is said.
+        """
+        found = []
+        ram, ssd = self.tiers["ram"], self.tiers["ssd"]
+        if ssd.decoded_bytes >= _TOLD_FROM and ssd.read_bytes:
+            saved_s = ssd.saved_bytes * ssd.read_s / ssd.read_bytes
+            if ssd.decode_s > saved_s:
+                found.append(
+                    f"decoding from ssd took {ssd.decode_s:.3g} s and saved {saved_s:.3g} s of reading: "
+                    f"set_cold_codec('none'), unless it is for the room"
+                )
+        delivered = ssd.read_bytes + ssd.saved_bytes
+        if ram.decoded_bytes >= _TOLD_FROM and delivered and ram.ratio > 1:
+            otherwise_s = ram.decoded_bytes * (1 - 1 / ram.ratio) * (ssd.read_s + ssd.decode_s) / delivered
+            if ram.decode_s > otherwise_s:
+                found.append(
+                    f"decoding from ram took {ram.decode_s:.3g} s and saved {otherwise_s:.3g} s of ssd: "
+                    f"set_ram_codec('none')"
+                )
+        return tuple(found)
 
     @classmethod
     def of(cls, counts: Mapping[str, Any]) -> Stats:
@@ -345,7 +375,7 @@ class ModelCache:
         """
         self._model.set_ram_budget(None if budget is None else parse_bytes(budget, "budget"))
 
-    def set_ram_codec(self, codec: str) -> None:
+    def set_ram_codec(self, codec: Codec | str | Mapping[str, Any]) -> None:
         """Encodes blocks when they are put, from now on; as such they go to SSD, too. See `set_cold_codec`.
 
         RAM holds more of them. A put reads the tensors once and encodes on the way, a load decodes into the tensors;
@@ -357,9 +387,9 @@ class ModelCache:
         Raises:
             InputError: as there, and the others.
         """
-        self._model.set_codec("ram", codec)
+        self._model.set_codec("ram", Codec.of(codec).terms())
 
-    def set_cold_codec(self, codec: str) -> None:
+    def set_cold_codec(self, codec: Codec | str | Mapping[str, Any]) -> None:
         """Encodes blocks when they go to SSD, from now on; what was encoded before stays readable, after a restart too.
 
         Every codec but ``none`` loses precision. What is encoded is never encoded again: it goes from one tier to the
@@ -367,15 +397,50 @@ class ModelCache:
         setting is not kept over a restart.
 
         Args:
-            codec: ``none``, ``fp16`` (of fp32), ``int8_sym``, ``int8_asym``, ``k8v4`` (keys in 8 bits, values in 4) or
-                ``int4``. Keys are scaled per channel and block, values per token; with 4 bits in groups of 64 at most.
+            codec: a `Codec`, its name, or a table of its fields.
 
         Raises:
-            InputError: there is no such codec, it does not fit the model's dtype, or saves nothing.
+            InputError: there is no such codec, it does not fit the model's geometry, saves nothing, or clips by a
+                calibration that there was not.
             ModelNotFoundError: the model is not registered.
             ClosedError: the store is closed.
         """
-        self._model.set_codec("ssd", codec)
+        self._model.set_codec("ssd", Codec.of(codec).terms())
+
+    def calibrate(
+        self,
+        kv: object,
+        *,
+        percentile: float = 99.99,
+        layout: str = "BHND",
+        batch: int = 0,
+        pages: object = None,
+    ) -> tuple[tuple[float, ...], ...]:
+        """Measures, once, what codecs of ``clip="calibrated"`` cut magnitudes to; it is kept with the model's file.
+
+        It is found again by a model of the same name, geometry and `weights_version`. Codecs that are set already go on
+        with what they were set with.
+
+        Args:
+            kv: keys and values of a sample, as `put` takes them: all tokens count.
+            percentile: of the magnitudes of each layer's keys and of its values, above 0 to 100.
+            layout: as for `put`.
+            batch: as for `put`.
+            pages: as for `put`.
+
+        Returns:
+            The bounds, ``[layer][plane]``.
+
+        Raises:
+            InputError: the tensors do not fit the model, are empty, or hold what is not finite; or the percentile is
+                out of range.
+            ModelNotFoundError: the model is not registered.
+            StoreError: it cannot be written; then nothing has changed.
+            ClosedError: the store is closed.
+        """
+        bounds = self._model.calibrate(kv, percentile, layout, batch, pages)
+        planes = self.geometry.planes
+        return tuple(tuple(bounds[at : at + planes]) for at in range(0, len(bounds), planes))
 
     def drop(self, *, adapter: str = "", tenant: str = "") -> int:
         """Forgets all that is cached for an adapter and a tenant: an adapter has new weights, or a tenant left.

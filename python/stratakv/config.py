@@ -25,6 +25,8 @@ Policy = Literal["write_back", "write_through"]
 Eviction = Literal["lru", "lfu", "s3fifo", "s3fifo_long", "arc", "wtinylfu", "gdsf", "adaptive"]
 """When blocks are written to SSD: when RAM fills, or as soon as they are put."""
 
+CodecName = Literal["none", "fp16", "int8_sym", "int8_asym", "k8v4", "int4"]
+
 _UNITS = {"": 1, "B": 1} | {
     prefix + suffix: base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -100,6 +102,73 @@ class Geometry:
         return self.token_bytes * self.block_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How keys and values are kept in fewer bytes.
+
+    Every codec but ``none`` loses precision; docs/tuning.md has how much, and which to choose.
+
+    Attributes:
+        name: ``none``, ``fp16`` (of fp32), ``int8_sym``, ``int8_asym`` (with the least value), ``k8v4`` (keys in 8
+            bits, values in 4) or ``int4``.
+        keys: what shares a scale: ``tensor``, ``head``, ``token`` or ``channel`` of a block; the latter two in groups,
+            as ``token:64`` (channels) or ``channel:32`` (tokens). ``None``: per channel; with 4 bits in groups of 64 at
+            most.
+        values: the same for values. ``None``: per token; with 4 bits in groups of 64 at most.
+        clip: cuts each block's magnitudes to this percentile of them, above 0 to 100; or ``"calibrated"``: to what
+            `ModelCache.calibrate` found. ``None``, the default, cuts nothing.
+        raw_layers: so many first and last layers stay as they are.
+
+    Raises:
+        InputError: a value of another type. Whether it fits a model shows where it is set for one.
+    """
+
+    name: CodecName
+    keys: str | None = None
+    values: str | None = None
+    clip: float | Literal["calibrated"] | None = None
+    raw_layers: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        """Checks the kind of every field."""
+        if self.name not in get_args(CodecName):
+            raise InputError(f"codec {self.name!r}: expected one of {', '.join(get_args(CodecName))}")
+        for name in ("keys", "values"):
+            if not isinstance(getattr(self, name), str | None):
+                raise InputError(f"codec: {name} is {getattr(self, name)!r}, expected text, or None")
+        number = isinstance(self.clip, (int, float)) and not isinstance(self.clip, bool)
+        if self.clip is not None and self.clip != "calibrated" and not (number and 0 < self.clip <= 100):
+            raise InputError(f'codec: clip is {self.clip!r}, expected a percentile above 0, up to 100, or "calibrated"')
+        raw = tuple(self.raw_layers) if isinstance(self.raw_layers, (list, tuple)) else ()
+        if len(raw) != 2 or not all(type(layers) is int and 0 <= layers < 2**32 for layers in raw):
+            raise InputError(f"codec: raw_layers is {self.raw_layers!r}, expected two numbers of layers, from 0 up")
+        object.__setattr__(self, "raw_layers", raw)
+
+    @classmethod
+    def of(cls, value: object) -> Codec:
+        """A codec; or one of a name, or of a table of these fields.
+
+        Raises:
+            InputError: it is none of these.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls(value)  # type: ignore[arg-type]  # it is checked
+        if isinstance(value, Mapping) and "name" in value:
+            valid = [each.name for each in fields(cls)]
+            if unknown := [key for key in value if key not in valid]:
+                raise InputError(str(_unknown("key", str(unknown[0]), valid, "codec")))
+            return cls(**value)
+        raise InputError(f"codec is {value!r}, expected a name, a table with a name, or a stratakv.Codec")
+
+    def terms(self) -> tuple[str, str | None, str | None, float | None, bool, tuple[int, int]]:
+        """What the native half takes."""
+        calibrated = self.clip == "calibrated"
+        percentile = None if calibrated else self.clip
+        return self.name, self.keys, self.values, percentile, calibrated, self.raw_layers  # type: ignore[return-value]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RamConfig:
     """The RAM tier.
@@ -109,16 +178,20 @@ class RamConfig:
         eviction: in which order blocks leave: ``lru``, ``lfu`` (aged), ``s3fifo``, ``s3fifo_long`` (for what comes
             back late), ``arc``, ``wtinylfu``, ``gdsf``, or ``adaptive``: whichever of these does best on a sample of
             the present load.
+        codec: how blocks are encoded when they are put, unless a model is registered with another: a `Codec`, its name,
+            or a table of its fields.
     """
 
     capacity_bytes: int | str = "2GiB"
     eviction: Eviction = "adaptive"
+    codec: Codec | str | Mapping[str, Any] = "none"
 
     def __post_init__(self) -> None:
         """Checks every field and turns the size into bytes."""
         object.__setattr__(self, "capacity_bytes", parse_bytes(self.capacity_bytes, "ram.capacity_bytes"))
         if self.eviction not in get_args(Eviction):
             raise ConfigError(f"ram.eviction is {self.eviction!r}, expected one of {', '.join(get_args(Eviction))}")
+        object.__setattr__(self, "codec", _codec("ram.codec", self.codec))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +204,8 @@ class SsdConfig:
         capacity_bytes: cap on the bytes of all its files.
         segment_bytes: bytes of one segment, the unit in which space is reserved and reused.
         policy: ``write_back`` writes blocks when RAM fills, ``write_through`` as soon as they are put; both behind.
+        codec: how blocks are encoded that go to SSD as they were put, unless a model is registered with another; as
+            that of RAM.
     """
 
     enabled: bool = True
@@ -138,6 +213,7 @@ class SsdConfig:
     capacity_bytes: int | str = "16GiB"
     segment_bytes: int | str = "64MiB"
     policy: Policy = "write_back"
+    codec: Codec | str | Mapping[str, Any] = "none"
 
     def __post_init__(self) -> None:
         """Checks every field and fills in the path."""
@@ -147,6 +223,7 @@ class SsdConfig:
             raise ConfigError(f"ssd.enabled is {self.enabled!r}, expected true or false")
         if self.policy not in get_args(Policy):
             raise ConfigError(f"ssd.policy is {self.policy!r}, expected one of {', '.join(get_args(Policy))}")
+        object.__setattr__(self, "codec", _codec("ssd.codec", self.codec))
         object.__setattr__(self, "path", _cache_folder() if self.path is None else Path(self.path).expanduser())
 
 
@@ -229,6 +306,13 @@ class Config:
 
 
 _SECTIONS: dict[str, type[Any]] = {"ram": RamConfig, "ssd": SsdConfig, "store": StoreConfig}
+
+
+def _codec(name: str, value: object) -> Codec:
+    try:
+        return Codec.of(value)
+    except InputError as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def _cache_folder() -> Path:

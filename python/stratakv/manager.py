@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from stratakv import _native
 from stratakv.cache import ModelCache, Stats
-from stratakv.config import Config, Geometry
+from stratakv.config import Codec, Config, Geometry
 from stratakv.errors import InputError, ModelExistsError, ModelNotFoundError
 
 
@@ -74,7 +75,16 @@ class CacheManager:
         self._lock = threading.Lock()
         self._models: dict[str, tuple[ModelCache, _native.Model, tuple[str, int]]] = {}
 
-    def register(self, name: str, geometry: Geometry, *, weights_version: str = "", priority: int = 5) -> ModelCache:
+    def register(
+        self,
+        name: str,
+        geometry: Geometry,
+        *,
+        weights_version: str = "",
+        priority: int = 5,
+        ram_codec: Codec | str | Mapping[str, Any] | None = None,
+        cold_codec: Codec | str | Mapping[str, Any] | None = None,
+    ) -> ModelCache:
         """Registers a model, and finds again what the SSD holds of it. The same again returns the same cache.
 
         Args:
@@ -82,9 +92,12 @@ class CacheManager:
             geometry: shape of its blocks.
             weights_version: names its weights; nothing is shared between versions.
             priority: 1 to 10: its weight when tiers are full and are shared out. Idle shares are lent.
+            ram_codec: as `ModelCache.set_ram_codec`; ``None``: that of the configuration.
+            cold_codec: as `ModelCache.set_cold_codec`; ``None``: that of the configuration.
 
         Raises:
-            InputError: a geometry, name or priority that makes no sense.
+            InputError: a geometry, name or priority that makes no sense, or a codec that does not fit. A codec that
+                waits for a calibration leaves the model registered, so that it can be calibrated.
             ModelExistsError: the name is registered with another geometry, version or priority.
             ConfigError: a tier is smaller than one block.
             StoreFormatError: the model's file is of another format version.
@@ -94,18 +107,22 @@ class CacheManager:
         if not isinstance(priority, int) or isinstance(priority, bool) or not 1 <= priority <= 10:
             raise InputError(f"priority is {priority!r}, expected an integer from 1 to 10")
         terms = (weights_version, priority)
+        codecs = [Codec.of(codec) if codec is not None else None for codec in (ram_codec, cold_codec)]
         with self._lock:
             if name in self._models:
                 cache, _, registered = self._models[name]
                 if (cache.geometry, registered) == (geometry, terms):
+                    _set_codecs(cache, *codecs)
                     return cache
                 was = f"{cache.geometry}, weights_version={registered[0]!r}, priority={registered[1]}"
                 raise ModelExistsError(f"model {name!r} is registered already as {was}; unregister it first")
             g = geometry
             shape = (g.layers, g.planes, g.kv_heads, g.head_dim, g.dtype, g.block_tokens)
-            model = self._store.register(name, weights_version, shape, priority)
+            ram, cold = codecs[0] or Codec.of(self.config.ram.codec), codecs[1] or Codec.of(self.config.ssd.codec)
+            model = self._store.register(name, weights_version, shape, priority, [ram.terms(), cold.terms()])
             cache = ModelCache(self, name, geometry, model)
             self._models[name] = (cache, model, terms)
+            _set_codecs(cache, ram, cold)
             return cache
 
     def unregister(self, name: str) -> None:
@@ -194,6 +211,13 @@ class CacheManager:
     ) -> None:
         """Closes the store."""
         self.close()
+
+
+def _set_codecs(cache: ModelCache, ram: Codec | None, cold: Codec | None) -> None:
+    if ram is not None:
+        cache.set_ram_codec(ram)
+    if cold is not None:
+        cache.set_cold_codec(cold)
 
 
 def open(config: Config | str | os.PathLike[str] | None = None) -> CacheManager:

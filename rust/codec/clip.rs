@@ -9,6 +9,15 @@ use super::plane::Shape;
 use super::{Kernels, scalar};
 use crate::error::{Result, input};
 
+/// What values of a plane are clipped to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Clip {
+    /// A percentile of the magnitudes of each block.
+    Percentile(Percentile),
+    /// What was measured once on a sample: the same for every block, and nothing to compute.
+    Calibrated,
+}
+
 /// Which share of a plane's values is not clipped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Percentile {

@@ -27,7 +27,7 @@ mod tests;
 
 use crate::block::Geometry;
 use crate::error::{Error, ErrorKind, Result, input};
-pub use clip::Percentile;
+pub use clip::{Clip, Percentile};
 pub use plane::Layout;
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -107,6 +107,26 @@ pub enum Granularity {
 }
 
 impl Granularity {
+    /// Of `tensor`, `head`, `token` or `channel`; the latter two with `:` and the size of groups, if not of all.
+    ///
+    /// # Errors
+    /// It is none of these.
+    pub fn parse(text: &str) -> Result<Self> {
+        let (name, group) = text.split_once(':').map_or((text, Some(0)), |(name, group)| (name, group.parse().ok()));
+        let known = match (name, group) {
+            ("tensor", Some(0)) if name == text => Some(Self::Tensor),
+            ("head", Some(0)) if name == text => Some(Self::Head),
+            ("token", Some(group)) if group < 1 << 24 => Some(Self::Token(group)),
+            ("channel", Some(group)) if group < 1 << 24 => Some(Self::Channel(group)),
+            _ => None,
+        };
+        known.ok_or_else(|| {
+            input(format!(
+                "granularity {text:?}: expected tensor, head, token or channel, or groups as token:64 or channel:32"
+            ))
+        })
+    }
+
     /// What stands for it in a record.
     pub(crate) fn word(self) -> u32 {
         match self {
@@ -139,8 +159,8 @@ pub struct Scheme {
     pub keys: Granularity,
     /// For values.
     pub values: Granularity,
-    /// Values of a plane beyond this percentile of its magnitudes are clipped.
-    pub clip: Option<Percentile>,
+    /// What values of a plane are clipped to.
+    pub clip: Option<Clip>,
     /// So many layers stay as they are at either end of the model.
     pub raw_layers: [u32; 2],
 }

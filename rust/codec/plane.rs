@@ -6,9 +6,12 @@
 //! ```
 
 use super::scalar::code_bytes;
-use super::{BATCH, BF16, Codec, F16, F32, Granularity, Isa, Kernels, Percentile, Rows, S8, Scheme, U4, U8, scalar};
+use super::{
+    BATCH, BF16, Clip, Codec, F16, F32, Granularity, Isa, Kernels, Percentile, Rows, S8, Scheme, U4, U8, scalar,
+};
 use crate::block::{Dtype, Geometry};
 use crate::error::{Result, input};
+use crate::sync::Arc;
 use std::ops::Range;
 
 /// How one plane of a block is encoded.
@@ -30,12 +33,14 @@ pub(super) struct Shape {
 }
 
 /// How the planes of a model's blocks are encoded, and where each lies.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Layout {
     scheme: Scheme,
     shape: Shape,
     planes: Vec<(Coding, Range<usize>)>,
     isa: Isa,
+    /// What each plane is clipped to, where that is calibrated.
+    bounds: Option<Arc<[f32]>>,
 }
 
 /// Tokens at the start of a sequence that `int4` keeps exact.
@@ -105,7 +110,14 @@ impl Layout {
             planes.push((coding, end..end + bytes));
             end += bytes;
         }
-        Ok(Self { scheme, shape, planes, isa })
+        Ok(Self { scheme, shape, planes, isa, bounds: None })
+    }
+
+    /// With what a calibration found: a bound for each plane.
+    #[must_use]
+    pub fn calibrated(self, bounds: Arc<[f32]>) -> Self {
+        assert_eq!(bounds.len(), self.planes.len(), "a calibration is of the same geometry");
+        Self { bounds: Some(bounds), ..self }
     }
 
     /// Codec and granularity.
@@ -233,7 +245,11 @@ impl Layout {
                 halves.fold(true, |fit, (out, row)| (kernels.halve)(row, out) && fit)
             }
             Coding::Codes(kind, by) => {
-                let clip = self.scheme.clip.map_or(f32::INFINITY, |clip| clip.of(kernels, &self.shape, rows));
+                let clip = match (self.scheme.clip, &self.bounds) {
+                    (Some(Clip::Percentile(percentile)), _) => percentile.of(kernels, &self.shape, rows),
+                    (Some(Clip::Calibrated), Some(bounds)) => bounds[plane],
+                    (Some(Clip::Calibrated) | None, _) => f32::INFINITY,
+                };
                 // An infinite bound clips nothing, and what is infinite does not fit.
                 !clip.is_nan() && self.shape.quantise(kernels, kind, by, clip, rows, out)
             }
@@ -521,6 +537,10 @@ impl Parameters {
     fn compute(&mut self, kernels: &Kernels, steps: f32, count: usize) -> bool {
         let Self { lo, hi, scale, inverse, clip } = self;
         if clip.is_finite() {
+            // What is not finite is no value to clip.
+            if lo[..count].iter().chain(&hi[..count]).any(|value| !value.is_finite()) {
+                return false;
+            }
             lo[..count].iter_mut().chain(&mut hi[..count]).for_each(|value| *value = value.clamp(-*clip, *clip));
         }
         (kernels.parameters)(steps, &lo[..count], &hi[..count], &mut scale[..count], &mut inverse[..count])

@@ -93,7 +93,7 @@ proptest! {
     fn every_path_equals_the_definition(
         geometry in shape(), (codec, keys, values) in scheme(), seed: u64, wild in 0..6u32, clip in 0..4usize,
     ) {
-        let clip = [None, Some(99.99), Some(90.0), Some(40.0)][clip].map(|p| Percentile::new(p).expect("a percentile"));
+        let clip = [None, Some(99.99), Some(90.0), Some(40.0)][clip].map(|p| Clip::Percentile(Percentile::new(p).expect("a percentile")));
         let scheme = Scheme { codec: Codec::ALL[codec], keys, values, clip, raw_layers: [0; 2] };
         let Ok(defined) = Layout::on(Isa::Scalar, scheme, &geometry) else { return Ok(()) };
         let payload = payload(&geometry, seed, wild);
@@ -305,7 +305,13 @@ fn a_percentile_is_exact_and_what_is_beyond_is_clipped() {
         }
         let percentile = Percentile::new(percent).expect("a percentile");
         let by = Granularity::Head;
-        let scheme = Scheme { codec: Codec::Int8Sym, keys: by, values: by, clip: Some(percentile), raw_layers: [0; 2] };
+        let scheme = Scheme {
+            codec: Codec::Int8Sym,
+            keys: by,
+            values: by,
+            clip: Some(Clip::Percentile(percentile)),
+            raw_layers: [0; 2],
+        };
         for isa in Isa::all() {
             let layout = Layout::on(isa, scheme, &geometry).expect("it fits");
             let rows: Vec<&[u8]> = bytes.chunks_exact(layout.row_bytes()).collect();

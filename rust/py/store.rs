@@ -4,7 +4,7 @@ use super::block::BlockBuffer;
 use super::tensor::{Placement, Tensor, integers, view};
 use super::{OrRaise, raise};
 use crate::block::{Dtype, Geometry};
-use crate::codec::{Codec, Scheme};
+use crate::codec::{Clip, Codec, Granularity, Percentile, Scheme};
 use crate::error::input;
 use crate::evict::{Kind, Retention};
 use crate::stats::{Counts, Tier};
@@ -56,7 +56,8 @@ impl Store {
     }
 
     /// Registers a model; geometry is `(layers, planes, kv_heads, head_dim, dtype, block_tokens)`.
-    #[pyo3(signature = (name, weights_version, geometry, weight))]
+    /// Both codecs must fit it; `Model.set_codec` sets them.
+    #[pyo3(signature = (name, weights_version, geometry, weight, codecs))]
     fn register(
         &self,
         py: Python<'_>,
@@ -64,10 +65,14 @@ impl Store {
         weights_version: String,
         geometry: (u32, u32, u32, u32, String, u32),
         weight: u32,
+        codecs: [CodecTerms; 2],
     ) -> PyResult<Model> {
         let (layers, planes, kv_heads, head_dim, dtype, block_tokens) = geometry;
         let dtype = Dtype::parse(&dtype).or_raise(py)?;
         let geometry = Geometry { layers, planes, kv_heads, head_dim, dtype, block_tokens };
+        for terms in codecs {
+            scheme(terms, &geometry).and_then(|scheme| crate::Store::layout(&geometry, scheme)).or_raise(py)?;
+        }
         let spec = ModelSpec { name, weights_version, geometry, weight };
         let model = py.detach(|| self.store.register(spec)).or_raise(py)?;
         Ok(Model { store: self.store.clone(), model })
@@ -154,6 +159,7 @@ fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyD
             ("encoded_bytes", counts.encoded_bytes),
             ("decoded_bytes", counts.decoded_bytes),
             ("read_bytes", counts.read_bytes),
+            ("saved_bytes", counts.saved_bytes),
         ];
         for (name, value) in fields {
             row.set_item(name, value)?;
@@ -227,10 +233,29 @@ impl Model {
     }
 
     /// Encodes what is put, or what goes to SSD, from now on.
-    fn set_codec(&self, py: Python<'_>, tier: &str, codec: &str) -> PyResult<()> {
-        let scheme = Codec::parse(codec).map(|codec| Scheme::new(codec, &self.model.spec().geometry)).or_raise(py)?;
+    fn set_codec(&self, py: Python<'_>, tier: &str, codec: CodecTerms) -> PyResult<()> {
+        let scheme = scheme(codec, &self.model.spec().geometry).or_raise(py)?;
         let tier = if tier == Tier::Ram.name() { Tier::Ram } else { Tier::Ssd };
         py.detach(|| self.store.set_codec(&self.model, tier, scheme)).or_raise(py)
+    }
+
+    /// Measures what codecs may clip to, and keeps it; returns it by plane.
+    #[pyo3(signature = (kv, percentile, layout, batch, pages))]
+    fn calibrate(
+        &self,
+        kv: &Bound<'_, PyAny>,
+        percentile: f64,
+        layout: &str,
+        batch: usize,
+        pages: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Vec<f32>> {
+        let py = kv.py();
+        let percentile = Percentile::new(percentile).or_raise(py)?;
+        let placement = Placement { layout, batch, pages };
+        let (view, tensors) = view(kv, &self.model.spec().geometry, &placement, false)?;
+        let bounds = py.detach(|| self.store.calibrate(&self.model, &view, percentile));
+        keep_alive(tensors);
+        bounds.or_raise(py)
     }
 
     /// Forgets one namespace; returns how many blocks.
@@ -242,6 +267,24 @@ impl Model {
     fn unregister(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.store.unregister(&self.model)).or_raise(py)
     }
+}
+
+/// Name, granularity of keys and of values, clip percentile, whether clipped as calibrated, and raw layers at either end.
+type CodecTerms = (String, Option<String>, Option<String>, Option<f64>, bool, [u32; 2]);
+
+fn scheme(terms: CodecTerms, geometry: &Geometry) -> crate::Result<Scheme> {
+    let (name, keys, values, percentile, calibrated, raw_layers) = terms;
+    let mut scheme = Scheme { raw_layers, ..Scheme::new(Codec::parse(&name)?, geometry) };
+    for (text, granularity) in [(keys, &mut scheme.keys), (values, &mut scheme.values)] {
+        if let Some(text) = text {
+            *granularity = Granularity::parse(&text)?;
+        }
+    }
+    scheme.clip = match percentile {
+        Some(percent) => Some(Clip::Percentile(Percentile::new(percent)?)),
+        None => calibrated.then_some(Clip::Calibrated),
+    };
+    Ok(scheme)
 }
 
 /// What a request asks for: plain tokens, to be hashed, or a sequence.

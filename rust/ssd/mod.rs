@@ -21,7 +21,8 @@ use crate::sync::{Arc, Mutex};
 use epochs::CONTROL_BYTES;
 use io::{DirectoryLock, Io, IoFile};
 use record::{
-    Entry, Form, Id, ModelIdentity, PAGE, SEGMENTS_OFFSET, SegmentIdentity, SegmentLayout, StoreIdentity, Superblock,
+    CALIBRATION_OFFSET, Calibration, Entry, Form, Id, ModelIdentity, PAGE, SEGMENTS_OFFSET, SegmentIdentity,
+    SegmentLayout, StoreIdentity, Superblock,
 };
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -129,12 +130,12 @@ impl Ssd {
             let mut uuid = [0; 16];
             getrandom::fill(&mut uuid).map_err(|e| failed(e.into()))?;
             let identity = StoreIdentity { uuid, secret_check: secret.check_value() };
-            mend(file.as_ref(), &mut pages, |page| identity.write(page)).map_err(failed)?;
+            mend(file.as_ref(), 0, &mut pages, |page| identity.write(page)).map_err(failed)?;
             return Ok(uuid);
         }
         match found {
             Superblock::Valid(identity) if identity.secret_check == secret.check_value() => {
-                mend(file.as_ref(), &mut pages, |page| identity.write(page)).map_err(failed)?;
+                mend(file.as_ref(), 0, &mut pages, |page| identity.write(page)).map_err(failed)?;
                 Ok(identity.uuid)
             }
             Superblock::Valid(_) => Err(Error::new(
@@ -271,7 +272,7 @@ impl Ssd {
                 }
             }
         }
-        mend(file.as_ref(), &mut pages, |page| identity.write(page)).map_err(failed)?;
+        mend(file.as_ref(), 0, &mut pages, |page| identity.write(page)).map_err(failed)?;
         Ok(ModelFile {
             file,
             path,
@@ -351,13 +352,13 @@ fn own_secret(directory: &Path) -> std::io::Result<Vec<u8>> {
 }
 
 // Writes both copies of a superblock, unless they are as they should be.
-fn mend(file: &dyn IoFile, pages: &mut Buffer, write: impl Fn(&mut [u8])) -> std::io::Result<()> {
+fn mend(file: &dyn IoFile, offset: u64, pages: &mut Buffer, write: impl Fn(&mut [u8])) -> std::io::Result<()> {
     let mut right = Buffer::new(2 * PAGE).map_err(std::io::Error::other)?;
     right.chunks_mut(PAGE).for_each(write);
     if right[..] == pages[..] {
         return Ok(());
     }
-    file.write_at(&[&right], 0).and_then(|()| file.sync())
+    file.write_at(&[&right], offset).and_then(|()| file.sync())
 }
 
 // Files that are named as a model's.
@@ -443,6 +444,24 @@ impl ModelFile {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What a calibration found once, for each plane; `None`: there was none, or it is damaged.
+    pub(crate) fn calibration(&self) -> std::io::Result<Option<Arc<[f32]>>> {
+        let mut pages = Buffer::new(2 * PAGE).map_err(std::io::Error::other)?;
+        let read = self.file.read_at(&mut pages, CALIBRATION_OFFSET)?;
+        let Superblock::Valid(found) = Calibration::read(&pages[..read]) else { return Ok(None) };
+        let ours = found.uuid == self.uuid
+            && found.fingerprint == self.fingerprint
+            && found.bounds.len() == self.geometry.plane_count();
+        Ok(ours.then(|| found.bounds.into()))
+    }
+
+    /// Notes what a calibration found.
+    pub(crate) fn write_calibration(&self, bounds: &[f32]) -> std::io::Result<()> {
+        let found = Calibration { uuid: self.uuid, fingerprint: self.fingerprint, bounds: bounds.to_vec() };
+        let mut pages = Buffer::new(2 * PAGE).map_err(std::io::Error::other)?;
+        mend(self.file.as_ref(), CALIBRATION_OFFSET, &mut pages, |page| found.write(page))
     }
 
     /// How a payload of this form is encoded; `None`: no payload of this model is.

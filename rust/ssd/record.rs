@@ -14,6 +14,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub(crate) const FORMAT_VERSION: u16 = 1;
 /// One page: superblocks and segment headers fill it.
 pub(crate) const PAGE: usize = RECORD_ALIGN;
+/// Where the calibration of a model file is.
+pub(crate) const CALIBRATION_OFFSET: u64 = 2 * PAGE as u64;
 /// Where the first segment of a model file begins.
 pub(crate) const SEGMENTS_OFFSET: u64 = 64 << 10;
 
@@ -22,6 +24,7 @@ const MODEL_MAGIC: [u8; 4] = *b"SKVM";
 const SEGMENT_MAGIC: [u8; 4] = *b"SKVS";
 const RECORD_MAGIC: [u8; 4] = *b"SKVR";
 const FOOTER_MAGIC: [u8; 4] = *b"SKVF";
+const CALIBRATION_MAGIC: [u8; 4] = *b"SKVC";
 pub(super) const EPOCHS_MAGIC: [u8; 4] = *b"SKVE";
 
 /// Sixteen bytes that name a store, a model or a secret.
@@ -172,6 +175,48 @@ impl ModelIdentity {
                 model: text(rest.get(..model_end)?)?,
                 weights_version: text(rest.get(model_end..model_end + version_bytes)?)?,
             })
+        })
+    }
+}
+
+/// What a calibration found, of one model's file.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Calibration {
+    pub(crate) uuid: Id,
+    pub(crate) fingerprint: Id,
+    /// By plane.
+    pub(crate) bounds: Vec<f32>,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct CalibrationPage {
+    preamble: Preamble,
+    fingerprint: Id,
+    planes: U32,
+}
+
+impl Calibration {
+    /// The most planes that a page has room for.
+    pub(crate) const MOST: usize = (PAGE - 8 - size_of::<CalibrationPage>()) / 4;
+
+    /// One copy of it.
+    pub(crate) fn write(&self, page: &mut [u8]) {
+        let body = CalibrationPage {
+            preamble: Preamble::new(CALIBRATION_MAGIC, self.uuid),
+            fingerprint: self.fingerprint,
+            planes: U32::new(self.bounds.len() as u32),
+        };
+        let bounds = self.bounds.iter().flat_map(|bound| bound.to_le_bytes());
+        seal_page(&body.as_bytes().iter().copied().chain(bounds).collect::<Vec<u8>>(), page);
+    }
+
+    pub(crate) fn read(copies: &[u8]) -> Superblock<Self> {
+        first_valid(copies, CALIBRATION_MAGIC, |page| {
+            let (body, rest) = CalibrationPage::read_from_prefix(page).ok()?;
+            let (bounds, _) = rest.get(..4 * body.planes.get() as usize)?.as_chunks::<4>();
+            let bounds = bounds.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+            Some(Self { uuid: body.preamble.uuid, fingerprint: body.fingerprint, bounds })
         })
     }
 }

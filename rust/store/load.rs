@@ -207,6 +207,9 @@ impl Lease {
             }
             if let Ok((tier, Some(_))) = result {
                 counts.tier(*tier).decoded_bytes += geometry.block_bytes() as u64;
+                if let Source::Ssd { place, .. } = source {
+                    counts.tier(*tier).saved_bytes += (geometry.record_bytes() as u64).saturating_sub(place.bytes());
+                }
             }
             if let Err(miss) = result {
                 counts.corrupt += u64::from(*miss == Miss::Corrupt);

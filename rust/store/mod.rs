@@ -10,6 +10,7 @@
 //! are complete, and its bytes never change afterwards. Lock order: registration, a model's namespaces, the epochs, the
 //! store's state, a scratch list.
 
+mod coding;
 mod demote;
 mod lease;
 mod load;
@@ -32,7 +33,7 @@ pub use view::BlockView;
 
 use crate::arena::{Arena, Pages};
 use crate::block::{Geometry, Secret};
-use crate::codec::{Codec, Isa, Layout, Scheme};
+use crate::codec::Isa;
 use crate::copy::{KvView, Workers};
 use crate::error::{Error, ErrorKind, Result, input};
 use crate::evict::Kind;
@@ -40,7 +41,7 @@ use crate::pool::Holding;
 use crate::ssd::io::{FileIo, Io};
 use crate::ssd::record::MAX_NAME_BYTES;
 use crate::ssd::{Ssd, SsdOptions, Stale};
-use crate::stats::{Counts, Snapshot, Tier};
+use crate::stats::{Counts, Snapshot};
 use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
 use crate::trie::Trie;
 use lease::Touched;
@@ -227,6 +228,7 @@ impl Store {
                 disk: None,
                 hot: None,
                 cold: None,
+                bounds: None,
                 dirty: VecDeque::new(),
                 dirty_blocks: 0,
             },
@@ -242,9 +244,10 @@ impl Store {
                 self.shared.make_room(FILE_HEAD_BYTES);
             }
             let file = ssd.open_model(fingerprint, *geometry, name, weights_version)?;
+            let bounds = file.calibration().map_err(|e| Error::io(format!("cannot read {}", path.display()), e))?;
             let segments = file.recover()?;
             let chance = getrandom::u32().map_err(|e| Error::io("no random numbers from the system", e))?;
-            Ok((Arc::new(file), segments, u64::from(chance)))
+            Ok((Arc::new(file), bounds, segments, u64::from(chance)))
         });
         let epochs = self.shared.epochs.lock().clone();
         let mut state = self.shared.state.lock();
@@ -253,7 +256,10 @@ impl Store {
             return Err(Error::new(ErrorKind::Closed, "the store was closed meanwhile; open it again"));
         }
         match recovered {
-            Some(Ok((file, segments, chance))) => {
+            Some(Ok((file, bounds, segments, chance))) => {
+                if let Some(books) = state.models.get_mut(&id) {
+                    books.bounds = bounds;
+                }
                 state.stale.retain(|s| s.path != file.path());
                 state.adopt(id, file, segments, chance, &self.shared.secret, &epochs);
                 drop(state);
@@ -334,47 +340,6 @@ impl Store {
         drop(state);
         self.shared.work.notify_all();
         Ok(())
-    }
-
-    /// Encodes a model's blocks from now on: those that are put, in RAM; or those that go to SSD as they were put. What
-    /// was encoded before stays readable, is never encoded again, and takes its form along to the other tier.
-    /// `Codec::None` ends that. A block with values that fit no scale stays as it is.
-    ///
-    /// # Errors
-    /// The model is not registered; the scheme does not fit its geometry, or makes nothing smaller.
-    pub fn set_codec(&self, model: &Model, tier: Tier, scheme: Scheme) -> Result<()> {
-        let layout = Self::layout(&model.spec.geometry, scheme)?;
-        let mut state = self.shared.open_state()?;
-        let Some(books) = state.models.get_mut(&model.id) else {
-            let name = &model.spec.name;
-            return Err(Error::new(ErrorKind::ModelNotFound, format!("model {name:?} is not registered")));
-        };
-        match tier {
-            Tier::Ram => books.hot = layout,
-            Tier::Ssd => books.cold = layout,
-        }
-        Ok(())
-    }
-
-    /// How a scheme encodes blocks of a geometry; `None`: not at all.
-    ///
-    /// # Errors
-    /// The scheme does not fit the geometry, or makes nothing smaller.
-    pub fn layout(geometry: &Geometry, scheme: Scheme) -> Result<Option<Arc<Layout>>> {
-        geometry.validate()?;
-        let layout = Layout::new(scheme, geometry)?;
-        if scheme.codec == Codec::None {
-            return Ok(None);
-        }
-        if layout.record_bytes(geometry, true) >= geometry.record_bytes() {
-            let (encoded, plain) = (layout.bytes_of(true), geometry.block_bytes());
-            return Err(input(format!(
-                "codec {:?}: a block of this model has {plain} bytes, and {encoded} encoded, so nothing is saved; use \
-                 none, or larger blocks",
-                scheme.codec.name()
-            )));
-        }
-        Ok(Some(Arc::new(layout)))
     }
 
     /// Waits until every block put so far was written to SSD, and is durable. Under a cap below the size of RAM the

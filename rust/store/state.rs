@@ -36,6 +36,8 @@ pub(crate) struct ModelState {
     /// How blocks are encoded that are put, and those that go to SSD as they were put; `None`: not at all.
     pub(crate) hot: Option<Arc<Layout>>,
     pub(crate) cold: Option<Arc<Layout>>,
+    /// What its planes are clipped to, if it was calibrated.
+    pub(crate) bounds: Option<Arc<[f32]>>,
     /// Blocks put and not yet on SSD, by rising ticket. An entry may be outdated; its node's `queued` tells.
     pub(crate) dirty: VecDeque<(u64, BlockHash)>,
     pub(crate) dirty_blocks: u64,
@@ -57,8 +59,8 @@ pub(crate) struct Disk {
     pub(crate) last_epoch: u64,
 }
 
-/// What the superblocks of a model's file and the file system's own books of it may take.
-pub(super) const FILE_HEAD_BYTES: u64 = 16 << 10;
+/// What the superblocks and the calibration of a model's file and the file system's own books of it may take.
+pub(super) const FILE_HEAD_BYTES: u64 = 24 << 10;
 
 impl Disk {
     pub(super) fn file_bytes(&self) -> u64 {
@@ -343,11 +345,10 @@ impl State {
                 return Some(run);
             }
             let below_share = self.ram.pool.held_bytes(&holding) as u64 + bytes as u64 <= self.ram_share(model);
-            let made_room = if below_share {
-                self.take_from_others(model, class, may_lose) || self.evict_own(model, class, may_lose)
-            } else {
-                self.evict_own(model, class, may_lose) || self.take_from_others(model, class, may_lose)
-            };
+            let own_first = !below_share && self.evict_own(model, class, may_lose);
+            let made_room = own_first
+                || self.take_from_others(model, class, may_lose)
+                || below_share && self.evict_own(model, class, may_lose);
             if !made_room {
                 return None;
             }

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -333,7 +334,7 @@ def test_encoded_records_survive_a_lost_footer(tmp_path: Path) -> None:
 
 def test_a_codec_that_makes_no_sense_is_refused_with_what_to_do(caches: stratakv.CacheManager) -> None:
     cache = caches.register("m", shape())
-    with pytest.raises(stratakv.InputError, match=r'"zip": expected one of none, fp16, int8_sym'):
+    with pytest.raises(stratakv.InputError, match=r"'zip': expected one of none, fp16, int8_sym"):
         cache.set_cold_codec("zip")
     with pytest.raises(stratakv.InputError, match="nothing is saved; use int8_sym"):
         cache.set_cold_codec("fp16")
@@ -344,3 +345,167 @@ def test_a_codec_that_makes_no_sense_is_refused_with_what_to_do(caches: stratakv
     caches.unregister("m")
     with pytest.raises(stratakv.ModelNotFoundError, match='"m"'):
         cache.set_cold_codec("int8_sym")
+
+
+def test_granularity_clip_and_raw_layers_can_be_asked_for(caches: stratakv.CacheManager) -> None:
+    g = shape("fp32")
+    kv = values("fp32", 16)
+    kv[:, :, :, 9, 5] = 100
+
+    def error(name: str, codec: stratakv.Codec) -> np.ndarray:
+        cache = caches.register(name, g, ram_codec=codec)
+        cache.put(np.arange(16), kv, layout="LKHND")
+        return np.abs(loaded(cache, np.arange(16))[0] - kv)
+
+    plain = error("default", stratakv.Codec("int8_sym"))
+    # One value of 100 in each head: by tensor it coarsens every other one, by channel only those of its channel.
+    tensor = error("tensor", stratakv.Codec("int8_sym", keys="tensor", values="tensor"))
+    assert np.median(tensor[:, 0]) > 5 * np.median(plain[:, 0])
+    assert 0.2 < tensor.max() < 0.41
+    fine = error("groups", stratakv.Codec("int8_sym", keys="channel:4", values="token:16"))
+    assert np.median(fine) < np.median(plain)
+    raw = error("raw", stratakv.Codec("int8_sym", raw_layers=(1, 1)))
+    assert not raw[[0, -1]].any()
+    assert np.array_equal(raw[1:-1], plain[1:-1])
+    # Of 2,048 values a plane, the two greatest are beyond 99.9 %.
+    clipped = error("clip", stratakv.Codec("int8_sym", clip=99.9))
+    assert (clipped[:, :, :, 9, 5] > 50).all()
+    assert np.median(clipped[:, 1, :, 9]) < np.median(plain[:, 1, :, 9])
+    caches.unregister("clip")
+
+
+def test_a_codec_of_wrong_terms_is_refused(caches: stratakv.CacheManager) -> None:
+    for terms, words in [
+        ({"keys": "row"}, 'granularity "row": expected tensor, head, token or channel'),
+        ({"keys": "token:x"}, 'granularity "token:x"'),
+        ({"keys": "head:2"}, 'granularity "head:2"'),
+        ({"keys": "channel:5"}, "groups of 5 do not divide 16 tokens of a block; give a divisor, or 0 for all"),
+        ({"values": "token:48"}, "groups of 48 do not divide 64 channels of a head"),
+        ({"values": 3}, "values is 3, expected text"),
+        ({"clip": 0}, "clip is 0, expected a percentile above 0, up to 100"),
+        ({"clip": 100.5}, "clip is 100.5"),
+        ({"clip": "often"}, "clip is 'often'"),
+        ({"clip": float("nan")}, "clip is nan"),
+        ({"raw_layers": (1,)}, "raw_layers is (1,), expected two numbers"),
+        ({"raw_layers": (0, -1)}, "raw_layers is (0, -1)"),
+        ({"rows": 1}, "unknown key 'rows'; did you mean 'raw_layers'"),
+        ({"raw_layers": (3, 0)}, "so nothing is saved"),
+        ({"clip": "calibrated"}, 'model "m" was not calibrated; calibrate it, or clip by a percentile'),
+    ]:
+        with pytest.raises(stratakv.InputError, match=re.escape(words)):
+            caches.register("m", shape("fp32"), ram_codec={"name": "int8_sym", **terms})
+        if terms.get("clip") != "calibrated":
+            assert "m" not in list(caches), "what is refused registers nothing"
+    with pytest.raises(stratakv.InputError, match="expected a name, a table with a name"):
+        caches["m"].set_ram_codec(8)
+
+
+def test_codecs_come_from_the_configuration_too(tmp_path: Path) -> None:
+    file = tmp_path / "stratakv.toml"
+    file.write_text(
+        f"""
+[ram]
+capacity_bytes = "4MiB"
+codec = {{ name = "int8_asym", keys = "channel:8", raw_layers = [1, 0] }}
+[ssd]
+path = "{tmp_path / "store"}"
+capacity_bytes = "64MiB"
+"""
+    )
+    loaded_config = stratakv.Config.load(file, {"STRATAKV_SSD_CODEC": "int4"})
+    assert loaded_config.ram.codec == stratakv.Codec("int8_asym", keys="channel:8", raw_layers=(1, 0))
+    assert loaded_config.ssd.codec == stratakv.Codec("int4")
+    with stratakv.open(loaded_config) as store:
+        one, two = store.register("one", shape()), store.register("two", shape(), ram_codec="none")
+        three = store.register("three", shape("uint8"), ram_codec="none", cold_codec="none")
+        for cache in (one, two):
+            cache.put(np.arange(64), values("fp16", 64), layout="LKHND")
+        store.flush()
+        assert [cache.stats().encoded_blocks for cache in (one, two, three)] == [4, 4, 0]
+        assert [cache.stats().tiers["ram"].ratio > 1 for cache in (one, two)] == [True, False]
+        assert one.stats().tiers["ssd"].ratio < two.stats().tiers["ssd"].ratio
+        # Registered again, it is the same with another codec.
+        assert store.register("two", shape(), ram_codec="int8_sym") is two
+        two.put(np.arange(64) + 9, values("fp16", 64), layout="LKHND")
+        assert two.stats().tiers["ram"].ratio > 1
+    with pytest.raises(stratakv.ConfigError, match=r"ram\.codec: codec 'int9'"):
+        stratakv.RamConfig(codec="int9")
+
+
+def test_a_calibration_is_measured_once_kept_and_used(tmp_path: Path) -> None:
+    g = shape("bf16")
+    sample, kv = values("bf16", 500, 1), values("bf16", 64, 2)
+    kv[2, 1, 1, 20, 3] = 50
+    magnitudes = np.sort(np.abs(sample.astype(np.float32)).reshape(g.layers, 2, -1), -1)
+    rank = int(magnitudes.shape[-1] * 0.001) + 1
+    tokens = np.arange(64)
+    with stratakv.open(config(tmp_path)) as store:
+        cache = store.register("m", g, weights_version="1")
+        bounds = cache.calibrate(sample, percentile=99.9, layout="LKHND")
+        assert np.array_equal(bounds, magnitudes[:, :, -rank])
+        cache.set_ram_codec(stratakv.Codec("int8_sym", clip="calibrated"))
+        cache.put(tokens, kv, layout="LKHND")
+        got = loaded(cache, tokens)[0].astype(np.float32)
+        limit = np.asarray(bounds)[:, :, None, None, None]
+        cut = np.clip(kv.astype(np.float32), -limit, limit)
+        assert (np.abs(got - cut) <= steps(cut, "int8_sym") + limit * 2**-7).all()
+        assert got[2, 1, 1, 20, 3] < 10
+        bad = sample.copy()
+        bad[1, 1, 0, 499, 7] = np.inf
+        with pytest.raises(stratakv.InputError, match="layer 1, plane 1 has the value inf"):
+            cache.calibrate(bad, layout="LKHND")
+        with pytest.raises(stratakv.InputError, match="percentile is 0, expected a number above 0, up to 100"):
+            cache.calibrate(sample, percentile=0, layout="LKHND")
+        with pytest.raises(stratakv.InputError, match="kv has 0 tokens"):
+            cache.calibrate(sample[:, :, :, :0], layout="LKHND")
+        # What is infinite is not clipped, but kept.
+        bad = kv.copy()
+        bad[0, 0, 0, 5, 5] = -np.inf
+        cache.put(tokens + 1, bad, layout="LKHND")
+        assert loaded(cache, tokens + 1)[0][0, 0, 0, 5, 5] == -np.inf
+    with stratakv.open(config(tmp_path)) as store:
+        calibrated = stratakv.Codec("int8_sym", clip="calibrated")
+        again = store.register("m", g, weights_version="1", ram_codec=calibrated)
+        again.put(tokens + 9, kv, layout="LKHND")
+        assert np.array_equal(loaded(again, tokens + 9)[0], got)
+        store.unregister("m")
+        with pytest.raises(stratakv.InputError, match="was not calibrated"):
+            store.register("m", g, weights_version="2", ram_codec=calibrated)
+    # A damaged calibration is none: both its copies.
+    (file,) = tmp_path.glob("*.kv")
+    with stratakv.open(config(tmp_path)) as store:
+        store.register("m", g, weights_version="2").calibrate(sample, layout="LKHND")
+    for offset, found in ((8192, True), (12288, False)):
+        with file.open("r+b") as raw:
+            raw.seek(offset + 100)
+            raw.write(b"x")
+        with stratakv.open(config(tmp_path)) as store:
+            cache = store.register("m", g, weights_version="2")
+            if found:
+                cache.set_cold_codec(calibrated)
+            else:
+                with pytest.raises(stratakv.InputError, match="was not calibrated"):
+                    cache.set_cold_codec(calibrated)
+
+
+def test_stats_say_where_decoding_costs_more_than_it_saves(caches: stratakv.CacheManager) -> None:
+    stats = caches.register("m", shape()).stats()
+    gib = 1 << 30
+
+    def advice(ram: dict[str, float], ssd: dict[str, float]) -> tuple[str, ...]:
+        tiers = {"ram": replace(stats.tiers["ram"], **ram), "ssd": replace(stats.tiers["ssd"], **ssd)}
+        return replace(stats, tiers=tiers).advice
+
+    # A disk of 1 GiB/s, and halves of 1 GiB: reading the other half would have taken half a second.
+    disk = {"decoded_bytes": gib, "read_bytes": gib // 2, "saved_bytes": gib // 2, "read_s": 0.5}
+    assert advice({}, {**disk, "decode_s": 0.4}) == ()
+    (told,) = advice({}, {**disk, "decode_s": 0.6})
+    assert told.startswith("decoding from ssd took 0.6 s and saved 0.5 s of reading: set_cold_codec('none')")
+    assert advice({}, {**disk, "decoded_bytes": 1 << 20, "decode_s": 0.6}) == ()
+    # Half of what RAM holds it holds because it is encoded; the disk would deliver that in half a second.
+    ram = {"decoded_bytes": gib, "used_bytes": gib // 2, "plain_bytes": gib}
+    slow = {"read_bytes": gib, "read_s": 1.0}
+    assert advice({**ram, "decode_s": 0.4}, slow) == ()
+    (told,) = advice({**ram, "decode_s": 0.6}, slow)
+    assert told.startswith("decoding from ram took 0.6 s and saved 0.5 s of ssd: set_ram_codec('none')")
+    assert advice({**ram, "decode_s": 0.6}, {}) == ()

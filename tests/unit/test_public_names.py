@@ -12,6 +12,7 @@ import stratakv
 DOCUMENTED = [
     "CacheManager",
     "ClosedError",
+    "Codec",
     "Config",
     "ConfigError",
     "Explanation",
