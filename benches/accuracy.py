@@ -3,8 +3,10 @@
 Each window of text is a prefix of 768 tokens and the 256 after it. The prefix is prefilled exactly, its keys and values
 (fp16, blocks of 64 tokens) go to SSD through a codec and come back into another store, and the 256 tokens are scored
 on them. Beside it the same with keys and values as they were. The Kullback-Leibler divergence between both
-distributions is the sharp measure; top-1 is how often the most likely token is the same. The text is Python's own
-language reference, as the standard library carries it. `ARGS=N` takes N windows instead of six.
+distributions is the sharp measure; top-1 is how often the most likely token is the same. By layer: the errors of keys
+and of values, the least cosine of a token's, and the error of attention's output over the prefix, with the queries
+of the scored tokens. The text is Python's own language reference, as the standard library carries it. `ARGS=N` takes N
+windows instead of six; `ARGS=extract` writes the extract that the tests use instead.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
-from rows import Row, finish, row, skipped
+from rows import ROOT, Row, finish, row, skipped
 
 import stratakv
 from stratakv import Config, Geometry, RamConfig, SsdConfig
@@ -46,16 +48,80 @@ def through(codec: str, geometry: Geometry, tokens: np.ndarray, kv: np.ndarray, 
         return out, used
 
 
-def measure(say: Callable[[str], None], windows: int) -> list[Row]:
-    """A row for each codec and measure."""
+def attended(queries: np.ndarray, kv: np.ndarray) -> np.ndarray:
+    """Attention's output `[L, H, Q, D]` of queries `[L, H, Q, D]` over keys and values `[L, K, KV heads, N, D]`."""
+    layers, heads, count, dim = queries.shape
+    grouped = queries.reshape(layers, kv.shape[2], -1, dim)
+    logits = grouped @ kv[:, 0].swapaxes(-1, -2) / np.sqrt(dim)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True) @ kv[:, 1]).reshape(layers, heads, count, dim)
+
+
+def by_layer(exact: np.ndarray, back: np.ndarray, queries: np.ndarray) -> dict[str, list[float]]:
+    """Errors of each layer, relative in the L2 norm, in per cent; and the least cosine of a token's keys or values."""
+
+    def error(right: np.ndarray, got: np.ndarray) -> list[float]:
+        flat = right.reshape(len(right), -1), (got - right).reshape(len(right), -1)
+        return list(100 * np.linalg.norm(flat[1], axis=1) / np.linalg.norm(flat[0], axis=1))
+
+    cosine = (exact * back).sum(-1) / (np.linalg.norm(exact, axis=-1) * np.linalg.norm(back, axis=-1) + 1e-30)
+    return {
+        "keys": error(exact[:, 0], back[:, 0]),
+        "values": error(exact[:, 1], back[:, 1]),
+        "attention output": error(attended(queries, exact), attended(queries, back)),
+        "least cosine": list(cosine.reshape(len(exact), -1).min(1)),
+    }
+
+
+def loaded(say: Callable[[str], None]) -> tuple[Any, Any, dict[int, Any]]:
+    """The chat, its model, and the queries of its last call, by layer."""
     import torch  # Only here: it may be missing.
-    from transformers import DynamicCache
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     from stratakv.demo import model_home
     from stratakv.demo.model import smollm2
 
+    queries: dict[int, Any] = {}
+
+    def attention(module: Any, query: Any, *args: Any, **more: Any) -> Any:  # noqa: ANN401 (a layer, and tensors)
+        queries[module.layer_idx] = query[0]
+        return sdpa_attention_forward(module, query, *args, **more)
+
+    AttentionInterface.register("noted", attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("noted", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     chat = smollm2(model_home(), say)
     model = chat.load(torch.float32)
+    model.set_attn_implementation("noted")
+    return chat, model, queries
+
+
+def extract(say: Callable[[str], None]) -> None:
+    """Writes keys and values of some layers for 128 tokens, and the queries of the 32 after them."""
+    import torch
+    from transformers import DynamicCache
+
+    chat, model, queries = loaded(say)
+    ids = torch.tensor([chat.encode(pydoc_data.topics.topics["assignment"])[:160]])
+    past = DynamicCache()
+    with torch.inference_mode():
+        model(ids, past_key_values=past)
+    layers = [0, len(past.layers) // 2, len(past.layers) - 1]
+    kv = np.stack([np.stack([past.layers[at].keys[0].numpy(), past.layers[at].values[0].numpy()]) for at in layers])
+    asked = np.stack([queries[at][:, 128:].numpy() for at in layers])
+    target = ROOT / "tests" / "fixtures" / "smollm2.npz"
+    target.parent.mkdir(exist_ok=True)
+    np.savez_compressed(target, kv=kv[:, :, :, :128].astype(np.float16), queries=asked.astype(np.float16))
+    say(f"{target.relative_to(ROOT)}: {target.stat().st_size} bytes")
+
+
+def measure(say: Callable[[str], None], windows: int) -> list[Row]:
+    """A row for each codec and measure."""
+    import torch
+    from transformers import DynamicCache
+
+    chat, model, queries = loaded(say)
     text = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     ids = chat.encode(text)[: windows * (PREFIX + SCORED)]
     shape = model.config
@@ -81,33 +147,36 @@ def measure(say: Callable[[str], None], windows: int) -> list[Row]:
             model(window[:, :PREFIX], past_key_values=past)
             exact = np.stack([np.stack([layer.keys[0].numpy(), layer.values[0].numpy()]) for layer in past.layers])
             right = scores(exact, window)
+            asked = np.stack([queries[layer].numpy() for layer in range(len(queries))])
             for codec in CODECS:
                 with tempfile.TemporaryDirectory() as folder:
                     kv = exact.astype(np.float16)
                     back, used = through(codec, geometry, np.array(ids[start : start + PREFIX]), kv, Path(folder))
                 got = scores(back, window)
-                error = back.astype(np.float64) - exact
-                norms = np.sqrt((error**2).sum((0, 2, 3, 4)) / (exact.astype(np.float64) ** 2).sum((0, 2, 3, 4)))
                 found[codec].append(
                     {
                         "kl": float((right.exp() * (right - got)).sum(-1).mean()) * 1000,
                         "top": float((right.argmax(-1) == got.argmax(-1)).double().mean()) * 100,
-                        "k": float(norms[0]) * 100,
-                        "v": float(norms[1]) * 100,
                         "bits": used * 8 / kv.size,
+                        "layers": by_layer(exact, back.astype(np.float32), asked),
                     }
                 )
         say(f"window {start // (PREFIX + SCORED) + 1} of {windows}")
     rows = []
     for codec, each in found.items():
-        value = {name: mean(one[name] for one in each) for name in each[0]}
+        value = {name: mean(one[name] for one in each) for name in ("kl", "top", "bits")}
+        layers = {name: np.mean([one["layers"][name] for one in each], 0) for name in each[0]["layers"]}
         kl, top = MUST.get(codec, (None, None))
         n = len(each) * SCORED
         rows += [
             row(f"{codec}: KL", value["kl"], "mnat", n=n, must=None if kl is None else f"value <= {kl}"),
             row(f"{codec}: top-1", value["top"], "%", n=n, must=None if top is None else f"value >= {top}"),
-            row(f"{codec}: keys, relative error", value["k"], "%", n=len(each)),
-            row(f"{codec}: values, relative error", value["v"], "%", n=len(each)),
+            *(
+                row(f"{codec}: {name}, relative error, {which} layer", float(of(layers[name])), "%", n=len(each))
+                for name in ("keys", "values", "attention output")
+                for which, of in (("median", median), ("worst", max))
+            ),
+            row(f"{codec}: least cosine of a token's row", float(min(layers["least cosine"])), "", n=len(each)),
             row(f"{codec}: bits on SSD", value["bits"], "", n=len(each), limit="fp16", limit_value=16.0,
                 ratio=16 / value["bits"]),
         ]  # fmt: skip
@@ -117,6 +186,9 @@ def measure(say: Callable[[str], None], windows: int) -> list[Row]:
 def main() -> None:
     """Scores every codec, prints the table and writes `benches/out/accuracy.json`."""
     absent = skipped("accuracy", "torch", "transformers", "gguf", "accelerate")
+    if sys.argv[1:] == ["extract"]:
+        extract(lambda text: print(text, file=sys.stderr, flush=True))
+        return
     windows = int(sys.argv[1]) if len(sys.argv) > 1 else WINDOWS
     finish("accuracy", absent or measure(lambda text: print(text, file=sys.stderr, flush=True), windows))
 
