@@ -6,11 +6,14 @@ on them. Beside it the same with keys and values as they were. The Kullback-Leib
 distributions is the sharp measure; top-1 is how often the most likely token is the same. By layer: the errors of keys
 and of values, the least cosine of a token's, and the error of attention's output over the prefix, with the queries
 of the scored tokens. The text is Python's own language reference, as the standard library carries it. `ARGS=N` takes N
-windows instead of six; `ARGS=extract` writes the extract that the tests use instead.
+windows instead of six; `ARGS=extract` writes the extract that the tests use, and `ARGS=picture` draws what was measured
+last, docs/codecs.svg.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import pydoc_data.topics
 import sys
 import tempfile
@@ -20,7 +23,7 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
-from rows import ROOT, Row, finish, row, skipped
+from rows import OUT, ROOT, Row, finish, row, skipped
 
 import stratakv
 from stratakv import Config, Geometry, RamConfig, SsdConfig
@@ -116,6 +119,38 @@ def extract(say: Callable[[str], None]) -> None:
     say(f"{target.relative_to(ROOT)}: {target.stat().st_size} bytes")
 
 
+def picture() -> None:
+    """Draws bits against divergence, from the rows that the last run wrote."""
+    rows = {each["name"]: each["value"] for each in json.loads((OUT / "accuracy.json").read_text())}
+    left, top, width, height = 60, 20, 500, 250
+
+    def at(bits: float, mnat: float) -> tuple[float, float]:
+        return left + (bits - 4) / 13 * width, top + (1 - (math.log10(mnat) + 5) / 6) * height
+
+    ink = 'fill="none" stroke="#888"'
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 80} {height + 70}" font-family="sans-serif" '
+        'font-size="12" fill="#888">',
+        f'<rect x="{left}" y="{top}" width="{width}" height="{height}" {ink}/>',
+        f'<text x="{left + width / 2}" y="{top + height + 40}" text-anchor="middle">bits a value, all included</text>',
+        f'<text x="14" y="{top + height / 2}" text-anchor="middle" transform="rotate(-90 14 {top + height / 2})">'
+        "KL divergence, mnat</text>",
+    ]
+    for bits in range(4, 18, 2):
+        x, y = at(bits, 1e-5)
+        lines.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{bits}</text>')
+    for power in range(-5, 2):
+        x, y = at(4, 10.0**power)
+        lines.append(f'<path d="M{x:.1f} {y:.1f}h{width}" {ink} opacity="0.3"/>')
+        lines.append(f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
+    for codec in CODECS:
+        x, y = at(rows[f"{codec}: bits on SSD"], rows[f"{codec}: KL"])
+        lines.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#2a7"/>')
+        lines.append(f'<text x="{x + 8:.1f}" y="{y - 6:.1f}">{codec}</text>')
+    target = ROOT / "docs" / "codecs.svg"
+    target.write_text("\n".join([*lines, "</svg>", ""]), encoding="utf-8")
+
+
 def measure(say: Callable[[str], None], windows: int) -> list[Row]:
     """A row for each codec and measure."""
     import torch
@@ -188,6 +223,9 @@ def main() -> None:
     absent = skipped("accuracy", "torch", "transformers", "gguf", "accelerate")
     if sys.argv[1:] == ["extract"]:
         extract(lambda text: print(text, file=sys.stderr, flush=True))
+        return
+    if sys.argv[1:] == ["picture"]:
+        picture()
         return
     windows = int(sys.argv[1]) if len(sys.argv) > 1 else WINDOWS
     finish("accuracy", absent or measure(lambda text: print(text, file=sys.stderr, flush=True), windows))
