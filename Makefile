@@ -12,6 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 # These builds replace the atomics of the whole crate.
 PROOFS := $(or $(CARGO_TARGET_DIR),target)
+ARM := aarch64-unknown-linux-gnu
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
@@ -48,7 +49,7 @@ test-engines: $(NATIVE) $(ENGINES) ## Run the tests against torch and transforme
 	$(BIN)/python -m pytest tests/engines
 	$(BIN)/stratakv demo --tiny
 
-prove: $(TOOLS) ## Check index and pool: all executions of the state word, random schedules of the whole, weak memory, data races; ROUNDS= for more.
+prove: $(TOOLS) ## Check index and pool: all executions of the state word, random schedules of the whole, weak memory, data races; codecs on 64-bit ARM; ROUNDS= for more.
 	@echo 'make: every execution (loom)'
 	RUSTFLAGS='--cfg loom' cargo test --locked --release --lib --target-dir '$(PROOFS)/loom' executions
 	@echo 'make: random schedules (shuttle)'
@@ -61,6 +62,12 @@ prove: $(TOOLS) ## Check index and pool: all executions of the state word, rando
 	  RUSTFLAGS='-Zsanitizer=thread --cfg rustix_use_libc' cargo +nightly test --locked -Zbuild-std --target '$(HOST)' --lib --test store \
 	    --target-dir '$(PROOFS)/tsan' -- thread released readers; \
 	  else echo 'make: skipped ThreadSanitizer: no source of std (rustup +nightly component add rust-src)'; fi
+
+	@if command -v qemu-aarch64 aarch64-linux-gnu-gcc >/dev/null && test -d "$$(rustc --print sysroot)/lib/rustlib/$(ARM)"; then set -x; \
+	  CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc \
+	    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER='qemu-aarch64 -L /usr/aarch64-linux-gnu' \
+	    cargo test --locked --release --target '$(ARM)' --target-dir '$(PROOFS)/arm' --lib -- codec block copy record; \
+	  else echo 'make: skipped 64-bit ARM: no emulator or compiler (apt-get install qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross; rustup target add $(ARM))'; fi
 
 check: $(NATIVE) ## Format, lints, types, stubs, floors; warnings are errors.
 	cargo fmt --check

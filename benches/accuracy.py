@@ -125,7 +125,7 @@ def picture() -> None:
     left, top, width, height = 60, 20, 500, 250
 
     def at(bits: float, mnat: float) -> tuple[float, float]:
-        return left + (bits - 4) / 13 * width, top + (1 - (math.log10(mnat) + 5) / 6) * height
+        return left + (bits - 4) / 14 * width, top + (1 - (math.log10(mnat) + 5) / 6) * height
 
     ink = 'fill="none" stroke="#888"'
     lines = [

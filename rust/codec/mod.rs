@@ -11,12 +11,17 @@
 //!
 //! Keys have outlier channels and values do not, so keys are scaled per channel and values per token (KIVI: Liu et al.,
 //! ICML 2024); any granularity can be asked for. `scalar` is the definition of the arithmetic; what the processor has is
-//! chosen once, and equals it bit for bit.
+//! chosen once, and equals it bit for bit: AVX2 with F16C, or NEON.
 //!
 //! A plane is encoded whole: `[scales][bases][codes]`, each part padded to 64 bytes; scales are bfloat16, bases are of the
 //! dtype. One that has a NaN, an infinity, or values that no scale fits, is not encoded: its block stays as it is.
 
+#[macro_use]
+mod vector;
+
 mod clip;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod plane;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
@@ -189,6 +194,8 @@ pub enum Isa {
     Scalar,
     /// AVX2 and F16C.
     Avx2,
+    /// What every processor of 64-bit ARM has.
+    Neon,
 }
 
 impl Isa {
@@ -198,6 +205,10 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         if x86::detected() {
             all.push(Self::Avx2);
+        }
+        #[cfg(target_arch = "aarch64")]
+        if neon::detected() {
+            all.push(Self::Neon);
         }
         all
     }
@@ -231,6 +242,7 @@ impl Isa {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
+            Self::Neon => "neon",
         }
     }
 
@@ -238,6 +250,8 @@ impl Isa {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => &x86::KERNELS[dtype as usize],
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => &neon::KERNELS[dtype as usize],
             _ => &scalar::KERNELS[dtype as usize],
         }
     }
