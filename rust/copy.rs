@@ -302,21 +302,19 @@ pub(crate) fn copy_planes(
         let mut done = 0;
         while done < tokens {
             let (start, run) = view.run(plane, block.first_token + done, tokens - done);
-            for head in 0..heads {
-                let inner = ((plane * heads + head) * tokens + done) * row;
-                // SAFETY: the payload has `block_bytes` bytes, of which `inner` names the row of this plane, head, token.
-                let stored = unsafe { block.payload.add(inner) };
-                let theirs = start.wrapping_offset(head as isize * strides.head_stride);
-                if strides.token_stride == row as isize {
-                    // SAFETY: both sides are `run` neighbouring rows, valid by the contract of `KvView::new`.
-                    unsafe { copy_bytes(stored, theirs, run * row, direction) };
-                } else {
-                    for token in 0..run {
-                        let theirs = theirs.wrapping_offset(token as isize * strides.token_stride);
-                        // SAFETY: one row on both sides, valid by the contract of `KvView::new`.
-                        unsafe { copy_bytes(stored.add(token * row), theirs, row, direction) };
-                    }
-                }
+            // Of one head, from one token on, so many that are neighbours on both sides.
+            let copy = |head: usize, token: usize, count: usize| {
+                let inner = ((plane * heads + head) * tokens + done + token) * row;
+                let offset = head as isize * strides.head_stride + token as isize * strides.token_stride;
+                // SAFETY: the payload has `block_bytes` bytes, of which `inner` names the row of this plane, head, token;
+                // theirs are valid by the contract of `KvView::new`.
+                unsafe { copy_bytes(block.payload.add(inner), start.wrapping_offset(offset), count * row, direction) };
+            };
+            if strides.token_stride == row as isize {
+                (0..heads).for_each(|head| copy(head, 0, run));
+            } else {
+                // In the order of the caller's memory where a token's heads are neighbours there.
+                (0..run).for_each(|token| (0..heads).for_each(|head| copy(head, token, 1)));
             }
             done += run;
         }
