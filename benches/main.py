@@ -111,6 +111,7 @@ def copy() -> list[Row]:
     memmove.argtypes, memmove.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), None
     arrays = sources, targets = buffers(16 * MIB)
     # Per layer keys and values, [1, heads, tokens, dim], as transformers has them; here in the same memory.
+    heads_last = [[each.reshape(*each.shape[:2], *each.shape[3:1:-1], -1) for each in pool] for pool in arrays]
     layers = [[[tuple(wrap(k[None]) for k in layer) for layer in array] for array in pool] for pool in arrays]
     with ExitStack() as stack:
         copier = Copier(stack, sources)
@@ -126,9 +127,14 @@ def copy() -> list[Row]:
             list(threads.map(drain, [itertools.count()] * copier.threads))
             return time.perf_counter() - started
 
+        forms = (
+            ("one array", "LKHND", arrays),
+            ("one array, token-major", "LKNHD", heads_last),
+            (f"{library} per layer", "BHND", layers),
+        )
         work = {
             f"{verb} 16 MiB, {form}": (batches(call, pool, layout), memcpy)
-            for form, layout, pools in (("one array", "LKHND", arrays), (f"{library} per layer", "BHND", layers))
+            for form, layout, pools in forms
             for verb, call, pool in zip(("put", "load"), (copier.put, copier.load), pools, strict=True)
         }
         more = {"limit": f"memcpy, {copier.threads} threads", "must": "ratio >= 0.7", "goal": "ratio >= 0.95"}

@@ -1,7 +1,7 @@
 //! The lock-free allocator that cuts the arena into slots.
 //!
-//! The arena is cut into chunks. A model takes *spans* of neighbouring chunks and cuts them into slots of its record size; an empty span goes back,
-//! so models of different geometry share one arena and no slot ever moves.
+//! The arena is cut into chunks. A model takes *spans* of neighbouring chunks and cuts each into slots of one size, plain
+//! or encoded; an empty span goes back, so models of different geometry share one arena and no slot ever moves.
 //!
 //! ```text
 //! arena  |chunk|chunk|chunk|chunk|chunk|chunk|...
