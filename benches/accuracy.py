@@ -26,15 +26,25 @@ import numpy as np
 from rows import OUT, ROOT, Row, finish, row, skipped
 
 import stratakv
-from stratakv import Config, Geometry, RamConfig, SsdConfig
+from stratakv import Codec, Config, Geometry, RamConfig, SsdConfig
 
 PREFIX, SCORED, WINDOWS = 768, 256, 6
 BLOCK = 64
 CODECS = ("none", "int8_sym", "int8_asym", "k8v4", "int4")
+# What is not the default, and why: clipping, with fine scales and with coarse ones; and coarse ones.
+COARSE = {"keys": "tensor", "values": "tensor"}
+OTHERS = {
+    "int8_sym, clip 99.99": Codec("int8_sym", clip=99.99),
+    "int8_sym by tensor": Codec("int8_sym", **COARSE),
+    "int8_sym by tensor, clip 99.99": Codec("int8_sym", clip=99.99, **COARSE),
+    "int8_sym by token": Codec("int8_sym", keys="token", values="token"),
+}
 MUST = {"int8_sym": (0.2, 99.0), "int8_asym": (0.2, 99.0), "k8v4": (2.0, None), "int4": (6.0, 97.0)}
 
 
-def through(codec: str, geometry: Geometry, tokens: np.ndarray, kv: np.ndarray, folder: Path) -> tuple[np.ndarray, int]:
+def through(
+    codec: str | Codec, geometry: Geometry, tokens: np.ndarray, kv: np.ndarray, folder: Path
+) -> tuple[np.ndarray, int]:
     """What comes back from SSD, and how many bytes lay there."""
     ssd = SsdConfig(path=folder, capacity_bytes="1GiB", segment_bytes="64MiB")
     config = Config(ram=RamConfig(capacity_bytes="256MiB"), ssd=ssd)
@@ -174,7 +184,7 @@ def measure(say: Callable[[str], None], windows: int) -> list[Row]:
             past.update(planes[0][None].clone(), planes[1][None].clone(), layer)
         return torch.log_softmax(model(window[:, PREFIX:], past_key_values=past).logits[0].double(), -1)
 
-    found: dict[str, list[dict[str, Any]]] = {codec: [] for codec in CODECS}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*CODECS, *OTHERS)}
     for start in range(0, len(ids), PREFIX + SCORED):
         window = torch.tensor([ids[start : start + PREFIX + SCORED]])
         with torch.inference_mode():
@@ -183,10 +193,11 @@ def measure(say: Callable[[str], None], windows: int) -> list[Row]:
             exact = np.stack([np.stack([layer.keys[0].numpy(), layer.values[0].numpy()]) for layer in past.layers])
             right = scores(exact, window)
             asked = np.stack([queries[layer].numpy() for layer in range(len(queries))])
-            for codec in CODECS:
+            for codec in found:
                 with tempfile.TemporaryDirectory() as folder:
                     kv = exact.astype(np.float16)
-                    back, used = through(codec, geometry, np.array(ids[start : start + PREFIX]), kv, Path(folder))
+                    terms, asked_for = OTHERS.get(codec, codec), np.array(ids[start : start + PREFIX])
+                    back, used = through(terms, geometry, asked_for, kv, Path(folder))
                 got = scores(back, window)
                 found[codec].append(
                     {
