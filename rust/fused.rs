@@ -20,7 +20,7 @@ pub(crate) fn encode_blocks(
     let fit: Vec<AtomicBool> = blocks.iter().map(|_| AtomicBool::new(true)).collect();
     let encode = |planes: Range<usize>, blocks: Range<usize>, copies: &[BlockCopy]| {
         let started = Instant::now();
-        let mut rows = Vec::with_capacity((geometry.kv_heads * geometry.block_tokens) as usize);
+        let mut rows = Vec::with_capacity(geometry.kv_heads as usize * geometry.block_tokens as usize);
         // The caller's memory is read in order, plane by plane over neighbouring blocks.
         for plane in planes {
             for (at, block) in blocks.clone().zip(copies) {
@@ -77,7 +77,7 @@ pub(crate) fn percentiles(
     let sample = Geometry { block_tokens: tokens, ..*geometry };
     let found: Vec<Mutex<f32>> = (0..geometry.plane_count()).map(|_| Mutex::new(0.0)).collect();
     workers.each(found.len(), |plane| {
-        let mut rows = Vec::with_capacity((geometry.kv_heads * tokens) as usize);
+        let mut rows = Vec::with_capacity(geometry.kv_heads as usize * tokens as usize);
         view.each_row(&sample, plane, 0, |row| {
             // SAFETY: as in `encode_blocks`.
             rows.push(unsafe { std::slice::from_raw_parts(row.cast_const(), geometry.row_bytes()) });
@@ -125,7 +125,7 @@ pub(crate) fn decode_planes(
     planes: Range<usize>,
 ) -> u64 {
     let (started, row_bytes) = (Instant::now(), geometry.row_bytes());
-    let mut rows = Vec::with_capacity((geometry.kv_heads * geometry.block_tokens) as usize);
+    let mut rows = Vec::with_capacity(geometry.kv_heads as usize * geometry.block_tokens as usize);
     for plane in planes {
         rows.clear();
         view.each_row(geometry, plane, first_token, |row| {
