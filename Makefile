@@ -49,7 +49,7 @@ test-engines: $(NATIVE) $(ENGINES) ## Run the tests against torch and transforme
 	$(BIN)/python -m pytest tests/engines
 	$(BIN)/stratakv demo --tiny
 
-prove: $(TOOLS) ## Check index and pool: all executions of the state word, random schedules of the whole, weak memory, data races; codecs on 64-bit ARM; ROUNDS= for more.
+prove: $(TOOLS) ## Check index and pool: all executions of the state word, random schedules of the whole, weak memory, data races; codecs on 64-bit ARM and on AVX-512; ROUNDS= for more.
 	@echo 'make: every execution (loom)'
 	RUSTFLAGS='--cfg loom' cargo test --locked --release --lib --target-dir '$(PROOFS)/loom' executions
 	@echo 'make: random schedules (shuttle)'
@@ -68,6 +68,10 @@ prove: $(TOOLS) ## Check index and pool: all executions of the state word, rando
 	    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER='qemu-aarch64 -L /usr/aarch64-linux-gnu' \
 	    cargo test --locked --release --target '$(ARM)' --target-dir '$(PROOFS)/arm' --lib -- codec block copy record; \
 	  else echo 'make: skipped 64-bit ARM: no emulator or compiler (apt-get install qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross; rustup target add $(ARM))'; fi
+	@if command -v bochs busybox cpio script strip xorriso >/dev/null && ls /boot/vmlinuz-* /usr/lib/ISOLINUX/isolinux.bin >/dev/null 2>&1; then set -x; \
+	  binary=$$(RUSTFLAGS='-C target-feature=+crt-static' cargo test --locked --release --lib --no-run --target '$(HOST)' \
+	    --target-dir '$(PROOFS)/static' 2>&1 | sed -n 's/^ *Executable.*(\(.*\))$$/\1/p') && tests/avx512.sh "$$binary"; \
+	  else echo 'make: skipped AVX-512: no emulator, or nothing to start in it (apt-get install bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso cpio busybox-static linux-image-cloud-amd64)'; fi
 
 check: $(NATIVE) ## Format, lints, types, stubs, floors; warnings are errors.
 	cargo fmt --check

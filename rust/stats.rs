@@ -199,6 +199,8 @@ pub struct Snapshot {
     pub ssd_file_bytes: u64,
     /// `direct`, `buffered`, or `off`.
     pub ssd_io: &'static str,
+    /// `io_uring`, `pread` or `off`; and why it is not the one that `auto` tries first.
+    pub ssd_engine: (&'static str, Option<String>),
     /// Why the SSD tier takes no writes at present, if so.
     pub ssd_read_only: Option<String>,
     /// The eviction policy that runs in RAM at present, by model.

@@ -7,6 +7,8 @@ mod damage;
 mod disk;
 #[path = "store/drop.rs"]
 mod drop;
+#[path = "store/engines.rs"]
+mod engines;
 #[path = "store/kv.rs"]
 mod kv;
 
@@ -16,7 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, RwLock};
 use std::{fs, thread};
 use stratakv::stats::{Counts, Miss, Tier};
-use stratakv::{Dtype, ErrorKind, Lease, Model, ModelSpec, Options, SsdOptions, Store, WritePolicy};
+use stratakv::{Dtype, Engine, ErrorKind, Lease, Model, ModelSpec, Options, SsdOptions, Store, WritePolicy};
 
 #[derive(Debug, Clone, Copy)]
 enum Step {
@@ -62,12 +64,17 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_is_called_bytes_are_right_the_books_add_up_and_the_caps_hold(steps in steps(), through: bool) {
+    fn whatever_is_called_bytes_are_right_the_books_add_up_and_the_caps_hold(
+        steps in steps(), policy in 0..3usize, ring: bool,
+    ) {
         let directory = tempfile::tempdir().expect("a directory");
         let (ram, cap, shapes) = (4 * MIB, 4 * MIB, [COARSE, LATENT]);
-        let policy = if through { WritePolicy::WriteThrough } else { WritePolicy::WriteBack };
+        let all = [WritePolicy::WriteBack, WritePolicy::WriteThrough, WritePolicy::WriteThroughSecondTouch];
+        let policy = all[policy];
         let start = || {
-            let store = Store::open(Options { policy, ..options(Some(directory.path()), ram, cap) });
+            let mut options = Options { policy, ..options(Some(directory.path()), ram, cap) };
+            options.ssd.as_mut().expect("there is one").engine = if ring { Engine::Auto } else { Engine::Pread };
+            let store = Store::open(options);
             let store = store.expect("the directory is usable");
             let models = [register(&store, "a", shapes[0]), register(&store, "b", shapes[1])];
             (store, models)
@@ -433,7 +440,8 @@ fn more_models_than_segments_share_a_small_ssd() {
 fn segments_follow_a_cap_that_was_lowered() {
     let directory = tempfile::tempdir().expect("a directory");
     for (cap, segment_bytes) in [(64 * MIB, 8 * MIB), (4 * MIB, 8 * MIB), (MIB, 64 << 10)] {
-        let ssd = SsdOptions { path: directory.path().into(), capacity_bytes: cap, segment_bytes };
+        let engine = Engine::Auto;
+        let ssd = SsdOptions { path: directory.path().into(), capacity_bytes: cap, segment_bytes, engine };
         let store =
             Store::open(Options { ssd: Some(ssd), ..options(None, 2 * MIB, 0) }).expect("the directory is free");
         let model = register(&store, "m", FINE);
@@ -473,6 +481,33 @@ fn blocks_reach_the_ssd_before_ram_runs_out_whatever_share_a_model_has() {
             store.snapshot().total.demoted > resident as u64
         };
         assert!((1..2000).any(demoted), "no block of {geometry:?} was written");
+    }
+}
+
+#[test]
+fn what_nobody_asks_for_again_is_never_written_with_second_touch_and_the_rest_is() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let policy = WritePolicy::WriteThroughSecondTouch;
+    let open = || Store::open(Options { policy, ..options(Some(directory.path()), 2 * MIB, 8 * MIB) }).expect("usable");
+    let store = open();
+    let model = register(&store, "m", FINE);
+    // Ten times what RAM holds; every tenth is asked for at once, and of the longer ones only the first half.
+    for seed in 0..200 {
+        put(&store, &model, &sequence(seed, 8, &FINE));
+        if seed % 10 == 0 {
+            let half = sequence(seed, 4, &FINE);
+            assert_eq!(fetch(&store, &model, &half), 4);
+        }
+    }
+    store.flush().expect("the disk is well");
+    let counts = store.snapshot().total;
+    assert_eq!((counts.demoted, counts.demotions_dropped), (20 * 4, 0), "{counts:?}");
+    store.close().expect("the disk is well");
+    let store = open();
+    let model = register(&store, "m", FINE);
+    for seed in 0..200 {
+        let found = fetch(&store, &model, &sequence(seed, 8, &FINE));
+        assert_eq!(found, if seed % 10 == 0 { 4 } else { 0 }, "{seed}");
     }
 }
 

@@ -19,7 +19,7 @@ class Store:
         *,
         ram_capacity_bytes: int | str,
         eviction: str,
-        ssd: tuple[str | os.PathLike[str] | None, int | str, int | str, str] | None,
+        ssd: tuple[str | os.PathLike[str] | None, int | str, int | str, str, str] | None,
         secret: str | None,
         threads: int,
         index_bytes: int | str | None,

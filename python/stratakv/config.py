@@ -21,7 +21,8 @@ from stratakv.errors import ConfigError, InputError
 Dtype = Literal["fp32", "fp16", "bf16", "uint8"]
 """Element types of cached tensors; ``uint8`` carries either FP8 format."""
 
-Policy = Literal["write_back", "write_through"]
+Policy = Literal["write_back", "write_through", "write_through_second_touch"]
+Engine = Literal["auto", "io_uring", "pread"]
 Eviction = Literal["lru", "lfu", "s3fifo", "s3fifo_long", "arc", "wtinylfu", "gdsf", "adaptive"]
 """When blocks are written to SSD: when RAM fills, or as soon as they are put."""
 
@@ -203,7 +204,10 @@ class SsdConfig:
         path: its directory, used by one process at a time; ``None`` is ``stratakv`` in the user's cache folder.
         capacity_bytes: cap on the bytes of all its files.
         segment_bytes: bytes of one segment, the unit in which space is reserved and reused.
-        policy: ``write_back`` writes blocks when RAM fills, ``write_through`` as soon as they are put; both behind.
+        policy: ``write_back`` writes blocks when RAM fills, ``write_through`` as soon as they are put,
+            ``write_through_second_touch`` as soon as they are matched, and never what is not; all behind.
+        engine: what reads and writes: ``io_uring``, ``pread`` (a few threads), or ``auto``, the first that the system
+            allows. Containers often forbid io_uring.
         codec: how blocks are encoded that go to SSD as they were put, unless a model is registered with another; as
             that of RAM.
     """
@@ -213,6 +217,7 @@ class SsdConfig:
     capacity_bytes: int | str = "16GiB"
     segment_bytes: int | str = "64MiB"
     policy: Policy = "write_back"
+    engine: Engine = "auto"
     codec: Codec | str | Mapping[str, Any] = "none"
 
     def __post_init__(self) -> None:
@@ -223,6 +228,8 @@ class SsdConfig:
             raise ConfigError(f"ssd.enabled is {self.enabled!r}, expected true or false")
         if self.policy not in get_args(Policy):
             raise ConfigError(f"ssd.policy is {self.policy!r}, expected one of {', '.join(get_args(Policy))}")
+        if self.engine not in get_args(Engine):
+            raise ConfigError(f"ssd.engine is {self.engine!r}, expected one of {', '.join(get_args(Engine))}")
         object.__setattr__(self, "codec", _codec("ssd.codec", self.codec))
         object.__setattr__(self, "path", _cache_folder() if self.path is None else Path(self.path).expanduser())
 

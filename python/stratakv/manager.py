@@ -5,6 +5,7 @@ Lock order: the manager's table of models, then the native store.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,8 @@ from stratakv import _native
 from stratakv.cache import ModelCache, Stats
 from stratakv.config import Codec, Config, Geometry
 from stratakv.errors import InputError, ModelExistsError, ModelNotFoundError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,7 @@ class Status:
         ssd_capacity_bytes: cap of the SSD tier; 0 if it is off.
         ssd_file_bytes: bytes its files take.
         ssd_io: ``direct``, ``buffered`` or ``off``.
+        ssd_engine: what reads and writes: ``io_uring``, ``pread`` or ``off``.
         ssd_read_only: why the SSD takes no writes at present; ``None`` if it does.
         index_blocks: blocks in the index.
         index_bytes: memory that the index takes when it is full.
@@ -45,6 +49,7 @@ class Status:
     ssd_capacity_bytes: int
     ssd_file_bytes: int
     ssd_io: str
+    ssd_engine: str
     ssd_read_only: str | None
     index_blocks: int
     index_bytes: int
@@ -63,7 +68,7 @@ class CacheManager:
         """
         self.config = config
         ssd = config.ssd
-        tier = (ssd.path, ssd.capacity_bytes, ssd.segment_bytes, ssd.policy) if ssd.enabled else None
+        tier = (ssd.path, ssd.capacity_bytes, ssd.segment_bytes, ssd.policy, ssd.engine) if ssd.enabled else None
         self._store = _native.Store(
             ram_capacity_bytes=config.ram.capacity_bytes,
             eviction=config.ram.eviction,
@@ -72,6 +77,9 @@ class CacheManager:
             threads=config.store.threads,
             index_bytes=config.store.index_bytes,
         )
+        refused = self._store.snapshot()["ssd_engine_refused"]
+        if refused is not None:
+            _log.warning("io_uring is refused here (%s): the SSD tier reads and writes with a few threads", refused)
         self._lock = threading.Lock()
         self._models: dict[str, tuple[ModelCache, _native.Model, tuple[str, int]]] = {}
 

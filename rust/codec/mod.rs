@@ -11,7 +11,7 @@
 //!
 //! Keys have outlier channels and values do not, so keys are scaled per channel and values per token (KIVI: Liu et al.,
 //! ICML 2024); any granularity can be asked for. `scalar` is the definition of the arithmetic; what the processor has is
-//! chosen once, and equals it bit for bit: AVX2 with F16C, or NEON.
+//! chosen once, and equals it bit for bit: AVX2 with F16C, AVX-512, or NEON.
 //!
 //! A plane is encoded whole: `[scales][bases][codes]`, each part padded to 64 bytes; scales are bfloat16, bases are of the
 //! dtype. One that has a NaN, an infinity, or values that no scale fits, is not encoded: its block stays as it is.
@@ -19,6 +19,8 @@
 #[macro_use]
 mod vector;
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod clip;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -194,6 +196,8 @@ pub enum Isa {
     Scalar,
     /// AVX2 and F16C.
     Avx2,
+    /// AVX-512.
+    Avx512,
     /// What every processor of 64-bit ARM has.
     Neon,
 }
@@ -205,6 +209,10 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         if x86::detected() {
             all.push(Self::Avx2);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if avx512::detected() {
+            all.push(Self::Avx512);
         }
         #[cfg(target_arch = "aarch64")]
         if neon::detected() {
@@ -242,6 +250,7 @@ impl Isa {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
             Self::Neon => "neon",
         }
     }
@@ -250,6 +259,8 @@ impl Isa {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => &x86::KERNELS[dtype as usize],
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => &avx512::KERNELS[dtype as usize],
             #[cfg(target_arch = "aarch64")]
             Self::Neon => &neon::KERNELS[dtype as usize],
             _ => &scalar::KERNELS[dtype as usize],

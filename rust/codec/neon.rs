@@ -1,10 +1,14 @@
 //! The primitives on NEON. Halves are converted by instructions that the compiler has no names for yet.
 
+use super::scalar as narrow;
 use super::scalar::{self, code_bytes, width};
 use super::{BF16, F16, F32, Kernels, Rows, S8, U4, U8};
 use std::arch::aarch64::*;
 use std::arch::asm;
 use std::ops::Range;
+
+/// Bytes of a vector.
+const BYTES: usize = 32;
 
 /// Whether this processor has what is needed here.
 pub(super) fn detected() -> bool {
@@ -327,7 +331,7 @@ fn halve(row: &[u8], halves: &mut [u8]) -> bool {
         bad = vorrq_u16(bad, vceqq_u16(vandq_u16(vreinterpretq_u16_u8(rounded), exponent), exponent));
         store_half_bytes(halves, rounded);
     }
-    scalar::halve(steps.remainder(), out.into_remainder()) && vmaxvq_u16(bad) == 0
+    narrow::halve(steps.remainder(), out.into_remainder()) && vmaxvq_u16(bad) == 0
 }
 
 paths!("neon");

@@ -1,8 +1,8 @@
 //! What every vector path does, over primitives of its own: loops over rows, groups and columns, written once.
 //!
-//! A path is a file with the primitives, and `paths!` of its instructions. Vectors are of 32 bytes (`Raw`) and of eight
-//! binary32; greatest values are found as integers, since the bits of floats of one sign order as they do. A step takes 32
-//! values; what is left of a row is done as by definition.
+//! A path is a file with the primitives, and `paths!` of its instructions. Vectors are of `BYTES` (`Raw`) and of as many
+//! bytes of binary32; greatest values are found as integers, since the bits of floats of one sign order as they do. A step
+//! takes four vectors of values; what is left of a row is done by the path that is `narrow`er, at last as by definition.
 
 /// A function of such a file, as one that can be called.
 macro_rules! callable {
@@ -17,8 +17,11 @@ macro_rules! callable {
 /// The kernels of a path, over its primitives.
 macro_rules! paths {
     ($features:literal) => {
-        /// Values that a step takes; what is left of a row is done as by definition.
-        const STEP: usize = 32;
+        /// Values of binary32 in a vector.
+        const LANES: usize = BYTES / 4;
+
+        /// Values that a step takes.
+        const STEP: usize = 4 * LANES;
 
         // The range of two parts.
         fn joined(one: (f32, f32), other: (f32, f32)) -> (f32, f32) {
@@ -30,28 +33,29 @@ macro_rules! paths {
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn absmax_of<const D: u8>(row: &[u8]) -> f32 {
-            let (pairs, vectors) = (row.chunks_exact(64), row.chunks_exact(64).remainder().chunks_exact(32));
+        pub(super) fn absmax_of<const D: u8>(row: &[u8]) -> f32 {
+            let (pairs, vectors) =
+                (row.chunks_exact(2 * BYTES), row.chunks_exact(2 * BYTES).remainder().chunks_exact(BYTES));
             let tail = vectors.remainder();
             let mut most = [zero(); 2];
             for pair in pairs {
-                most[0] = max::<D>(most[0], magnitudes::<D>(load_bytes(&pair[..32])));
-                most[1] = max::<D>(most[1], magnitudes::<D>(load_bytes(&pair[32..])));
+                most[0] = max::<D>(most[0], magnitudes::<D>(load_bytes(&pair[..BYTES])));
+                most[1] = max::<D>(most[1], magnitudes::<D>(load_bytes(&pair[BYTES..])));
             }
             for vector in vectors {
                 most[0] = max::<D>(most[0], magnitudes::<D>(load_bytes(vector)));
             }
             let most = value::<D>(greatest::<D>(max::<D>(most[0], most[1])));
-            if tail.is_empty() { most } else { joined((0.0, most), (0.0, scalar::absmax_of::<D>(tail))).1 }
+            if tail.is_empty() { most } else { joined((0.0, most), (0.0, narrow::absmax_of::<D>(tail))).1 }
         }
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn range_of<const D: u8>(row: &[u8]) -> (f32, f32) {
-            let vectors = row.chunks_exact(32);
+        pub(super) fn range_of<const D: u8>(row: &[u8]) -> (f32, f32) {
+            let vectors = row.chunks_exact(BYTES);
             let tail = vectors.remainder();
-            if row.len() < 32 {
-                return scalar::range_of::<D>(row);
+            if row.len() < BYTES {
+                return narrow::range_of::<D>(row);
             }
             let (mut lo, mut hi) = ends::<D>();
             for vector in vectors {
@@ -59,7 +63,7 @@ macro_rules! paths {
                 (lo, hi) = (min::<D>(lo, bits), max::<D>(hi, bits));
             }
             let all = (value::<D>(least::<D>(lo)), value::<D>(greatest::<D>(hi)));
-            if tail.is_empty() { all } else { joined(all, scalar::range_of::<D>(tail)) }
+            if tail.is_empty() { all } else { joined(all, narrow::range_of::<D>(tail)) }
         }
 
         #[target_feature(enable = $features)]
@@ -94,44 +98,49 @@ macro_rules! paths {
         #[inline]
         #[target_feature(enable = $features)]
         fn spill<const D: u8>(lanes: Raw, to: &mut [f32]) {
-            let mut bytes = [0; 32];
+            let mut bytes = [0; BYTES];
             store_bytes(&mut bytes, ordered::<D>(lanes));
-            for (n, to) in to.chunks_exact_mut(8).enumerate() {
-                let floats = load::<D>(&bytes[n * 8 * width(D)..]);
+            for (n, to) in to.chunks_exact_mut(LANES).enumerate() {
+                let floats = load::<D>(&bytes[n * LANES * width(D)..]);
                 store_floats(to, floats);
             }
         }
 
         /// Vectors of the columns that are taken at once.
-        const VECTORS: usize = super::BATCH * 4 / 32;
+        const VECTORS: usize = super::BATCH * 4 / BYTES;
 
         #[target_feature(enable = $features)]
-        fn absmax_columns<const D: u8>(rows: &[&[u8]], columns: Range<usize>, hi: &mut [f32]) {
-            let lanes = 32 / width(D);
+        pub(super) fn absmax_columns<const D: u8>(rows: &[&[u8]], columns: Range<usize>, hi: &mut [f32]) {
+            let lanes = BYTES / width(D);
             let whole = columns.len() / lanes * lanes;
             let bytes = columns.start * width(D)..(columns.start + whole) * width(D);
             let mut most = [zero(); VECTORS];
             // Row by row: memory is read in order.
             for row in rows {
-                for (most, vector) in most.iter_mut().zip(row[bytes.clone()].chunks_exact(32)) {
+                for (most, vector) in most.iter_mut().zip(row[bytes.clone()].chunks_exact(BYTES)) {
                     *most = max::<D>(*most, magnitudes::<D>(load_bytes(vector)));
                 }
             }
             for (most, hi) in most.into_iter().zip(hi.chunks_exact_mut(lanes)) {
                 spill::<D>(most, hi);
             }
-            scalar::absmax_columns::<D>(rows, columns.start + whole..columns.end, &mut hi[whole..]);
+            narrow::absmax_columns::<D>(rows, columns.start + whole..columns.end, &mut hi[whole..]);
         }
 
         #[target_feature(enable = $features)]
-        fn range_columns<const D: u8>(rows: &[&[u8]], columns: Range<usize>, lo: &mut [f32], hi: &mut [f32]) {
-            let lanes = 32 / width(D);
+        pub(super) fn range_columns<const D: u8>(
+            rows: &[&[u8]],
+            columns: Range<usize>,
+            lo: &mut [f32],
+            hi: &mut [f32],
+        ) {
+            let lanes = BYTES / width(D);
             let whole = columns.len() / lanes * lanes;
             let bytes = columns.start * width(D)..(columns.start + whole) * width(D);
             let (least, most) = ends::<D>();
             let mut both = [(least, most); VECTORS];
             for row in rows {
-                for ((least, most), vector) in both.iter_mut().zip(row[bytes.clone()].chunks_exact(32)) {
+                for ((least, most), vector) in both.iter_mut().zip(row[bytes.clone()].chunks_exact(BYTES)) {
                     let bits = ordered::<D>(load_bytes(vector));
                     (*least, *most) = (min::<D>(*least, bits), max::<D>(*most, bits));
                 }
@@ -140,7 +149,7 @@ macro_rules! paths {
                 spill::<D>(both.0, lo);
                 spill::<D>(both.1, hi);
             }
-            scalar::range_columns::<D>(rows, columns.start + whole..columns.end, &mut lo[whole..], &mut hi[whole..]);
+            narrow::range_columns::<D>(rows, columns.start + whole..columns.end, &mut lo[whole..], &mut hi[whole..]);
         }
 
         #[target_feature(enable = $features)]
@@ -151,22 +160,27 @@ macro_rules! paths {
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn quantise_part<const D: u8, const K: u8>(row: &[u8], inverse: f32, base: f32, codes: &mut [u8]) {
+        pub(super) fn quantise_part<const D: u8, const K: u8>(row: &[u8], inverse: f32, base: f32, codes: &mut [u8]) {
             let (inverses, bases) = (splat(inverse), splat(base));
             let mut steps = row.chunks_exact(STEP * width(D));
             let mut out = codes.chunks_exact_mut(code_bytes(K, STEP));
             for (values, codes) in steps.by_ref().zip(out.by_ref()) {
-                let at = |n: usize| in_steps::<K>(load::<D>(&values[8 * n * width(D)..]), inverses, bases);
+                let at = |n: usize| in_steps::<K>(load::<D>(&values[LANES * n * width(D)..]), inverses, bases);
                 put_codes::<K>([at(0), at(1), at(2), at(3)], codes);
             }
             if !steps.remainder().is_empty() {
-                scalar::quantise_part::<D, K>(steps.remainder(), inverse, base, out.into_remainder());
+                narrow::quantise_part::<D, K>(steps.remainder(), inverse, base, out.into_remainder());
             }
         }
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn quantise_each<const D: u8, const K: u8>(row: &[u8], inverse: &[f32], base: &[f32], codes: &mut [u8]) {
+        pub(super) fn quantise_each<const D: u8, const K: u8>(
+            row: &[u8],
+            inverse: &[f32],
+            base: &[f32],
+            codes: &mut [u8],
+        ) {
             let mut steps = row.chunks_exact(STEP * width(D));
             let mut out = codes.chunks_exact_mut(code_bytes(K, STEP));
             let (mut inverses, mut bases) = (inverse.chunks_exact(STEP), base.chunks_exact(STEP));
@@ -174,37 +188,42 @@ macro_rules! paths {
                 steps.by_ref().zip(out.by_ref()).zip(inverses.by_ref()).zip(bases.by_ref())
             {
                 let at = |n: usize| {
-                    let values = load::<D>(&values[8 * n * width(D)..]);
-                    in_steps::<K>(values, load_floats(&inverse[8 * n..]), load_floats(&base[8 * n..]))
+                    let values = load::<D>(&values[LANES * n * width(D)..]);
+                    in_steps::<K>(values, load_floats(&inverse[LANES * n..]), load_floats(&base[LANES * n..]))
                 };
                 put_codes::<K>([at(0), at(1), at(2), at(3)], codes);
             }
             if !steps.remainder().is_empty() {
                 let (inverse, base) = (inverses.remainder(), bases.remainder());
-                scalar::quantise_each::<D, K>(steps.remainder(), inverse, base, out.into_remainder());
+                narrow::quantise_each::<D, K>(steps.remainder(), inverse, base, out.into_remainder());
             }
         }
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn dequantise_part<const D: u8, const K: u8>(codes: &[u8], scale: f32, base: f32, row: &mut [u8]) {
+        pub(super) fn dequantise_part<const D: u8, const K: u8>(codes: &[u8], scale: f32, base: f32, row: &mut [u8]) {
             let (scales, bases) = (splat(scale), splat(base));
             let mut steps = codes.chunks_exact(code_bytes(K, STEP));
             let mut out = row.chunks_exact_mut(STEP * width(D));
             for (values, codes) in out.by_ref().zip(steps.by_ref()) {
                 let [a, b, c, d] = get_codes::<K>(codes).map(|codes| out_of_steps::<K>(codes, scales, bases));
                 store::<D>(values, [a, b]);
-                store::<D>(&mut values[16 * width(D)..], [c, d]);
+                store::<D>(&mut values[2 * LANES * width(D)..], [c, d]);
             }
             let rest = out.into_remainder();
             if !rest.is_empty() {
-                scalar::dequantise_part::<D, K>(steps.remainder(), scale, base, rest);
+                narrow::dequantise_part::<D, K>(steps.remainder(), scale, base, rest);
             }
         }
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn dequantise_each<const D: u8, const K: u8>(codes: &[u8], scale: &[f32], base: &[f32], row: &mut [u8]) {
+        pub(super) fn dequantise_each<const D: u8, const K: u8>(
+            codes: &[u8],
+            scale: &[f32],
+            base: &[f32],
+            row: &mut [u8],
+        ) {
             let mut steps = codes.chunks_exact(code_bytes(K, STEP));
             let mut out = row.chunks_exact_mut(STEP * width(D));
             let (mut scales, mut bases) = (scale.chunks_exact(STEP), base.chunks_exact(STEP));
@@ -212,14 +231,15 @@ macro_rules! paths {
                 out.by_ref().zip(steps.by_ref()).zip(scales.by_ref()).zip(bases.by_ref())
             {
                 let codes = get_codes::<K>(codes);
-                let at =
-                    |n: usize| out_of_steps::<K>(codes[n], load_floats(&scale[8 * n..]), load_floats(&base[8 * n..]));
+                let at = |n: usize| {
+                    out_of_steps::<K>(codes[n], load_floats(&scale[LANES * n..]), load_floats(&base[LANES * n..]))
+                };
                 store::<D>(values, [at(0), at(1)]);
-                store::<D>(&mut values[16 * width(D)..], [at(2), at(3)]);
+                store::<D>(&mut values[2 * LANES * width(D)..], [at(2), at(3)]);
             }
             let rest = out.into_remainder();
             if !rest.is_empty() {
-                scalar::dequantise_each::<D, K>(steps.remainder(), scales.remainder(), bases.remainder(), rest);
+                narrow::dequantise_each::<D, K>(steps.remainder(), scales.remainder(), bases.remainder(), rest);
             }
         }
 
@@ -297,33 +317,33 @@ macro_rules! paths {
         }
 
         #[target_feature(enable = $features)]
-        fn read<const D: u8>(values: &[u8], floats: &mut [f32]) {
-            let (eights, rest) = floats.as_chunks_mut::<8>();
-            let mut steps = values.chunks_exact(8 * width(D));
-            for (eight, values) in eights.iter_mut().zip(steps.by_ref()) {
-                store_floats(eight, load::<D>(values));
+        pub(super) fn read<const D: u8>(values: &[u8], floats: &mut [f32]) {
+            let (vectors, tail) = floats.as_chunks_mut::<LANES>();
+            let mut steps = values.chunks_exact(LANES * width(D));
+            for (vector, values) in vectors.iter_mut().zip(steps.by_ref()) {
+                store_floats(vector, load::<D>(values));
             }
-            scalar::read::<D>(steps.remainder(), rest);
+            narrow::read::<D>(steps.remainder(), tail);
         }
 
         #[target_feature(enable = $features)]
-        fn write<const D: u8>(floats: &[f32], values: &mut [u8]) {
-            let (sixteens, rest) = floats.as_chunks::<16>();
-            let mut steps = values.chunks_exact_mut(16 * width(D));
-            for (sixteen, values) in sixteens.iter().zip(steps.by_ref()) {
-                store::<D>(values, [load_floats(sixteen), load_floats(&sixteen[8..])]);
+        pub(super) fn write<const D: u8>(floats: &[f32], values: &mut [u8]) {
+            let (pairs, tail) = floats.as_chunks::<{ 2 * LANES }>();
+            let mut steps = values.chunks_exact_mut(2 * LANES * width(D));
+            for (pair, values) in pairs.iter().zip(steps.by_ref()) {
+                store::<D>(values, [load_floats(pair), load_floats(&pair[LANES..])]);
             }
-            scalar::write::<D>(rest, steps.into_remainder());
+            narrow::write::<D>(tail, steps.into_remainder());
         }
 
         #[target_feature(enable = $features)]
-        fn double(halves: &[u8], row: &mut [u8]) {
-            let mut steps = halves.chunks_exact(32);
-            let mut out = row.chunks_exact_mut(64);
+        pub(super) fn double(halves: &[u8], row: &mut [u8]) {
+            let mut steps = halves.chunks_exact(BYTES);
+            let mut out = row.chunks_exact_mut(2 * BYTES);
             for (values, halves) in out.by_ref().zip(steps.by_ref()) {
-                store::<F32>(values, [load::<F16>(halves), load::<F16>(&halves[16..])]);
+                store::<F32>(values, [load::<F16>(halves), load::<F16>(&halves[BYTES / 2..])]);
             }
-            scalar::double(steps.remainder(), out.into_remainder());
+            narrow::double(steps.remainder(), out.into_remainder());
         }
 
         const fn kernels<const D: u8>() -> Kernels {

@@ -1,9 +1,13 @@
 //! The primitives on AVX2 and F16C.
 
+use super::scalar as narrow;
 use super::scalar::{self, code_bytes, width};
 use super::{BF16, F16, F32, Kernels, Rows, S8, U4, U8};
 use std::arch::x86_64::*;
 use std::ops::Range;
+
+/// Bytes of a vector.
+const BYTES: usize = 32;
 
 /// Whether this processor has what is needed here.
 pub(super) fn detected() -> bool {
@@ -14,7 +18,7 @@ type Raw = __m256i;
 
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn load_bytes(bytes: &[u8]) -> __m256i {
+pub(super) fn load_bytes(bytes: &[u8]) -> __m256i {
     let bytes: &[u8; 32] = bytes.first_chunk().expect("a whole vector");
     // SAFETY: the array is as long as the vector; the load needs no alignment.
     unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
@@ -38,7 +42,7 @@ fn store_half_bytes(bytes: &mut [u8], vector: __m128i) {
 
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn store_bytes(bytes: &mut [u8], vector: __m256i) {
+pub(super) fn store_bytes(bytes: &mut [u8], vector: __m256i) {
     let bytes: &mut [u8; 32] = bytes.first_chunk_mut().expect("a whole vector");
     // SAFETY: the array is as long as the vector; the store needs no alignment.
     unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), vector) }
@@ -140,7 +144,7 @@ fn magnitudes<const D: u8>(bits: __m256i) -> __m256i {
 
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn max<const D: u8>(a: __m256i, b: __m256i) -> __m256i {
+pub(super) fn max<const D: u8>(a: __m256i, b: __m256i) -> __m256i {
     if D == F32 { _mm256_max_epi32(a, b) } else { _mm256_max_epi16(a, b) }
 }
 
@@ -153,7 +157,7 @@ fn min<const D: u8>(a: __m256i, b: __m256i) -> __m256i {
 // The greatest lane, as an ordered integer.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn greatest<const D: u8>(lanes: __m256i) -> i32 {
+pub(super) fn greatest<const D: u8>(lanes: __m256i) -> i32 {
     let (low, high) = (_mm256_castsi256_si128(lanes), _mm256_extracti128_si256::<1>(lanes));
     if D == F32 {
         let most = _mm_max_epi32(low, high);
@@ -175,7 +179,7 @@ fn least<const D: u8>(lanes: __m256i) -> i32 {
 // The value of an ordered integer.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn value<const D: u8>(ordered: i32) -> f32 {
+pub(super) fn value<const D: u8>(ordered: i32) -> f32 {
     let sign = (ordered >> 31) as u32;
     match D {
         F16 => _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128((ordered as u32 ^ sign & 0x7fff) as i32))),
@@ -243,14 +247,14 @@ fn out_of_steps<const K: u8>(codes: __m256, scale: __m256, base: __m256) -> __m2
 // Has a row come from memory.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn fetch(row: Option<&[u8]>) {
+pub(super) fn fetch(row: Option<&[u8]>) {
     for line in row.into_iter().flat_map(|row| row.chunks(64)) {
         _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
     }
 }
 
 #[target_feature(enable = "avx2,f16c")]
-fn halve(row: &[u8], halves: &mut [u8]) -> bool {
+pub(super) fn halve(row: &[u8], halves: &mut [u8]) -> bool {
     let mut steps = row.chunks_exact(32);
     let mut out = halves.chunks_exact_mut(16);
     let exponent = _mm_set1_epi16(0x7c00);
@@ -260,7 +264,7 @@ fn halve(row: &[u8], halves: &mut [u8]) -> bool {
         bad = _mm_or_si128(bad, _mm_cmpeq_epi16(_mm_and_si128(rounded, exponent), exponent));
         store_half_bytes(halves, rounded);
     }
-    scalar::halve(steps.remainder(), out.into_remainder()) && _mm_testz_si128(bad, bad) == 1
+    narrow::halve(steps.remainder(), out.into_remainder()) && _mm_testz_si128(bad, bad) == 1
 }
 
 paths!("avx2,f16c");

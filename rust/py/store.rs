@@ -9,7 +9,7 @@ use crate::error::input;
 use crate::evict::{Kind, Retention};
 use crate::stats::{Counts, Tier};
 use crate::sync::Mutex;
-use crate::{ModelSpec, Options, SsdOptions, WritePolicy};
+use crate::{Engine, ModelSpec, Options, SsdOptions, WritePolicy};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyDict, PyList, PyMemoryView};
@@ -24,14 +24,14 @@ pub(super) struct Store {
 
 #[pymethods]
 impl Store {
-    /// Opens a store. `ssd` is `(path, capacity_bytes, segment_bytes, policy)` or `None`.
+    /// Opens a store. `ssd` is `(path, capacity_bytes, segment_bytes, policy, engine)` or `None`.
     #[new]
     #[pyo3(signature = (*, ram_capacity_bytes, eviction, ssd, secret, threads, index_bytes))]
     fn new(
         py: Python<'_>,
         ram_capacity_bytes: u64,
         eviction: &str,
-        ssd: Option<(std::path::PathBuf, u64, u64, String)>,
+        ssd: Option<(std::path::PathBuf, u64, u64, String, String)>,
         secret: Option<String>,
         threads: usize,
         index_bytes: Option<u64>,
@@ -39,16 +39,10 @@ impl Store {
         let eviction = Kind::parse(eviction).or_raise(py)?;
         let mut policy = WritePolicy::default();
         let mut tier = None;
-        if let Some((path, capacity_bytes, segment_bytes, name)) = ssd {
-            policy = match name.as_str() {
-                "write_back" => WritePolicy::WriteBack,
-                "write_through" => WritePolicy::WriteThrough,
-                _ => {
-                    let message = format!("ssd.policy {name:?}: expected write_back or write_through");
-                    return Err(input(message)).or_raise(py);
-                }
-            };
-            tier = Some(SsdOptions { path, capacity_bytes, segment_bytes });
+        if let Some((path, capacity_bytes, segment_bytes, name, engine)) = ssd {
+            policy = WritePolicy::parse(&name).or_raise(py)?;
+            tier =
+                Some(SsdOptions { path, capacity_bytes, segment_bytes, engine: Engine::parse(&engine).or_raise(py)? });
         }
         let options = Options { ram_capacity_bytes, eviction, ssd: tier, policy, secret, threads, index_bytes };
         let store = py.detach(|| crate::Store::open(options)).or_raise(py)?;
@@ -107,6 +101,8 @@ impl Store {
         out.set_item("ssd_capacity_bytes", snapshot.ssd_capacity_bytes)?;
         out.set_item("ssd_file_bytes", snapshot.ssd_file_bytes)?;
         out.set_item("ssd_io", snapshot.ssd_io)?;
+        out.set_item("ssd_engine", snapshot.ssd_engine.0)?;
+        out.set_item("ssd_engine_refused", snapshot.ssd_engine.1)?;
         out.set_item("ssd_read_only", snapshot.ssd_read_only)?;
         let running = PyDict::new(py);
         for (name, kind) in &snapshot.ram_eviction {

@@ -1,5 +1,11 @@
 //! The file system as the SSD tier sees it: a few positioned calls behind two traits, so that tests can inject faults.
+//!
+//! Many transfers at once go through a [`Queue`], by the engine that was chosen when the store was opened.
 
+use super::queue::{Queue, Threads};
+use super::uring::Rings;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::Arc;
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,6 +29,11 @@ pub trait Io: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// Whatever the file system says.
     fn replace(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    /// What it reads and writes with, and why not with something faster.
+    fn engine(&self) -> (&'static str, Option<String>) {
+        ("pread", None)
+    }
 }
 
 /// One open file. Offsets, lengths and addresses of reads and writes are multiples of 4 KiB.
@@ -72,11 +83,83 @@ pub trait IoFile: Send + Sync + std::fmt::Debug {
 
     /// Whether reads and writes go past the page cache.
     fn direct(&self) -> bool;
+
+    /// A queue for many transfers at once; `None`: they are done one by one, by the calls above.
+    fn queue(&self) -> Option<Box<dyn Queue + '_>> {
+        None
+    }
 }
 
-/// The real file system, by `pread` and `pwritev`, with `O_DIRECT` where it is to be had.
-#[derive(Debug, Default)]
-pub struct FileIo;
+/// What reads and writes many places of a file at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Engine {
+    /// io_uring where the kernel allows it, else threads.
+    #[default]
+    Auto,
+    /// io_uring, or an error.
+    IoUring,
+    /// Threads that call `pread` and `pwritev`.
+    Pread,
+}
+
+impl Engine {
+    /// By its name: `auto`, `io_uring` or `pread`.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn parse(name: &str) -> Result<Self> {
+        match name {
+            "auto" => Ok(Self::Auto),
+            "io_uring" => Ok(Self::IoUring),
+            "pread" => Ok(Self::Pread),
+            _ => {
+                let message = format!("ssd.engine is {name:?}, expected one of auto, io_uring, pread");
+                Err(Error::new(ErrorKind::Config, message))
+            }
+        }
+    }
+}
+
+/// The real file system, with `O_DIRECT` where it is to be had.
+#[derive(Debug)]
+pub struct FileIo {
+    transfers: Transfers,
+    /// Why it is not io_uring that was asked for first.
+    refused: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+enum Transfers {
+    Rings(Arc<Rings>),
+    Threads(Arc<Threads>),
+}
+
+impl Default for FileIo {
+    fn default() -> Self {
+        Self { transfers: Transfers::Threads(Arc::default()), refused: None }
+    }
+}
+
+impl FileIo {
+    /// With an engine.
+    ///
+    /// # Errors
+    /// The kernel refuses io_uring, and nothing else was asked for.
+    pub fn new(engine: Engine) -> Result<Self> {
+        let rings = match engine {
+            Engine::Pread => return Ok(Self::default()),
+            Engine::Auto | Engine::IoUring => Rings::new(),
+        };
+        match (rings, engine) {
+            (Ok(rings), _) => Ok(Self { transfers: Transfers::Rings(Arc::new(rings)), refused: None }),
+            (Err(e), Engine::IoUring) => {
+                let message = "io_uring is refused here; set ssd.engine to auto or pread, or allow it in the container";
+                Err(Error::io(message, e))
+            }
+            (Err(e), _) => Ok(Self { refused: Some(e.to_string()), ..Self::default() }),
+        }
+    }
+}
 
 impl Io for FileIo {
     fn open(&self, path: &Path, create: bool) -> io::Result<Box<dyn IoFile>> {
@@ -92,7 +175,8 @@ impl Io for FileIo {
             Err(rustix::io::Errno::INVAL) => (open(flags)?, false),
             Err(e) => return Err(e.into()),
         };
-        Ok(Box::new(File { fd, direct }))
+        let handle = Handle { fd, direct };
+        Ok(Box::new(File { handle: Arc::new(handle), transfers: self.transfers.clone() }))
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
@@ -103,16 +187,83 @@ impl Io for FileIo {
         std::fs::rename(from, to)?;
         to.parent().map_or(Ok(()), |directory| std::fs::File::open(directory)?.sync_all())
     }
+
+    fn engine(&self) -> (&'static str, Option<String>) {
+        let name = match self.transfers {
+            Transfers::Rings(_) => "io_uring",
+            Transfers::Threads(_) => "pread",
+        };
+        (name, self.refused.clone())
+    }
 }
 
 #[derive(Debug)]
 struct File {
+    handle: Arc<Handle>,
+    transfers: Transfers,
+}
+
+/// An open file.
+#[derive(Debug)]
+pub(super) struct Handle {
     fd: std::os::fd::OwnedFd,
     direct: bool,
 }
 
+impl std::os::fd::AsRawFd for Handle {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
 impl IoFile for File {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.handle.read_at(buffer, offset)
+    }
+
+    fn write_at(&self, parts: &[&[u8]], offset: u64) -> io::Result<()> {
+        self.handle.write_at(parts, offset)
+    }
+
+    fn allocate(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        Ok(rustix::fs::fallocate(&self.handle.fd, FallocateFlags::empty(), offset, bytes)?)
+    }
+
+    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(&self.handle.fd, flags, offset, bytes)?)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(rustix::fs::fdatasync(&self.handle.fd)?)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(rustix::fs::fstat(&self.handle.fd)?.st_size as u64)
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(rustix::fs::fstat(&self.handle.fd)?.st_blocks as u64 * 512)
+    }
+
+    fn direct(&self) -> bool {
+        self.handle.direct
+    }
+
+    fn queue(&self) -> Option<Box<dyn Queue + '_>> {
+        match &self.transfers {
+            Transfers::Rings(rings) => Some(Box::new(rings.queue(&self.handle)?)),
+            Transfers::Threads(threads) => Some(Box::new(threads.queue(self.handle.clone())?)),
+        }
+    }
+}
+
+impl Handle {
+    pub(super) fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    pub(super) fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut done = 0;
         while done < buffer.len() {
             match rustix::io::pread(&self.fd, &mut buffer[done..], offset + done as u64) {
@@ -130,7 +281,7 @@ impl IoFile for File {
         Ok(done)
     }
 
-    fn write_at(&self, parts: &[&[u8]], offset: u64) -> io::Result<()> {
+    pub(super) fn write_at(&self, parts: &[&[u8]], offset: u64) -> io::Result<()> {
         let mut slices: Vec<_> = parts.iter().map(|p| io::IoSlice::new(p)).collect();
         let mut rest = slices.as_mut_slice();
         let mut offset = offset;
@@ -149,31 +300,6 @@ impl IoFile for File {
             }
         }
         Ok(())
-    }
-
-    fn allocate(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        Ok(rustix::fs::fallocate(&self.fd, FallocateFlags::empty(), offset, bytes)?)
-    }
-
-    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(rustix::fs::fallocate(&self.fd, flags, offset, bytes)?)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        Ok(rustix::fs::fdatasync(&self.fd)?)
-    }
-
-    fn len(&self) -> io::Result<u64> {
-        Ok(rustix::fs::fstat(&self.fd)?.st_size as u64)
-    }
-
-    fn allocated(&self) -> io::Result<u64> {
-        Ok(rustix::fs::fstat(&self.fd)?.st_blocks as u64 * 512)
-    }
-
-    fn direct(&self) -> bool {
-        self.direct
     }
 }
 

@@ -11,7 +11,9 @@
 
 mod epochs;
 pub(crate) mod io;
+pub(crate) mod queue;
 pub(crate) mod record;
+mod uring;
 
 use crate::arena::Arena;
 use crate::block::{BlockHash, Geometry, Secret};
@@ -19,7 +21,8 @@ use crate::codec::Layout;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Arc, Mutex};
 use epochs::CONTROL_BYTES;
-use io::{DirectoryLock, Io, IoFile};
+use io::{DirectoryLock, Engine, Io, IoFile};
+use queue::{Inline, Queue};
 use record::{
     CALIBRATION_OFFSET, Calibration, Entry, Form, Id, ModelIdentity, PAGE, SEGMENTS_OFFSET, SegmentIdentity,
     SegmentLayout, StoreIdentity, Superblock,
@@ -30,6 +33,9 @@ use std::path::{Path, PathBuf};
 /// A file that claims more segments than this is damaged.
 pub(crate) const MAX_SEGMENTS: u64 = 1 << 20;
 
+/// Buffers that are kept to be used again.
+const SCRATCH_BYTES: usize = 64 << 20;
+
 /// Settings of the SSD tier.
 #[derive(Debug, Clone)]
 pub struct SsdOptions {
@@ -39,6 +45,8 @@ pub struct SsdOptions {
     pub capacity_bytes: u64,
     /// Bytes of one segment.
     pub segment_bytes: u64,
+    /// What reads and writes.
+    pub engine: Engine,
 }
 
 /// Where a record lies.
@@ -154,6 +162,11 @@ impl Ssd {
                 format!("{shown} is not a superblock, or both its copies are damaged; move the directory away"),
             )),
         }
+    }
+
+    /// What it reads and writes with, and why not with something faster.
+    pub(crate) fn engine(&self) -> (&'static str, Option<String>) {
+        self.io.engine()
     }
 
     pub(crate) fn capacity_bytes(&self) -> u64 {
@@ -322,7 +335,7 @@ impl Ssd {
 
     pub(crate) fn give_back(&self, buffer: Buffer) {
         let mut free = self.scratch.lock();
-        if free.len() < 16 {
+        if free.iter().map(|b| b.len()).sum::<usize>() + buffer.len() <= SCRATCH_BYTES {
             free.push(buffer);
         }
     }
@@ -541,8 +554,14 @@ impl ModelFile {
         self.file.write_at(&[&page[..PAGE]], self.offset(index))
     }
 
-    pub(crate) fn write_records(&self, place: Place, records: &[&[u8]]) -> std::io::Result<()> {
-        self.file.write_at(records, self.offset(place.segment) + place.offset)
+    /// Where in the file a record lies.
+    pub(crate) fn offset_of(&self, place: Place) -> u64 {
+        self.offset(place.segment) + place.offset
+    }
+
+    /// A queue for many reads or writes at once.
+    pub(crate) fn queue(&self) -> Box<dyn Queue + '_> {
+        self.file.queue().unwrap_or_else(|| Box::new(Inline::new(self.file.as_ref())))
     }
 
     pub(crate) fn write_footer(&self, index: u32, epoch: u64, entries: &[Entry]) -> std::io::Result<()> {
@@ -559,7 +578,7 @@ impl ModelFile {
 
     /// Reads one or more neighbouring records; fewer bytes than asked means that the file ends there.
     pub(crate) fn read_records(&self, place: Place, records: &mut [u8]) -> std::io::Result<usize> {
-        self.file.read_at(records, self.offset(place.segment) + place.offset)
+        self.file.read_at(records, self.offset_of(place))
     }
 
     pub(crate) fn sync(&self) -> std::io::Result<()> {

@@ -10,45 +10,46 @@
 use super::nodes::NodeId;
 use super::room::{Leaver, Room};
 use super::state::{ModelState, State, Writing};
+use super::write::{Encoding, Written};
 use super::{Shared, WritePolicy};
-use crate::block::{Geometry, RECORD_HEADER_BYTES};
+use crate::block::Geometry;
 use crate::codec::Layout;
 use crate::pool::Slot;
-use crate::ssd::record::{Entry, Form, PAGE, RecordIdentity, SegmentIdentity, record_head};
+use crate::ssd::record::{Entry, PAGE, RecordIdentity};
 use crate::ssd::{ModelFile, Phase, Place, Segment};
 use crate::stats::Tier;
 use crate::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A run is at most this long, unless one record is longer.
-const RUN_BYTES: usize = 8 << 20;
+const RUN_BYTES: usize = 32 << 20;
 /// A disk that takes no writes is asked again after this long.
 const RETRY: Duration = Duration::from_secs(5);
 
 /// Records to write to one place, all of one model.
-struct Run {
+pub(super) struct Run {
     model: u32,
-    file: Arc<ModelFile>,
-    geometry: Geometry,
+    pub(super) file: Arc<ModelFile>,
+    pub(super) geometry: Geometry,
     /// Of the first record; with room for all of them as they are.
-    place: Place,
-    epoch: u64,
+    pub(super) place: Place,
+    pub(super) epoch: u64,
     /// How those are encoded that are not yet.
-    layout: Option<Arc<Layout>>,
-    blocks: Vec<Block>,
+    pub(super) layout: Option<Arc<Layout>>,
+    pub(super) blocks: Vec<Block>,
     /// Whether the segment is new.
-    opening: bool,
+    pub(super) opening: bool,
     /// Set when the run fills the segment before it: its footer.
-    sealing: Option<Footer>,
+    pub(super) sealing: Option<Footer>,
 }
 
 /// One record to write.
-struct Block {
+pub(super) struct Block {
     node: NodeId,
-    slot: Slot,
+    pub(super) slot: Slot,
     /// How it is encoded already.
-    layout: Option<Arc<Layout>>,
-    identity: RecordIdentity,
+    pub(super) layout: Option<Arc<Layout>>,
+    pub(super) identity: RecordIdentity,
     ticket: u64,
 }
 
@@ -116,7 +117,7 @@ impl Shared {
                 }
                 state.ssd_read_only = None;
             }
-            let Some(model) = state.model_to_demote(self.policy) else {
+            let Some(model) = state.model_to_demote() else {
                 self.idle.notify_all();
                 // What is still held today may be free later, and nobody calls for that.
                 let shrinking = state.models.values().any(|m| state.ram.pool.over_budget(&m.holding));
@@ -218,114 +219,16 @@ impl Shared {
         let layout = state.models.get(&model)?.cold.clone();
         Some(Run { model, file, geometry, place, epoch, layout, blocks, opening, sealing })
     }
-
-    // Returns what was written of each block, and the nanoseconds of encoding.
-    fn write(&self, run: &Run) -> std::io::Result<(Vec<Written>, u64)> {
-        if run.opening {
-            if let Some(footer) = &run.sealing {
-                // Without its footer the segment is recovered by walking its records.
-                footer.write()?;
-            }
-            run.file.start_segment(run.place.segment, run.epoch)?;
-        }
-        let bytes = run.geometry.record_bytes();
-        let segment = run.file.identity(run.epoch);
-        let mut encoded = match (&self.ssd, &run.layout) {
-            (Some(ssd), Some(_)) => Some(ssd.scratch(run.blocks.len() * bytes).map_err(std::io::Error::other)?),
-            _ => None,
-        };
-        let mut rooms = encoded.iter_mut().flat_map(|buffer| buffer.chunks_exact_mut(bytes));
-        let mut encode_ns = 0;
-        let records: Vec<(&[u8], Encoding)> = run
-            .blocks
-            .iter()
-            .map(|block| {
-                let at = self.arena.at(block.slot);
-                let form = block
-                    .layout
-                    .as_ref()
-                    .map_or_else(|| Form::plain(&run.geometry), |layout| Form::encoded(layout, block.identity.depth));
-                let bytes = run.geometry.record_bytes_of(form.payload_bytes);
-                let body_bytes = run.geometry.payload_offset() + form.payload_bytes - RECORD_HEADER_BYTES;
-                // SAFETY: the slot is held by the run's lease, as long as its record, and published: what follows the
-                // header stays as it is.
-                let body = unsafe { std::slice::from_raw_parts(at.add(RECORD_HEADER_BYTES), body_bytes) };
-                let mut encoding = Encoding::Kept;
-                // What is encoded already stays so.
-                if let (None, Some(layout), Some(room)) = (&block.layout, &run.layout, rooms.next()) {
-                    let started = Instant::now();
-                    let record = encode(body, &run.geometry, layout, &segment, &block.identity, room);
-                    if let Some(record) = record {
-                        encode_ns += started.elapsed().as_nanos() as u64;
-                        return (record, Encoding::Done);
-                    }
-                    encoding = Encoding::Impossible;
-                }
-                let head = record_head(body, &run.geometry, &form, &segment, &block.identity);
-                // SAFETY: the header lies within the slot, and only this thread ever reads or writes it.
-                unsafe { std::ptr::copy_nonoverlapping(head.as_ptr(), at, head.len()) };
-                // SAFETY: as above; from here on nothing of it is written before the run ends.
-                (unsafe { std::slice::from_raw_parts(at.cast_const(), bytes) }, encoding)
-            })
-            .collect();
-        let parts: Vec<&[u8]> = records.iter().map(|&(record, _)| record).collect();
-        run.file.write_records(run.place, &parts)?;
-        let written = |&(record, encoding): &(&[u8], Encoding)| Written { bytes: record.len() as u64, encoding };
-        let written = records.iter().map(written).collect();
-        if let (Some(ssd), Some(buffer)) = (&self.ssd, encoded) {
-            ssd.give_back(buffer);
-        }
-        Ok((written, encode_ns))
-    }
-}
-
-/// What was written of a block.
-struct Written {
-    bytes: u64,
-    encoding: Encoding,
-}
-
-/// What became of a block on its way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Encoding {
-    Kept,
-    Done,
-    Impossible,
-}
-
-// The record of a block in its encoded form, in `room`; `body` is what follows the header in its slot. `None`: it cannot
-// be encoded.
-fn encode<'a>(
-    body: &[u8],
-    geometry: &Geometry,
-    layout: &Layout,
-    segment: &SegmentIdentity,
-    block: &RecordIdentity,
-    room: &'a mut [u8],
-) -> Option<&'a [u8]> {
-    let payload_at = geometry.payload_offset();
-    let (tokens, payload) = body.split_at(payload_at - RECORD_HEADER_BYTES);
-    let form = Form::encoded(layout, block.depth);
-    let end = payload_at + form.payload_bytes;
-    if !layout.encode_payload(payload, block.depth == 0, &mut room[payload_at..end]) {
-        return None;
-    }
-    room[RECORD_HEADER_BYTES..payload_at].copy_from_slice(tokens);
-    let record = &mut room[..geometry.record_bytes_of(form.payload_bytes)];
-    record[end..].fill(0);
-    let head = record_head(&record[RECORD_HEADER_BYTES..end], geometry, &form, segment, block);
-    record[..RECORD_HEADER_BYTES].copy_from_slice(&head);
-    Some(record)
 }
 
 impl State {
     // A model whose turn it is to have blocks written. With `write_back` that is one of which less than a quarter of
     // what it can reach of RAM is clean or free.
-    fn model_to_demote(&self, policy: WritePolicy) -> Option<u32> {
+    fn model_to_demote(&self) -> Option<u32> {
         let due = |(_, model): &(&u32, &ModelState)| {
             let slots = self.ram.pool.slots_in_reach(&model.holding, model.slot_bytes()) as u64;
             let wanted = self.flushing > 0
-                || policy == WritePolicy::WriteThrough
+                || self.policy != WritePolicy::WriteBack
                 || model.dirty_blocks * 4 >= slots * 3
                 || self.ram.pool.over_budget(&model.holding);
             wanted && !model.dirty.is_empty() && model.disk.is_some()
@@ -334,8 +237,8 @@ impl State {
     }
 
     /// Whether the thread would find something to do.
-    pub(super) fn has_work(&self, policy: WritePolicy) -> bool {
-        self.model_to_demote(policy).is_some() || self.models.values().any(|m| self.ram.pool.over_budget(&m.holding))
+    pub(super) fn has_work(&self) -> bool {
+        self.model_to_demote().is_some() || self.models.values().any(|m| self.ram.pool.over_budget(&m.holding))
     }
 
     /// Notes a block that is in RAM only.

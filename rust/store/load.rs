@@ -1,9 +1,11 @@
 //! Loading a match: per block, from the cheapest tier that has it, straight into the caller's tensors.
 //!
 //! RAM blocks are scattered from their slots, and decoded on the way where they are encoded; SSD records are read in runs
-//! of neighbours, checked and scattered, in parallel. A block read from SSD for the second time is copied to a slot as
-//! well, in the form that it has, and stays in RAM. The first block that fails ends the load: everything before it is valid, nothing after it is.
+//! of neighbours, checked and scattered, in parallel. A block read from SSD for the second time is read into a slot, in the
+//! form that it has, and stays in RAM. The first block that fails ends the load: everything before it is valid, nothing
+//! after it is.
 
+use super::read::{Reads, runs};
 use super::{Lease, check_view};
 use crate::block::{Geometry, RECORD_HEADER_BYTES, Sealed};
 use crate::codec::Layout;
@@ -16,8 +18,6 @@ use crate::ssd::{ModelFile, Place};
 use crate::stats::{Miss, Tier};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
 use crate::trie::NodeId;
-use std::ops::Range;
-use std::time::Instant;
 
 /// What a load did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,7 +31,7 @@ pub struct LoadOutcome {
 }
 
 // Where one block will be read from.
-enum Source {
+pub(super) enum Source {
     Ram(Slot, Option<Arc<Layout>>),
     Ssd { file: Arc<ModelFile>, hash: Sealed, place: Place, epoch: u64, promote: Option<Slot> },
     Gone(Miss),
@@ -42,11 +42,12 @@ type Taken = std::result::Result<(Tier, Option<Arc<Layout>>), Miss>;
 
 // What a load spent, over all threads.
 #[derive(Debug, Default)]
-struct Spent {
+pub(super) struct Spent {
     ram_decode_ns: AtomicU64,
     ssd_decode_ns: AtomicU64,
-    read_ns: AtomicU64,
-    read_bytes: AtomicU64,
+    /// From the first read that was asked for to the last that arrived.
+    pub(super) read_ns: AtomicU64,
+    pub(super) read_bytes: AtomicU64,
 }
 
 fn add(to: &AtomicU64, value: u64) {
@@ -64,16 +65,29 @@ impl Lease {
         check_view(&geometry, view, self.tokens.len())?;
         view.check_apart(&geometry, self.tokens.len())?;
         let (held, sources) = self.plan()?;
-        let results: Vec<Mutex<Taken>> = sources.iter().map(|_| Mutex::new(Err(Miss::Closed))).collect();
+        let unread = |source: &Source| match source {
+            Source::Gone(miss) => *miss,
+            _ => Miss::Closed,
+        };
+        let results: Vec<Mutex<Taken>> = sources.iter().map(|source| Mutex::new(Err(unread(source)))).collect();
         let spent = Spent::default();
         self.copy_from_ram(&geometry, view, &sources, &results, &spent);
         let runs = runs(&sources, geometry.record_bytes(), self.shared.workers.threads());
-        self.shared.workers.each(runs.len(), |i| {
-            let done = self.read_run(&geometry, view, &sources[runs[i].clone()], runs[i].start, &spent);
-            for (n, result) in runs[i].clone().zip(done) {
-                *results[n].lock() = result;
-            }
-        });
+        if let Some(reads) = Reads::new(self, &sources, &runs, &spent) {
+            self.shared.workers.each(runs.len().min(self.shared.workers.threads()), |_| {
+                loop {
+                    let Some(arrived) = reads.lock().next() else { break };
+                    let run = arrived.run.clone();
+                    let done = self.records(&sources, arrived, |n, record| match record {
+                        Ok(record) => self.take_record(&geometry, view, &sources[n], n, record, &spent),
+                        Err(_) => Err(Miss::Io),
+                    });
+                    for (n, result) in run.zip(done) {
+                        *results[n].lock() = result;
+                    }
+                }
+            });
+        }
         let results: Vec<Taken> = results.into_iter().map(Mutex::into_inner).collect();
         Ok(self.settle(&geometry, &held, &sources, &results, &spent))
     }
@@ -220,6 +234,9 @@ impl Lease {
             }
         }
         state.nodes.release(held);
+        if state.has_work() {
+            self.shared.work.notify_all();
+        }
         let tokens = good * geometry.block_tokens as usize;
         let counts = state.counts(model);
         counts.loaded_tokens += tokens as u64;
@@ -236,79 +253,8 @@ impl Lease {
     }
 }
 
-/// One read is at most this long, unless one record is longer.
-const RUN_BYTES: usize = 4 << 20;
-
-// Blocks that lie below RAM, in runs of neighbouring records: long enough for the disk, and enough for all threads.
-fn runs(sources: &[Source], record_bytes: usize, threads: usize) -> Vec<Range<usize>> {
-    let below = sources.iter().filter(|s| !matches!(s, Source::Ram(..))).count();
-    let most = (below * record_bytes / (2 * threads)).clamp(record_bytes, RUN_BYTES.max(record_bytes)) / record_bytes;
-    let mut runs: Vec<Range<usize>> = Vec::new();
-    for (n, source) in sources.iter().enumerate() {
-        match (source, runs.last_mut()) {
-            (Source::Ram(..), _) => {}
-            (Source::Ssd { place, .. }, Some(run))
-                if run.end == n
-                    && run.len() < most
-                    && matches!(&sources[n - 1], Source::Ssd { place: before, .. } if before.is_before(place)) =>
-            {
-                run.end += 1;
-            }
-            _ => runs.push(n..n + 1),
-        }
-    }
-    runs
-}
-
 impl Lease {
-    // Reads neighbouring records at once; then checks and copies each. `first` is the first one's place in the match.
-    fn read_run(
-        &self,
-        geometry: &Geometry,
-        view: &KvView,
-        sources: &[Source],
-        first: usize,
-        spent: &Spent,
-    ) -> Vec<Taken> {
-        let all = |miss| vec![Err(miss); sources.len()];
-        let (file, place) = match &sources[0] {
-            Source::Ssd { file, place, .. } => (file, *place),
-            Source::Gone(miss) => return all(*miss),
-            Source::Ram(..) => return all(Miss::Closed),
-        };
-        let lengths = sources.iter().map(|source| match source {
-            Source::Ssd { place, .. } => place.bytes() as usize,
-            _ => 0,
-        });
-        let (bytes, all_bytes) = (geometry.record_bytes(), lengths.clone().sum());
-        let Some(ssd) = &self.shared.ssd else { return all(Miss::Closed) };
-        let Ok(mut buffer) = ssd.scratch(RUN_BYTES.max(bytes).max(all_bytes)) else { return all(Miss::Io) };
-        let started = Instant::now();
-        let results = match file.read_records(place, &mut buffer[..all_bytes]) {
-            Ok(length) => {
-                add(&spent.read_ns, started.elapsed().as_nanos() as u64);
-                add(&spent.read_bytes, length as u64);
-                let mut rest = &buffer[..length];
-                let numbered = sources.iter().zip(lengths).enumerate();
-                numbered
-                    .map(|(i, (source, bytes))| {
-                        let record = rest.split_off(..bytes.min(rest.len())).unwrap_or_default();
-                        self.take_record(geometry, view, source, first + i, record, spent)
-                    })
-                    .collect()
-            }
-            // One bad sector must not cost its neighbours.
-            Err(_) if sources.len() > 1 => {
-                let each = 0..sources.len();
-                each.flat_map(|i| self.read_run(geometry, view, &sources[i..=i], first + i, spent)).collect()
-            }
-            Err(_) => all(Miss::Io),
-        };
-        ssd.give_back(buffer);
-        results
-    }
-
-    // Checks one record, copies it to the caller and, for a promotion, to its slot.
+    // Checks one record, and copies it to the caller.
     fn take_record(
         &self,
         geometry: &Geometry,
@@ -318,7 +264,7 @@ impl Lease {
         record: &[u8],
         spent: &Spent,
     ) -> Taken {
-        let Source::Ssd { file, hash, epoch, promote, .. } = source else { return Err(Miss::Closed) };
+        let Source::Ssd { file, hash, epoch, .. } = source else { return Err(Miss::Closed) };
         let (block, form) = read_record(record, geometry, &file.identity(*epoch))
             .filter(|(block, form)| {
                 block.hash == *hash
@@ -332,12 +278,6 @@ impl Lease {
             Some(_) => Some(file.layout_of(&form, block.depth).ok_or(Miss::Corrupt)?),
             None => None,
         };
-        if let Some(slot) = promote {
-            // SAFETY: the slot was allocated for this load, as long as the record, and is not published: this thread
-            // alone has it.
-            let slot = unsafe { std::slice::from_raw_parts_mut(self.shared.arena.at(*slot), record.len()) };
-            slot.copy_from_slice(record);
-        }
         let payload = &record[geometry.payload_offset()..][..form.payload_bytes];
         let (first_token, planes) = (n * geometry.block_tokens as usize, 0..geometry.plane_count());
         match &layout {

@@ -18,11 +18,13 @@ mod model;
 mod namespace;
 mod nodes;
 mod put;
+mod read;
 mod recover;
 mod room;
 mod sequence;
 mod state;
 mod view;
+mod write;
 
 pub use lease::Lease;
 pub use load::LoadOutcome;
@@ -38,7 +40,7 @@ use crate::copy::{KvView, Workers};
 use crate::error::{Error, ErrorKind, Result, input};
 use crate::evict::Kind;
 use crate::pool::Holding;
-use crate::ssd::io::{FileIo, Io};
+use crate::ssd::io::{Engine, FileIo, Io};
 use crate::ssd::record::MAX_NAME_BYTES;
 use crate::ssd::{Ssd, SsdOptions, Stale};
 use crate::stats::{Counts, Snapshot};
@@ -59,6 +61,26 @@ pub enum WritePolicy {
     WriteBack,
     /// As soon as they are put, behind the request.
     WriteThrough,
+    /// As soon as they are asked for again; what nobody asks for again is never written.
+    WriteThroughSecondTouch,
+}
+
+impl WritePolicy {
+    /// By its name: `write_back`, `write_through` or `write_through_second_touch`.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn parse(name: &str) -> Result<Self> {
+        match name {
+            "write_back" => Ok(Self::WriteBack),
+            "write_through" => Ok(Self::WriteThrough),
+            "write_through_second_touch" => Ok(Self::WriteThroughSecondTouch),
+            _ => {
+                let valid = "write_back, write_through, write_through_second_touch";
+                Err(Error::new(ErrorKind::Config, format!("ssd.policy is {name:?}, expected one of {valid}")))
+            }
+        }
+    }
 }
 
 /// Settings of a store.
@@ -103,7 +125,6 @@ struct Shared {
     arena: Arena,
     ssd: Option<Ssd>,
     secret: Secret,
-    policy: WritePolicy,
     workers: Workers,
     pid: u32,
 }
@@ -119,10 +140,12 @@ impl Store {
     /// Opens a store on the real file system.
     ///
     /// # Errors
-    /// The directory is locked, not writable, of another version or secret; memory cannot be had; or
+    /// The directory is locked, not writable, of another version or secret; io_uring was asked for, and is refused; memory
+    /// cannot be had; or
     /// `STRATAKV_CODEC_ISA` names what the processor does not have.
     pub fn open(options: Options) -> Result<Self> {
-        Self::open_on(options, Arc::new(FileIo))
+        let engine = options.ssd.as_ref().map_or(Engine::Pread, |ssd| ssd.engine);
+        Self::open_on(options, Arc::new(FileIo::new(engine)?))
     }
 
     /// Opens a store on any file system.
@@ -153,7 +176,7 @@ impl Store {
         let all_bytes = arena.bytes() as u64 + ssd.as_ref().map_or(0, Ssd::capacity_bytes);
         let blocks = options.index_bytes.map_or((all_bytes / INDEXED_BYTES).max(1 << 16), Trie::blocks_in);
         let trie = Arc::new(Trie::new(blocks as usize)?);
-        let mut state = State::new(trie.clone(), options.eviction, arena.bytes(), ssd.as_ref(), stale);
+        let mut state = State::new(trie.clone(), &options, arena.bytes(), ssd.as_ref(), stale);
         if let Some(ssd) = &ssd {
             room::fit_stale_files(&mut state, ssd)?;
         }
@@ -169,7 +192,6 @@ impl Store {
             arena,
             ssd,
             secret,
-            policy: options.policy,
             workers: Workers::new(options.threads)?,
             pid: std::process::id(),
         });
@@ -352,6 +374,7 @@ impl Store {
         if self.shared.ssd.is_none() {
             return Ok(());
         }
+        state.catch_up(&self.shared.touched);
         state.flushing += 1;
         // Asked for: a disk that failed a moment ago may take writes again.
         state.ssd_read_only = None;
@@ -443,6 +466,7 @@ impl Store {
                 (Some(_), Some(disk)) if !disk.file.direct() => "buffered",
                 (Some(_), _) => "direct",
             },
+            ssd_engine: shared.ssd.as_ref().map_or(("off", None), Ssd::engine),
             ssd_read_only: state.ssd_read_only.as_ref().map(|(reason, _)| reason.clone()),
             ram_eviction: state.models.iter().map(|(&id, m)| (m.name.clone(), state.ram.running(id))).collect(),
             index_blocks: shared.trie.len() as u64,

@@ -38,6 +38,14 @@ pub(crate) struct Node {
     previous: Option<NodeId>,
 }
 
+impl Node {
+    /// Whether RAM may lose it: it is on SSD, or, where only what was asked for again is `selective`ly written, nobody
+    /// asked for it again.
+    pub(crate) fn is_clean(&self, selective: bool) -> bool {
+        self.ssd.is_some() || selective && !self.queued
+    }
+}
+
 /// Nodes of all models.
 #[derive(Debug)]
 pub(crate) struct Nodes {

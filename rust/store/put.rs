@@ -5,7 +5,7 @@ use super::model::Model;
 use super::namespace::Namespace;
 use super::sequence::Sequence;
 use super::state::{State, tag};
-use super::{Shared, Store, check_view};
+use super::{Shared, Store, WritePolicy, check_view};
 use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES};
 use crate::codec::Layout;
 use crate::copy::{BlockCopy, Direction, KvView};
@@ -98,7 +98,7 @@ impl Store {
         counts.tier(Tier::Ram).encode_ns += filled.encode_ns;
         counts.tier(Tier::Ram).encoded_bytes += encoded * geometry.block_bytes() as u64;
         // A call costs more than all the rest of a small put.
-        let work = state.has_work(self.shared.policy);
+        let work = state.has_work();
         drop(state);
         if work {
             self.shared.work.notify_all();
@@ -251,7 +251,7 @@ impl State {
             self.nodes[id].last_use = now;
             self.place_in_ram(id, slot, layout);
         }
-        if self.ssd_capacity_bytes > 0 {
+        if self.ssd_capacity_bytes > 0 && self.policy != WritePolicy::WriteThroughSecondTouch {
             ids.iter().for_each(|&id| self.enqueue_dirty(id));
         }
         (cached, ids.len())

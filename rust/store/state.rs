@@ -7,9 +7,10 @@
 use super::lease::Touched;
 use super::model::Matches;
 use super::nodes::{Node, NodeId, Nodes};
+use super::{Options, WritePolicy};
 use crate::block::{BlockHash, Geometry};
 use crate::codec::Layout;
-use crate::evict::{Kind, Retention};
+use crate::evict::Retention;
 use crate::pool::{Class, Holding, Run, Slot};
 use crate::ram::{Leaving, Ram};
 use crate::ssd::record::Entry;
@@ -86,6 +87,7 @@ pub(crate) struct State {
     pub(crate) nodes: Nodes,
     pub(crate) ram: Ram,
     pub(crate) ram_bytes: u64,
+    pub(crate) policy: WritePolicy,
     pub(crate) models: BTreeMap<u32, ModelState>,
     pub(crate) next_model: u32,
     /// Counters of models that were unregistered; and of those of which somebody still has a handle.
@@ -114,10 +116,17 @@ pub(super) fn tag(hash: BlockHash) -> u64 {
 }
 
 impl State {
-    pub(crate) fn new(trie: Arc<Trie>, eviction: Kind, ram_bytes: usize, ssd: Option<&Ssd>, stale: Vec<Stale>) -> Self {
+    pub(crate) fn new(
+        trie: Arc<Trie>,
+        options: &Options,
+        ram_bytes: usize,
+        ssd: Option<&Ssd>,
+        stale: Vec<Stale>,
+    ) -> Self {
         Self {
             nodes: Nodes::new(trie),
-            ram: Ram::new(ram_bytes, eviction),
+            ram: Ram::new(ram_bytes, options.eviction),
+            policy: options.policy,
             ram_bytes: ram_bytes as u64,
             models: BTreeMap::new(),
             next_model: 0,
@@ -194,11 +203,12 @@ impl State {
     pub(crate) fn touch(&mut self, deepest: NodeId, asked: bool) {
         let now = self.tick();
         let model = self.nodes.model(deepest);
-        let time = self.ram.now();
+        let (time, second) = (self.ram.now(), asked && self.selective());
         let Leaving { order, retained, .. } = self.ram.leaving(model);
         let nodes = &mut self.nodes;
         let mut disk = self.models.get_mut(&model).and_then(|m| m.disk.as_mut());
         let (mut next, mut last_segment) = (Some(deepest), None);
+        let mut due = Vec::new();
         while let Some(id) = next {
             nodes[id].last_use = now;
             // From its end to its start: what continues a block is never hotter than the block.
@@ -217,9 +227,17 @@ impl State {
                 segment.last_use = now;
             }
             last_segment = segment;
+            let node = &nodes[id];
+            if second && node.ram.is_some() && node.ssd.is_none() && !node.queued {
+                due.push(id);
+            }
             next = nodes.parent(id);
         }
         order.choose();
+        if self.ssd_in_use() {
+            // Parents first, as they are put.
+            due.into_iter().rev().for_each(|id| self.enqueue_dirty(id));
+        }
     }
 
     pub(crate) fn segment(&mut self, model: u32, index: u32) -> Option<&mut Segment> {
@@ -258,9 +276,10 @@ impl State {
     pub(crate) fn evict_from_ram(&mut self, id: NodeId, ssd_expected: bool) {
         let model = self.nodes.model(id);
         let clean = self.nodes[id].ssd.is_some();
+        let lost = !self.nodes[id].is_clean(self.selective());
         let counts = self.counts(model);
         counts.tier(Tier::Ram).evicted += 1;
-        counts.demotions_dropped += u64::from(!clean && ssd_expected);
+        counts.demotions_dropped += u64::from(ssd_expected && lost);
         let leaving = self.ram.leaving(model);
         leaving.order.remove(id, true);
         leaving.retained.remove(id);
@@ -368,16 +387,20 @@ impl State {
         self.share(self.ssd_capacity_bytes.saturating_sub(self.ssd_control_bytes), model)
     }
 
+    fn selective(&self) -> bool {
+        self.policy == WritePolicy::WriteThroughSecondTouch
+    }
+
     fn ssd_in_use(&self) -> bool {
         self.ssd_capacity_bytes > 0
     }
 
     fn evict_own(&mut self, model: u32, class: &Class, may_lose: bool) -> bool {
-        let (now, ssd_in_use) = (self.ram.now(), self.ssd_in_use());
+        let (now, ssd_in_use, selective) = (self.ram.now(), self.ssd_in_use(), self.selective());
         let nodes = &self.nodes;
         let Leaving { order, retained, walk } = self.ram.leaving(model);
         order.set_capacity(order.len());
-        let clean = |id: NodeId| nodes[id].ssd.is_some();
+        let clean = |id: NodeId| nodes[id].is_clean(selective);
         let may_leave = |id: &NodeId| (may_lose || clean(*id)) && !nodes.are_held([*id]);
         let mut victim = retained.overdue(now, |id| nodes[id].ram_children == 0 && may_leave(&id));
         for passed in 0..=PASSES {
@@ -431,9 +454,10 @@ impl State {
 
     // Empties the place that was used longest ago, of those where nothing is held.
     fn empty_coldest(&mut self, places: Vec<Vec<Slot>>, may_lose: bool) -> bool {
+        let selective = self.selective();
         let last_use = |slot: &Slot| {
             let node = &self.nodes[self.ram.holder(*slot)?];
-            (may_lose || node.ssd.is_some()).then_some(node.last_use)
+            (may_lose || node.is_clean(selective)).then_some(node.last_use)
         };
         let mut known: Vec<(u64, Vec<Slot>)> = places
             .into_iter()

@@ -65,15 +65,15 @@ impl Rig {
 impl Io for Rig {
     fn open(&self, path: &Path, create: bool) -> io::Result<Box<dyn IoFile>> {
         self.check(Call::Open)?;
-        Ok(Box::new(Rigged { file: FileIo.open(path, create)?, rig: self.clone() }))
+        Ok(Box::new(Rigged { file: FileIo::default().open(path, create)?, rig: self.clone() }))
     }
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.check(Call::Remove)?;
-        FileIo.remove(path)
+        FileIo::default().remove(path)
     }
     fn replace(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.check(Call::Replace)?;
-        FileIo.replace(from, to)
+        FileIo::default().replace(from, to)
     }
 }
 

@@ -5,7 +5,9 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use std::{fs, os::unix::fs::MetadataExt as _, thread};
 use stratakv::evict::Kind;
-use stratakv::{Dtype, Geometry, KvView, Lease, Model, ModelSpec, Options, PlaneView, SsdOptions, Store, WritePolicy};
+use stratakv::{
+    Dtype, Engine, Geometry, KvView, Lease, Model, ModelSpec, Options, PlaneView, SsdOptions, Store, WritePolicy,
+};
 
 pub(crate) const MIB: u64 = 1 << 20;
 /// Records of 12 KiB. In an SSD of 1 MiB: eight in a segment, eight segments.
@@ -104,7 +106,12 @@ impl Kv {
 pub(crate) fn options(directory: Option<&Path>, ram: u64, cap: u64) -> Options {
     Options {
         ram_capacity_bytes: ram,
-        ssd: directory.map(|path| SsdOptions { path: path.into(), capacity_bytes: cap, segment_bytes: 64 << 10 }),
+        ssd: directory.map(|path| SsdOptions {
+            path: path.into(),
+            capacity_bytes: cap,
+            segment_bytes: 64 << 10,
+            engine: Engine::Auto,
+        }),
         eviction: Kind::Adaptive,
         policy: WritePolicy::WriteBack,
         secret: None,
