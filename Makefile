@@ -91,10 +91,13 @@ check: $(NATIVE) ## Format, lints, types, stubs, floors; warnings are errors.
 bench: $(NATIVE) $(ENGINES) wheel ## Measure SUITE (default: main); prints a table and writes benches/out/SUITE.json.
 	$(BIN)/python benches/$(SUITE).py $(ARGS)
 
-bench-peers: $(ENGINES) ## Install what the benches compare with: LMCache, and SGLang without its kernels.
-	@echo 'make: LMCache and SGLang (about two minutes)'
+bench-peers: $(ENGINES) ## Install what the benches compare with: LMCache and its raw-block plug-in, LMDB, and SGLang without its kernels.
+	@echo 'make: LMCache, LMDB and SGLang (about three minutes)'
 	@$(PIP) install --group engines --group peers
 	@$(PIP) install --no-deps sglang==0.5.23
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	  $(PIP) download --no-deps --no-binary lmcache --no-build-isolation --dest "$$folder" lmcache==0.5.6 && \
+	  tar -xzf "$$folder"/lmcache-*.tar.gz -C "$$folder" && $(PIP) install "$$folder"/lmcache-0.5.6/rust/raw_block
 
 accuracy: $(NATIVE) $(ENGINES) ## Score a real model on what comes out of each codec; it fetches the model (93 MB), once.
 	$(BIN)/python benches/accuracy.py $(ARGS)

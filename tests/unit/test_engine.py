@@ -38,7 +38,7 @@ def fallen_back(path: Path) -> None:
     fill_and_read(path, "auto")
     assert len(said) == 2, said
     assert all("io_uring is refused here" in line and "permitted" in line for line in said)
-    with pytest.raises(stratakv.StoreError, match="set ssd.engine to auto or pread"):
+    with pytest.raises(stratakv.StoreError, match=r"set ssd\.engine to auto or pread"):
         stratakv.open(config(path, engine="io_uring"))
 
 
