@@ -86,7 +86,11 @@ pub struct TierCounts {
     pub decoded_bytes: u64,
     /// See there.
     pub decode_ns: u64,
-    /// Bytes of records that were read from a device, and nanoseconds that took, over all threads.
+    /// Bytes that were written to a device.
+    pub written_bytes: u64,
+    /// Those of them that were no block's first record: records once more, headers and footers.
+    pub rewritten_bytes: u64,
+    /// Bytes of records that were read from a device, and nanoseconds from the first read of each load to its last.
     pub read_bytes: u64,
     /// Bytes that were not, because records were encoded.
     pub saved_bytes: u64,
@@ -117,6 +121,8 @@ pub struct Counts {
     pub put_refused: u64,
     /// Blocks written to SSD.
     pub demoted: u64,
+    /// Blocks written there once more, since they were asked for and their segment had to leave.
+    pub reinserted: u64,
     /// Blocks that were encoded, when they were put or on their way to SSD.
     pub encoded: u64,
     /// Blocks that were to be encoded, and stayed as they are: values that fit no scale.
@@ -159,6 +165,7 @@ impl Counts {
         self.put_bytes += other.put_bytes;
         self.put_refused += other.put_refused;
         self.demoted += other.demoted;
+        self.reinserted += other.reinserted;
         self.encoded += other.encoded;
         self.not_encodable += other.not_encodable;
         self.demotions_dropped += other.demotions_dropped;
@@ -177,6 +184,8 @@ impl Counts {
             mine.encode_ns += theirs.encode_ns;
             mine.decoded_bytes += theirs.decoded_bytes;
             mine.decode_ns += theirs.decode_ns;
+            mine.written_bytes += theirs.written_bytes;
+            mine.rewritten_bytes += theirs.rewritten_bytes;
             mine.read_bytes += theirs.read_bytes;
             mine.saved_bytes += theirs.saved_bytes;
             mine.read_ns += theirs.read_ns;

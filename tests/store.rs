@@ -512,6 +512,67 @@ fn what_nobody_asks_for_again_is_never_written_with_second_touch_and_the_rest_is
 }
 
 #[test]
+fn segments_leave_in_the_order_of_writing_but_for_what_was_asked_for_since() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let open = || {
+        let policy = WritePolicy::WriteThrough;
+        let mut options = Options { policy, ..options(Some(directory.path()), MIB, 4 * MIB) };
+        options.ssd.as_mut().expect("there is one").segment_bytes = 512 << 10;
+        Store::open(options).expect("usable")
+    };
+    let store = open();
+    let model = register(&store, "m", FINE);
+    let (hot, cold) = (sequence(9_000, 3, &FINE), sequence(9_001, 3, &FINE));
+    for tokens in [&hot, &cold] {
+        put(&store, &model, tokens);
+    }
+    store.flush().expect("the disk is well");
+    // Ten times what the SSD holds. RAM holds less than is put between two requests.
+    for seed in 0..1200 {
+        put(&store, &model, &sequence(seed, 3, &FINE));
+        if seed % 8 == 0 {
+            store.flush().expect("the disk is well");
+        }
+        if seed % 80 == 0 {
+            assert_eq!(fetch(&store, &model, &hot), 3, "{seed}");
+        }
+    }
+    store.flush().expect("the disk is well");
+    assert_eq!((fetch(&store, &model, &hot), fetch(&store, &model, &cold)), (3, 0));
+    let counts = store.snapshot().total;
+    assert!(counts.reinserted >= 10, "{counts:?}");
+    assert_eq!(counts.demoted, 1202 * 3, "each block was written for the first time once: {counts:?}");
+    let ssd = counts.tiers[Tier::Ssd as usize];
+    let amplification = ssd.written_bytes as f64 / (ssd.written_bytes - ssd.rewritten_bytes) as f64;
+    assert!((1.0..1.15).contains(&amplification), "{amplification}");
+    // The order holds across a restart: what was written last is found, what was before that is not.
+    let found = |store: &Store, model: &Arc<Model>| {
+        let tokens = 3 * FINE.block_tokens as usize;
+        (0..1200).map(|seed| hold(store, model, &sequence(seed, 3, &FINE)).tokens() == tokens).collect::<Vec<bool>>()
+    };
+    let before = found(&store, &model);
+    let first = before.iter().position(|&there| there).expect("the last ones are there");
+    assert!(first > 1000 && before[first..].iter().all(|&there| there), "{before:?}");
+    let mut store = store;
+    for _ in 0..2 {
+        store.close().expect("the disk is well");
+        store = open();
+        assert_eq!(found(&store, &register(&store, "m", FINE)), before);
+    }
+    // What was matched is warm; whoever opens it anew knows nothing of that.
+    store.close().expect("the disk is well");
+    let store = open();
+    let model = register(&store, "m", FINE);
+    for seed in 1200..1220 {
+        put(&store, &model, &sequence(seed, 3, &FINE));
+    }
+    store.flush().expect("the disk is well");
+    let after = found(&store, &model);
+    let next = after.iter().position(|&there| there).expect("the last ones are there");
+    assert!(next > first && after[next..].iter().all(|&there| there), "the oldest left: {first}, {next}");
+}
+
+#[test]
 fn a_block_is_written_once_however_often_it_was_put() {
     let directory = tempfile::tempdir().expect("a directory");
     let store = open(directory.path(), 2 * MIB, 8 * MIB);

@@ -37,11 +37,13 @@ class TierStats:
         evicted_blocks: blocks that had to leave.
         encoded_bytes: payload bytes that were encoded for the tier.
         decoded_bytes: payload bytes that were decoded from it.
+        written_bytes: bytes that were written to its device.
+        rewritten_bytes: those of them that were no block's first record: records once more, headers and footers.
         read_bytes: bytes of records that were read from its device.
         saved_bytes: bytes that were not, because records were encoded.
         encode_s: seconds spent on encoding, over all threads.
         decode_s: seconds spent on decoding, over all threads.
-        read_s: seconds spent on reading, over all threads.
+        read_s: seconds from the first read of each load to its last.
     """
 
     asked_blocks: int
@@ -53,11 +55,19 @@ class TierStats:
     evicted_blocks: int
     encoded_bytes: int
     decoded_bytes: int
+    written_bytes: int
+    rewritten_bytes: int
     read_bytes: int
     saved_bytes: int
     encode_s: float
     decode_s: float
     read_s: float
+
+    @property
+    def write_amplification(self) -> float:
+        """Bytes written to its device for each byte of a block's first record; 1 before the first."""
+        first = self.written_bytes - self.rewritten_bytes
+        return self.written_bytes / first if first else 1.0
 
     @property
     def ratio(self) -> float:
@@ -80,6 +90,7 @@ class Stats:
         put_bytes: payload bytes of those.
         put_refused_blocks: blocks of puts that found no room.
         demoted_blocks: blocks written to SSD.
+        reinserted_blocks: blocks written there once more: asked for since, and their segment had to leave.
         encoded_blocks: blocks that were encoded, when they were put or on their way to SSD.
         not_encodable_blocks: blocks that were to be encoded, and stayed as they are: values that fit no scale.
         demotions_dropped_blocks: blocks that left RAM before they could be written to SSD.
@@ -99,6 +110,7 @@ class Stats:
     put_bytes: int
     put_refused_blocks: int
     demoted_blocks: int
+    reinserted_blocks: int
     encoded_blocks: int
     not_encodable_blocks: int
     demotions_dropped_blocks: int

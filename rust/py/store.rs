@@ -130,6 +130,7 @@ fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyD
         ("put_bytes", counts.put_bytes),
         ("put_refused_blocks", counts.put_refused),
         ("demoted_blocks", counts.demoted),
+        ("reinserted_blocks", counts.reinserted),
         ("encoded_blocks", counts.encoded),
         ("not_encodable_blocks", counts.not_encodable),
         ("demotions_dropped_blocks", counts.demotions_dropped),
@@ -154,6 +155,8 @@ fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyD
             ("evicted_blocks", counts.evicted),
             ("encoded_bytes", counts.encoded_bytes),
             ("decoded_bytes", counts.decoded_bytes),
+            ("written_bytes", counts.written_bytes),
+            ("rewritten_bytes", counts.rewritten_bytes),
             ("read_bytes", counts.read_bytes),
             ("saved_bytes", counts.saved_bytes),
         ];

@@ -7,7 +7,8 @@
 //! ```
 //! A segment is preallocated whole, so a record that was promised a place gets it. The footer is the journal: recovery
 //! reads headers and footers, and walks the records of a segment that has no valid footer. A segment is reused under a
-//! new epoch, which invalidates every byte of its earlier life. What leaves is the segment that was used longest ago.
+//! new epoch, which invalidates every byte of its earlier life. What leaves is the segment that was written longest ago,
+//! but for the blocks in it that were asked for since: those are written again.
 
 mod epochs;
 pub(crate) mod io;
@@ -459,6 +460,10 @@ impl ModelFile {
         &self.path
     }
 
+    pub(crate) fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
     /// What a calibration found once, for each plane; `None`: there was none, or it is damaged.
     pub(crate) fn calibration(&self) -> std::io::Result<Option<Arc<[f32]>>> {
         let mut pages = Buffer::new(2 * PAGE).map_err(std::io::Error::other)?;
@@ -609,15 +614,16 @@ pub(crate) struct Segment {
     pub(crate) tail: u64,
     pub(crate) entries: Vec<Entry>,
     pub(crate) blocks: Vec<crate::block::BlockHash>,
-    pub(crate) last_use: u64,
+    /// What is to stay of it has been brought up to RAM, as far as there was room.
+    pub(crate) rescued: bool,
 }
 
 impl Segment {
     pub(crate) fn empty() -> Self {
-        Self { phase: Phase::Empty, epoch: 0, tail: 0, entries: Vec::new(), blocks: Vec::new(), last_use: 0 }
+        Self { phase: Phase::Empty, epoch: 0, tail: 0, entries: Vec::new(), blocks: Vec::new(), rescued: false }
     }
 
-    pub(crate) fn start(&mut self, epoch: u64, last_use: u64) {
-        *self = Self { phase: Phase::Open, epoch, tail: SegmentLayout::RECORDS_OFFSET, last_use, ..Self::empty() };
+    pub(crate) fn start(&mut self, epoch: u64) {
+        *self = Self { phase: Phase::Open, epoch, tail: SegmentLayout::RECORDS_OFFSET, ..Self::empty() };
     }
 }

@@ -8,6 +8,7 @@
 //! The same thread takes RAM back from a model whose budget was lowered, once its blocks are on SSD.
 
 use super::nodes::NodeId;
+use super::rescue::Rescue;
 use super::room::{Leaver, Room};
 use super::state::{ModelState, State, Writing};
 use super::write::{Encoding, Written};
@@ -68,6 +69,7 @@ impl Run {
 enum Next {
     Write(Run),
     MakeRoom(Leaver),
+    BringUp(Rescue),
     /// The block at hand stays in RAM alone.
     Skip,
 }
@@ -147,6 +149,11 @@ impl Shared {
                         fail(&mut state, model, &error);
                     }
                 }
+                Next::BringUp(rescue) => {
+                    drop(state);
+                    self.bring_up(rescue);
+                    state = self.state.lock();
+                }
                 Next::Skip => {}
             }
             if state.flushing > 0 {
@@ -173,6 +180,10 @@ impl Shared {
             Room::After(leaver) => {
                 state.requeue_dirty(first, ticket);
                 Next::MakeRoom(leaver)
+            }
+            Room::Rescue(rescue) => {
+                state.requeue_dirty(first, ticket);
+                Next::BringUp(rescue)
             }
             Room::Nowhere => Next::Skip,
         }
@@ -254,6 +265,15 @@ impl State {
         }
     }
 
+    /// Has a block in RAM written once more, before all others.
+    pub(super) fn enqueue_again(&mut self, id: NodeId) {
+        let ticket = self.last_ticket;
+        if self.nodes[id].ram.is_some() && self.nodes[id].ssd.is_none() && !self.nodes[id].queued {
+            self.nodes[id].again = true;
+            self.requeue_dirty(id, ticket);
+        }
+    }
+
     fn requeue_dirty(&mut self, id: NodeId, ticket: u64) {
         let (model, hash) = (self.nodes.model(id), self.nodes.hash(id));
         self.nodes[id].queued = true;
@@ -320,7 +340,12 @@ fn commit(state: &mut State, run: Run, outcome: Outcome) {
     state.writing = None;
     match outcome {
         Outcome::Written { records, encode_ns } => {
-            state.counts(run.model).tier(Tier::Ssd).encode_ns += encode_ns;
+            let bytes: u64 = records.iter().map(|record| record.bytes).sum();
+            let opening = if run.opening { PAGE as u64 + run.file.layout.footer_bytes() } else { 0 };
+            let counts = state.counts(run.model).tier(Tier::Ssd);
+            counts.encode_ns += encode_ns;
+            counts.written_bytes += bytes + opening;
+            counts.rewritten_bytes += opening;
             let mut offset = run.place.offset;
             for (block, Written { bytes, encoding }) in run.blocks.iter().zip(records) {
                 let place = Place { offset, pages: (bytes / PAGE as u64) as u32, ..run.place };

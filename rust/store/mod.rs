@@ -20,6 +20,7 @@ mod nodes;
 mod put;
 mod read;
 mod recover;
+mod rescue;
 mod room;
 mod sequence;
 mod state;

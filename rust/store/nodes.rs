@@ -31,6 +31,10 @@ pub(crate) struct Node {
     pub(crate) ram_children: u32,
     pub(crate) ssd: Option<Place>,
     pub(crate) ssd_reads: u32,
+    /// Asked for since its record on SSD was written.
+    pub(crate) warm: bool,
+    /// Waits to be written once more.
+    pub(crate) again: bool,
     /// Stands in its model's queue of blocks to demote.
     pub(crate) queued: bool,
     first_child: Option<NodeId>,

@@ -38,7 +38,7 @@ impl State {
         // A start of its own for every opening: a life that damage hid is not lived again.
         let last_epoch = segments.iter().map(|s| s.epoch).max().unwrap_or(0).saturating_add(first_epoch);
         let Some(state) = self.models.get_mut(&model) else { return };
-        state.disk = Some(Disk { file, segments, last_epoch });
+        state.disk = Some(Disk { file, segments, last_epoch, spare_bytes: 0 });
         // Parents first, and of two records of one block the newer.
         found.sort_by_key(|(depth, epoch, ..)| (*depth, *epoch));
         for (depth, _, place, block) in found {

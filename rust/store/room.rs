@@ -4,10 +4,15 @@
 //! choose under the lock, give back without it, book the outcome, ask again. So the cap holds at every instant, and a
 //! step that fails loses nothing but time.
 //!
+//! A model's own segments leave in the order in which they were written. What was asked for since is written again, from
+//! RAM, where it is brought first; of one that leaves for another model nothing is.
+//!
 //! A model below its share takes from files of unregistered models, then from models above theirs, then its own; a
 //! model above its share in the opposite order.
 
 use super::Shared;
+use super::nodes::NodeId;
+use super::rescue::Rescue;
 use super::state::{Disk, FILE_HEAD_BYTES, State};
 use crate::error::{Error, Result};
 use crate::ssd::{MAX_SEGMENTS, ModelFile, Phase, Segment, Ssd};
@@ -19,6 +24,8 @@ use std::path::PathBuf;
 pub(super) enum Room {
     /// There is room: in this one of its own segments, whose blocks are forgotten, or else in a new one.
     Here(Option<u32>),
+    /// These have to be brought up to RAM first.
+    Rescue(Rescue),
     /// This has to leave first.
     After(Leaver),
     /// Leased blocks hold every byte.
@@ -52,8 +59,15 @@ impl State {
         if below_share && let Some(leaver) = self.absent_file(over).or_else(|| others(self)) {
             return Room::After(leaver);
         }
-        if let Some(index) = self.coldest_segment(model) {
+        if let Some(index) = self.oldest_segment(model) {
+            if let Some(rescue) = self.rescue(model, index) {
+                return Room::Rescue(rescue);
+            }
+            let warm = self.warm_blocks(model, index);
             self.clear_segment(model, index);
+            // Parents first; what is not in RAM is gone.
+            let warm: Vec<NodeId> = warm.into_iter().filter(|&id| self.nodes.is_linked(id)).collect();
+            warm.into_iter().rev().for_each(|id| self.enqueue_again(id));
             return Room::Here(Some(index));
         }
         others(self).or_else(|| self.absent_file(over)).map_or(Room::Nowhere, Room::After)
@@ -61,7 +75,6 @@ impl State {
 
     /// Opens a segment where there is room.
     pub(super) fn open_segment(&mut self, model: u32, reused: Option<u32>) -> Option<u32> {
-        let now = self.clock;
         let disk = self.models.get_mut(&model)?.disk.as_mut()?;
         let vacant = || disk.segments.iter().position(|s| s.phase == Phase::Empty).map(|i| i as u32);
         let index = reused.or_else(vacant).unwrap_or(disk.segments.len() as u32);
@@ -69,7 +82,7 @@ impl State {
             disk.segments.push(Segment::empty());
         }
         disk.last_epoch += 1;
-        disk.segments[index as usize].start(disk.last_epoch, now);
+        disk.segments[index as usize].start(disk.last_epoch);
         Some(index)
     }
 
@@ -82,9 +95,9 @@ impl State {
         models
     }
 
-    // The coldest segment of the first of these models that can spare one.
+    // The oldest segment of the first of these models that can spare one.
     fn segment_of_any(&mut self, models: Vec<u32>) -> Option<Leaver> {
-        let (model, index) = models.into_iter().find_map(|id| Some((id, self.coldest_segment(id)?)))?;
+        let (model, index) = models.into_iter().find_map(|id| Some((id, self.oldest_segment(id)?)))?;
         self.clear_segment(model, index);
         let disk = self.models.get_mut(&model)?.disk.as_mut()?;
         disk.segments[index as usize] = Segment { phase: Phase::Leaving, ..Segment::empty() };
@@ -100,13 +113,13 @@ impl State {
         Some(Leaver::File(stale.path.clone(), keep))
     }
 
-    // The segment used longest ago in which no block is leased, and to which nothing is being written.
-    fn coldest_segment(&self, model: u32) -> Option<u32> {
+    // The segment written longest ago in which no block is leased, and to which nothing is being written.
+    fn oldest_segment(&self, model: u32) -> Option<u32> {
         let disk = self.models.get(&model)?.disk.as_ref()?;
         let writing = |i: &u32| self.writing.as_ref().is_some_and(|w| w.model == model && w.segments.contains(i));
         let gone = |i: &u32| matches!(disk.segments[*i as usize].phase, Phase::Empty | Phase::Leaving);
         let mut held: Vec<_> = (0..disk.segments.len() as u32).filter(|i| !gone(i) && !writing(i)).collect();
-        held.sort_by_key(|&i| (disk.segments[i as usize].last_use, disk.segments[i as usize].epoch));
+        held.sort_by_key(|&i| disk.segments[i as usize].epoch);
         let blocks = |i: u32| disk.segments[i as usize].blocks.iter().filter_map(|&hash| self.nodes.find(hash));
         held.into_iter().find(|&i| !self.nodes.are_held(blocks(i)))
     }
@@ -121,7 +134,6 @@ impl State {
             }
             self.counts(model).tier(Tier::Ssd).evicted += 1;
             if self.nodes[id].ram.is_some() {
-                // Not written again: it is as cold as its segment, and RAM may hold more than the cap.
                 self.alter(id, |node| node.ssd = None);
             } else {
                 self.drop_subtree(id);

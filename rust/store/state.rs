@@ -58,6 +58,8 @@ pub(crate) struct Disk {
     pub(crate) file: Arc<ModelFile>,
     pub(crate) segments: Vec<Segment>,
     pub(crate) last_epoch: u64,
+    /// Bytes that may be written again: a share of what was written, as far as it was not used.
+    pub(crate) spare_bytes: u64,
 }
 
 /// What the superblocks and the calibration of a model's file and the file system's own books of it may take.
@@ -199,18 +201,18 @@ impl State {
         }
     }
 
-    /// Marks a path as used now, in the nodes and in the segments that hold it; `asked`: a request asked for it.
+    /// Marks a path as used now; `asked`: a request asked for it.
     pub(crate) fn touch(&mut self, deepest: NodeId, asked: bool) {
         let now = self.tick();
         let model = self.nodes.model(deepest);
         let (time, second) = (self.ram.now(), asked && self.selective());
         let Leaving { order, retained, .. } = self.ram.leaving(model);
         let nodes = &mut self.nodes;
-        let mut disk = self.models.get_mut(&model).and_then(|m| m.disk.as_mut());
-        let (mut next, mut last_segment) = (Some(deepest), None);
+        let mut next = Some(deepest);
         let mut due = Vec::new();
         while let Some(id) = next {
             nodes[id].last_use = now;
+            nodes[id].warm |= asked;
             // From its end to its start: what continues a block is never hotter than the block.
             order.touch(id);
             if !retained.is_empty() {
@@ -219,14 +221,6 @@ impl State {
             if asked {
                 order.asked(tag(nodes.hash(id)));
             }
-            let segment = nodes[id].ssd.map(|place| place.segment);
-            if segment != last_segment
-                && let (Some(disk), Some(index)) = (&mut disk, segment)
-                && let Some(segment) = disk.segments.get_mut(index as usize)
-            {
-                segment.last_use = now;
-            }
-            last_segment = segment;
             let node = &nodes[id];
             if second && node.ram.is_some() && node.ssd.is_none() && !node.queued {
                 due.push(id);
@@ -492,8 +486,17 @@ impl State {
     /// Notes that a block's record was written.
     pub(crate) fn place_on_ssd(&mut self, id: NodeId, place: Place, entry: Entry) {
         let (model, hash) = (self.nodes.model(id), self.nodes.hash(id));
-        self.alter(id, |node| node.ssd = Some(place));
-        self.counts(model).demoted += 1;
+        let again = self.alter(id, |node| {
+            (node.ssd, node.warm) = (Some(place), false);
+            std::mem::take(&mut node.again)
+        });
+        let counts = self.counts(model);
+        counts.demoted += u64::from(!again);
+        counts.reinserted += u64::from(again);
+        counts.tier(Tier::Ssd).rewritten_bytes += if again { place.bytes() } else { 0 };
+        if let Some(disk) = self.models.get_mut(&model).and_then(|m| m.disk.as_mut()) {
+            disk.wrote(place.bytes(), again);
+        }
         if let Some(segment) = self.segment(model, place.segment) {
             segment.entries.push(entry);
             segment.blocks.push(hash);

@@ -174,6 +174,50 @@ fn a_failing_disk_costs_hits_and_is_reported_and_nothing_else() {
     }
 }
 
+#[test]
+fn a_disk_that_fails_while_warm_blocks_are_written_again_costs_these_and_nothing_else() {
+    for (call, fault) in [(Call::Read, EIO), (Call::Read, Fault::Short), (Call::Write, EIO), (Call::Write, ENOSPC)] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let rig = Rig::default();
+        let mut options = options(Some(directory.path()), MIB, 2 * MIB);
+        options.ssd.as_mut().expect("there is one").segment_bytes = 256 << 10;
+        let store = Store::open_on(options, Arc::new(rig.clone())).expect("the disk is sound so far");
+        let model = register(&store, "m", FINE);
+        let hot = sequence(9_000, 2, &FINE);
+        let (mut seen, mut kept) = (0, 0);
+        for seed in 0..600u32 {
+            if seed % 60 == 0 {
+                put(&store, &model, &hot);
+                store.flush().expect("the disk is well");
+                kept += fetch(&store, &model, &hot);
+            }
+            let every = Arc::new(AtomicU32::new(0));
+            rig.set((seed % 60 >= 20).then(|| {
+                let every = every.clone();
+                let rule = move |now| (now == call && every.fetch_add(1, Ordering::Relaxed) % 3 == 1).then_some(fault);
+                Arc::new(rule) as Rule
+            }));
+            put(&store, &model, &sequence(seed, 3, &FINE));
+            if seed % 5 == 0 {
+                // An error is reported, and that is all.
+                drop(store.flush());
+            }
+            rig.set(None);
+            seen += every.load(Ordering::Relaxed);
+        }
+        assert_eq!(kept, 20, "{call:?} {fault:?}: what was just put is there");
+        assert!(seen > 20 || call == Call::Read, "{call:?} {fault:?}: {seen} calls");
+        store.flush().expect("the disk is well");
+        assert!(disk_bytes(directory.path()) <= 2 * MIB);
+        store.close().expect("the disk is well");
+        let store = open(directory.path(), 2 * MIB, 2 * MIB);
+        let model = register(&store, "m", FINE);
+        for seed in 0..600 {
+            fetch(&store, &model, &sequence(seed, 3, &FINE));
+        }
+    }
+}
+
 /// Does `work`. Its first call of this kind waits until `act` has happened elsewhere, or is itself kept waiting.
 fn amid<T: Send + 'static>(
     rig: &Rig,
