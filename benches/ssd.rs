@@ -6,7 +6,7 @@
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 use std::path::Path;
 use std::time::{Duration, Instant};
-use stratakv::{Engine, FileIo, Io as _, Part, Transfer};
+use stratakv::{Access, Engine, FileIo, Io as _, Part, Transfer};
 
 const HUGE: usize = 2 << 20;
 
@@ -46,7 +46,7 @@ fn main() {
     let number = |word: &String| word.parse::<usize>().expect("a number");
     let (bytes, depth, seconds, size) = (number(bytes), number(depth), number(seconds), number(size));
     let io = FileIo::new(Engine::parse(engine).expect("an engine")).expect("it is allowed");
-    let file = io.open(Path::new(path), true).expect("a file");
+    let file = io.open(Path::new(path), Access::Create).expect("a file");
     let base = memory(bytes * depth, rest.is_empty());
     let (places, write) = (size / bytes, verb == "write");
     let mut queue = file.queue().expect("a queue");

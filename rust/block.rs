@@ -163,6 +163,13 @@ impl Geometry {
         (self.payload_offset() + payload_bytes).next_multiple_of(RECORD_ALIGN)
     }
 
+    /// From its fields in that order; `None`: they make no geometry.
+    pub(crate) fn of_words([layers, planes, kv_heads, head_dim, dtype, block_tokens]: [u32; 6]) -> Option<Self> {
+        let dtype = *Dtype::ALL.iter().find(|known| **known as u32 == dtype)?;
+        let geometry = Self { layers, planes, kv_heads, head_dim, dtype, block_tokens };
+        geometry.validate().is_ok().then_some(geometry)
+    }
+
     /// The fields in a fixed order, for hashing and for the superblock.
     pub(crate) fn words(&self) -> [u32; 6] {
         [self.layers, self.planes, self.kv_heads, self.head_dim, self.dtype as u32, self.block_tokens]

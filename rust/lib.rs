@@ -30,6 +30,7 @@ pub use block::{Dtype, Geometry, Secret};
 pub use copy::{KvView, PageTable, PlaneView};
 pub use error::{Error, ErrorKind, Result};
 pub use ssd::SsdOptions;
-pub use ssd::io::{Engine, FileIo, Io, IoFile};
+pub use ssd::archive::{Archive, ArchivedModel, Verified};
+pub use ssd::io::{Access, Engine, FileIo, Io, IoFile};
 pub use ssd::queue::{Done, Part, Queue, Transfer};
 pub use store::{BlockView, Lease, LoadOutcome, Model, ModelSpec, Options, PutOutcome, Sequence, Store, WritePolicy};

@@ -4,11 +4,25 @@ import os
 from collections.abc import Sequence
 from typing import Any, final
 
-__all__ = ["Lease", "Model", "Store", "TokenSequence", "__version__"]
+__all__ = ["Archive", "Lease", "Model", "Store", "TokenSequence", "__version__"]
 
 __version__: str
 
 _CodecTerms = tuple[str, str | None, str | None, float | None, bool, tuple[int, int]]
+
+@final
+class Archive:
+    """A store directory as it is; `stratakv ssd` shows it."""
+
+    def __new__(cls, path: str | os.PathLike[str]) -> Archive: ...
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def in_use(self) -> bool: ...
+    @property
+    def damaged(self) -> list[os.PathLike[str]]: ...
+    def models(self) -> list[dict[str, Any]]: ...
+    def verify(self, model: int, segment: int) -> tuple[int, int, list[tuple[int, str]]]: ...
 
 @final
 class Store:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import stratakv
-from stratakv import demo
+from stratakv import archive, demo
 
 __all__ = ["main"]
 
@@ -32,6 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     demo.add_arguments(show)
     show.set_defaults(run=demo.run)
+
+    ssd = commands.add_parser(
+        "ssd",
+        help="show, check, export or import a store's directory",
+        description="Looks at the directory of a store (ssd.path) without opening the store.",
+        epilog="Exit status: 0 if all is right, 1 if a record is wrong, 2 if it could not run.",
+    )
+    archive.add_arguments(ssd)
 
     args = parser.parse_args(argv)
     status: int = args.run(args)

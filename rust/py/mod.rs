@@ -3,6 +3,7 @@
 //! Arguments are read with the interpreter attached; then one detached call does the work. Errors become the exceptions
 //! of `stratakv.errors`, by kind.
 
+mod archive;
 mod block;
 mod store;
 mod tensor;
@@ -48,6 +49,7 @@ impl<T> OrRaise<T> for crate::Result<T> {
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<archive::Archive>()?;
     module.add_class::<store::Store>()?;
     module.add_class::<store::Model>()?;
     module.add_class::<store::Lease>()?;

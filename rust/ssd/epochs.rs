@@ -1,6 +1,6 @@
 //! Which namespaces were dropped, how often: a small file, written anew and renamed into place.
 
-use super::io::Io;
+use super::io::{Access, Io};
 use super::record::{EPOCHS_MAGIC, Id, PAGE, Preamble, crc};
 use super::{Buffer, Ssd};
 use crate::block::Sealed;
@@ -79,7 +79,7 @@ impl Ssd {
         let path = directory.join("epochs");
         let shown = path.display();
         let failed = |e| Error::io(format!("cannot read {shown}"), e);
-        let file = match io.open(&path, false) {
+        let file = match io.open(&path, Access::Write) {
             Ok(file) => file,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(e) => return Err(failed(e)),
@@ -106,7 +106,7 @@ impl Ssd {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
             other => other,
         };
-        let written = gone.and_then(|()| self.io.open(&aside, true)).and_then(|file| {
+        let written = gone.and_then(|()| self.io.open(&aside, Access::Create)).and_then(|file| {
             file.write_at(&[&bytes], 0)?;
             file.sync()?;
             self.io.replace(&aside, &path)

@@ -12,11 +12,11 @@ use std::path::{Path, PathBuf};
 
 /// Opens and removes files.
 pub trait Io: Send + Sync + std::fmt::Debug {
-    /// Opens a file for reading and writing, creating it if asked.
+    /// Opens a file.
     ///
     /// # Errors
     /// Whatever the file system says.
-    fn open(&self, path: &Path, create: bool) -> io::Result<Box<dyn IoFile>>;
+    fn open(&self, path: &Path, access: Access) -> io::Result<Box<dyn IoFile>>;
 
     /// Removes a file.
     ///
@@ -34,6 +34,17 @@ pub trait Io: Send + Sync + std::fmt::Debug {
     fn engine(&self) -> (&'static str, Option<String>) {
         ("pread", None)
     }
+}
+
+/// What a file is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// To be read.
+    Read,
+    /// To be read and written.
+    Write,
+    /// The same, and made if it is not there.
+    Create,
 }
 
 /// One open file. Offsets, lengths and addresses of reads and writes are multiples of 4 KiB.
@@ -162,11 +173,13 @@ impl FileIo {
 }
 
 impl Io for FileIo {
-    fn open(&self, path: &Path, create: bool) -> io::Result<Box<dyn IoFile>> {
-        let mut flags = OFlags::RDWR | OFlags::CLOEXEC;
-        if create {
-            flags |= OFlags::CREATE;
-        }
+    fn open(&self, path: &Path, access: Access) -> io::Result<Box<dyn IoFile>> {
+        let flags = OFlags::CLOEXEC
+            | match access {
+                Access::Read => OFlags::RDONLY,
+                Access::Write => OFlags::RDWR,
+                Access::Create => OFlags::RDWR | OFlags::CREATE,
+            };
         let mode = Mode::RUSR | Mode::WUSR;
         let open = |flags| rustix::fs::open(path, flags, mode);
         // tmpfs and some overlays refuse O_DIRECT with EINVAL.
@@ -301,6 +314,17 @@ impl Handle {
         }
         Ok(())
     }
+}
+
+/// Whether somebody has the lock on a directory, as far as the system tells. It is not taken for that: whoever opens the
+/// directory at that instant would be refused.
+pub(super) fn is_locked(directory: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let Ok(file) = std::fs::metadata(directory.join("lock")) else { return false };
+    let (major, minor) = (rustix::fs::major(file.dev()), rustix::fs::minor(file.dev()));
+    let name = format!("{major:02x}:{minor:02x}:{}", file.ino());
+    let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
+    locks.lines().any(|line| line.contains("FLOCK") && line.split_whitespace().any(|word| word == name))
 }
 
 /// The exclusive lock on a store directory, held while it lives.

@@ -10,6 +10,7 @@
 //! new epoch, which invalidates every byte of its earlier life. What leaves is the segment that was written longest ago,
 //! but for the blocks in it that were asked for since: those are written again.
 
+pub(crate) mod archive;
 mod epochs;
 pub(crate) mod io;
 pub(crate) mod queue;
@@ -22,7 +23,7 @@ use crate::codec::Layout;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Arc, Mutex};
 use epochs::CONTROL_BYTES;
-use io::{DirectoryLock, Engine, Io, IoFile};
+use io::{Access, DirectoryLock, Engine, Io, IoFile};
 use queue::{Inline, Queue};
 use record::{
     CALIBRATION_OFFSET, Calibration, Entry, Form, Id, ModelIdentity, PAGE, SEGMENTS_OFFSET, SegmentIdentity,
@@ -129,7 +130,7 @@ impl Ssd {
         let shown = path.display();
         let failed = |e| Error::io(format!("cannot read or write {shown}"), e);
         let new = !path.exists();
-        let file = io.open(&path, true).map_err(failed)?;
+        let file = io.open(&path, Access::Create).map_err(failed)?;
         let mut pages = Buffer::new(2 * PAGE)?;
         let length = file.read_at(&mut pages, 0).map_err(failed)?;
         let found = StoreIdentity::read(&pages);
@@ -215,7 +216,7 @@ impl Ssd {
 
     // `None` for a file that is not one of ours.
     fn drop_oldest(&self, path: &Path, goal_bytes: u64) -> std::io::Result<Option<u64>> {
-        let file = self.io.open(path, false)?;
+        let file = self.io.open(path, Access::Write)?;
         let mut pages = Buffer::new(2 * PAGE).map_err(std::io::Error::other)?;
         file.read_at(&mut pages, 0)?;
         let Superblock::Valid(identity) = ModelIdentity::read(&pages) else { return Ok(None) };
@@ -228,7 +229,7 @@ impl Ssd {
         for index in 0..count {
             file.read_at(&mut pages[..PAGE], SEGMENTS_OFFSET + index * segment_bytes)?;
             let header = SegmentIdentity::read(&pages[..PAGE], self.uuid, identity.fingerprint, index);
-            segments.push((header.map_or(0, |h| h.epoch), index));
+            segments.push((header.map_or(0, |(header, _)| header.epoch), index));
         }
         segments.sort_unstable();
         for (_, index) in segments {
@@ -251,7 +252,7 @@ impl Ssd {
     ) -> Result<ModelFile> {
         let path = self.path_of(fingerprint);
         let failed = |e| Error::io(format!("cannot open {}", path.display()), e);
-        let mut file = self.io.open(&path, true).map_err(failed)?;
+        let mut file = self.io.open(&path, Access::Create).map_err(failed)?;
         let mut pages = Buffer::new(2 * PAGE)?;
         let length = file.read_at(&mut pages, 0).map_err(failed)?;
         let mut identity = ModelIdentity {
@@ -281,21 +282,13 @@ impl Ssd {
             Superblock::Valid(_) | Superblock::Damaged => {
                 if length > 0 {
                     self.io.remove(&path).map_err(failed)?;
-                    file = self.io.open(&path, true).map_err(failed)?;
+                    file = self.io.open(&path, Access::Create).map_err(failed)?;
                     pages.fill(0);
                 }
             }
         }
         mend(file.as_ref(), 0, &mut pages, |page| identity.write(page)).map_err(failed)?;
-        Ok(ModelFile {
-            file,
-            path,
-            uuid: self.uuid,
-            fingerprint,
-            geometry,
-            layout: identity.layout,
-            forms: Mutex::default(),
-        })
+        Ok(ModelFile::new(file, path, self.uuid, fingerprint, geometry, identity.layout))
     }
 
     fn usable_bytes(&self) -> u64 {
@@ -448,10 +441,25 @@ pub(crate) struct ModelFile {
 #[derive(Debug)]
 pub(crate) struct Recovered {
     pub(crate) epoch: u64,
+    /// By the clock of then, in seconds since 1970; 0: not known.
+    pub(crate) opened_s: u64,
+    /// Whether it has a footer.
+    pub(crate) sealed: bool,
     pub(crate) entries: Vec<Entry>,
 }
 
 impl ModelFile {
+    fn new(
+        file: Box<dyn IoFile>,
+        path: PathBuf,
+        uuid: Id,
+        fingerprint: Id,
+        geometry: Geometry,
+        layout: SegmentLayout,
+    ) -> Self {
+        Self { file, path, uuid, fingerprint, geometry, layout, forms: Mutex::default() }
+    }
+
     pub(crate) fn direct(&self) -> bool {
         self.file.direct()
     }
@@ -509,29 +517,42 @@ impl ModelFile {
     /// Reads what the file holds: one item per segment. `None` where none is valid: its disk blocks were given back.
     pub(crate) fn recover(&self) -> Result<Vec<Option<Recovered>>> {
         let failed = |e| Error::io(format!("cannot read {}", self.path.display()), e);
-        let length = self.file.len().map_err(failed)?;
-        let count = length.saturating_sub(SEGMENTS_OFFSET).div_ceil(self.layout.segment_bytes);
-        let mut buffer = Buffer::new((self.layout.footer_bytes() as usize).max(self.geometry.record_bytes()))?;
+        let segments = self.scan().map_err(failed)?.into_iter().zip(0..);
+        // Should that fail, it is a segment without blocks, which counts, and is reused in its turn.
+        let nothing = || Recovered { epoch: 0, opened_s: 0, sealed: true, entries: Vec::new() };
+        let or_given_back = |(found, index): (Option<_>, _)| found.or_else(|| self.punch(index).is_err().then(nothing));
+        Ok(segments.map(or_given_back).collect())
+    }
+
+    /// The same, and nothing is given back.
+    fn scan(&self) -> std::io::Result<Vec<Option<Recovered>>> {
+        let count = self.file.len()?.saturating_sub(SEGMENTS_OFFSET).div_ceil(self.layout.segment_bytes);
+        let bytes = (self.layout.footer_bytes() as usize).max(self.geometry.record_bytes());
+        let mut buffer = Buffer::new(bytes).map_err(std::io::Error::other)?;
         // An unreadable segment is one that is lost, not a reason to refuse the others.
-        let segments = (0..count as u32).map(|index| {
-            let found = self.recover_segment(index, &mut buffer).ok().flatten();
-            // Should that fail, it is a segment without blocks, which counts, and is reused in its turn.
-            found.or_else(|| self.punch(index).is_err().then(|| Recovered { epoch: 0, entries: Vec::new() }))
-        });
-        Ok(segments.collect())
+        Ok((0..count as u32).map(|index| self.recover_segment(index, &mut buffer).ok().flatten()).collect())
+    }
+
+    // Which life a segment is in; `None`: in none.
+    fn epoch_of(&self, index: u32) -> std::io::Result<Option<u64>> {
+        let mut page = Buffer::new(PAGE).map_err(std::io::Error::other)?;
+        let length = self.file.read_at(&mut page, self.offset(index))?;
+        let header = SegmentIdentity::read(&page[..length], self.uuid, self.fingerprint, u64::from(index));
+        Ok(header.map(|(header, _)| header.epoch))
     }
 
     fn recover_segment(&self, index: u32, buffer: &mut [u8]) -> std::io::Result<Option<Recovered>> {
         let read = |buffer: &mut [u8], offset: u64| self.file.read_at(buffer, self.offset(index) + offset);
         let length = read(&mut buffer[..PAGE], 0)?;
-        let Some(header) = SegmentIdentity::read(&buffer[..length], self.uuid, self.fingerprint, u64::from(index))
+        let Some((header, opened_s)) =
+            SegmentIdentity::read(&buffer[..length], self.uuid, self.fingerprint, u64::from(index))
         else {
             return Ok(None);
         };
         let footer_bytes = self.layout.footer_bytes() as usize;
         let length = read(&mut buffer[..footer_bytes], self.layout.footer_offset())?;
         if let Some(entries) = record::read_footer(&buffer[..length], &header, &self.layout) {
-            return Ok(Some(Recovered { epoch: header.epoch, entries }));
+            return Ok(Some(Recovered { epoch: header.epoch, opened_s, sealed: true, entries }));
         }
         let mut entries = Vec::new();
         let mut offset = SegmentLayout::RECORDS_OFFSET;
@@ -548,14 +569,15 @@ impl ModelFile {
             }
             offset = next;
         }
-        Ok(Some(Recovered { epoch: header.epoch, entries }))
+        Ok(Some(Recovered { epoch: header.epoch, opened_s, sealed: false, entries }))
     }
 
     /// Reserves a segment on disk, if it is not yet, and writes its header.
     pub(crate) fn start_segment(&self, index: u32, epoch: u64) -> std::io::Result<()> {
         self.file.allocate(self.offset(index), self.layout.segment_bytes)?;
         let mut page = Buffer::new(PAGE).map_err(std::io::Error::other)?;
-        self.identity(epoch).write(u64::from(index), &mut page[..PAGE]);
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        self.identity(epoch).write(u64::from(index), now.map_or(0, |now| now.as_secs()), &mut page[..PAGE]);
         self.file.write_at(&[&page[..PAGE]], self.offset(index))
     }
 

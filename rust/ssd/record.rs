@@ -268,22 +268,24 @@ struct SegmentPage {
     fingerprint: Id,
     epoch: U64,
     index: U64,
+    opened_s: U64,
 }
 
 impl SegmentIdentity {
-    /// The header page of segment `index`.
-    pub(crate) fn write(&self, index: u64, page: &mut [u8]) {
+    /// The header page of segment `index`, opened so many seconds after 1970: for people, nothing depends on it.
+    pub(crate) fn write(&self, index: u64, opened_s: u64, page: &mut [u8]) {
         let body = SegmentPage {
             preamble: Preamble::new(SEGMENT_MAGIC, self.uuid),
             fingerprint: self.fingerprint,
             epoch: U64::new(self.epoch),
             index: U64::new(index),
+            opened_s: U64::new(opened_s),
         };
         seal_page(body.as_bytes(), page);
     }
 
-    /// Reads the header of segment `index` of a model; `None` if it is not one.
-    pub(crate) fn read(page: &[u8], uuid: Id, fingerprint: Id, index: u64) -> Option<Self> {
+    /// Reads the header of segment `index` of a model, and when it was opened; `None` if it is not one.
+    pub(crate) fn read(page: &[u8], uuid: Id, fingerprint: Id, index: u64) -> Option<(Self, u64)> {
         if !page_is_whole(page) {
             return None;
         }
@@ -291,7 +293,7 @@ impl SegmentIdentity {
         let ours = body.preamble.as_bytes() == Preamble::new(SEGMENT_MAGIC, uuid).as_bytes()
             && body.fingerprint == fingerprint
             && body.index.get() == index;
-        ours.then(|| Self { uuid, fingerprint, epoch: body.epoch.get() })
+        ours.then(|| (Self { uuid, fingerprint, epoch: body.epoch.get() }, body.opened_s.get()))
     }
 }
 

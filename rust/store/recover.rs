@@ -24,7 +24,7 @@ impl State {
         let mut found = Vec::new();
         for (index, segment) in recovered.into_iter().enumerate() {
             let mut books = Segment::empty();
-            if let Some(Recovered { epoch, entries }) = segment {
+            if let Some(Recovered { epoch, entries, .. }) = segment {
                 books = Segment { phase: Phase::Sealed, epoch, ..books };
                 let at = |e: &Entry| {
                     let pages = (e.bytes / PAGE as u64) as u32;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, RwLock, mpsc};
 use std::time::Duration;
 use std::{fmt, io, thread};
-use stratakv::{ErrorKind, FileIo, Io, IoFile, Model, Store};
+use stratakv::{Access, ErrorKind, FileIo, Io, IoFile, Model, Store};
 
 /// A call of the file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,9 +63,9 @@ impl Rig {
 }
 
 impl Io for Rig {
-    fn open(&self, path: &Path, create: bool) -> io::Result<Box<dyn IoFile>> {
+    fn open(&self, path: &Path, access: Access) -> io::Result<Box<dyn IoFile>> {
         self.check(Call::Open)?;
-        Ok(Box::new(Rigged { file: FileIo::default().open(path, create)?, rig: self.clone() }))
+        Ok(Box::new(Rigged { file: FileIo::default().open(path, access)?, rig: self.clone() }))
     }
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.check(Call::Remove)?;

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use stratakv::{Done, Engine, ErrorKind, FileIo, Io, IoFile, Part, Queue, Transfer};
+use stratakv::{Access, Done, Engine, ErrorKind, FileIo, Io, IoFile, Part, Queue, Transfer};
 
 const PAGE: usize = 4096;
 
@@ -35,7 +35,7 @@ fn engines() -> Vec<FileIo> {
 }
 
 fn open(io: &FileIo, path: &Path) -> Box<dyn IoFile> {
-    io.open(path, true).expect("the directory is writable")
+    io.open(path, Access::Create).expect("the directory is writable")
 }
 
 // Pages of a number: what each byte should be.
