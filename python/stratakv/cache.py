@@ -6,19 +6,24 @@ A match is leased until it is released: what it found stays. A cache problem nev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from stratakv import _native
 from stratakv.config import Codec, Geometry, parse_bytes
-from stratakv.errors import InputError
+from stratakv.errors import ClosedError, InputError
 
 # As in the native half.
 MAX_PRIORITY = 10
 # Bytes decoded from a tier before anything is said of what that costs.
 _TOLD_FROM = 64 << 20
+# Matches that may wait to be prefetched.
+_WAITING = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,14 +190,46 @@ class Explanation:
         return found + blocks + loaded + (f"; no more because: {self.reason}" if self.reason else "")
 
 
+class Behind:
+    """One thread that does what may wait. What finds too much before it is not done, and ends with 0."""
+
+    def __init__(self) -> None:
+        """Starts no thread before there is something to do."""
+        self._pid = os.getpid()
+        self._room = threading.BoundedSemaphore(_WAITING)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stratakv-behind")
+
+    def __call__(self, work: Callable[[], int]) -> Future[int]:
+        """Has it done."""
+        if self._pid != os.getpid():
+            raise ClosedError("the store was opened before a fork; open one in this process")
+        if not self._room.acquire(blocking=False):
+            done: Future[int] = Future()
+            done.set_result(0)
+            return done
+        try:
+            done = self._thread.submit(work)
+        except RuntimeError:
+            self._room.release()
+            raise ClosedError("the store is closed; open it again") from None
+        done.add_done_callback(lambda _: self._room.release())
+        return done
+
+    def close(self) -> None:
+        """Waits for what is being done; what waits is cancelled."""
+        if self._pid == os.getpid():
+            self._thread.shutdown(cancel_futures=True)
+
+
 class Match:
     """The longest cached prefix of some tokens, leased until exit or `release`."""
 
-    __slots__ = ("_lease", "_loaded")
+    __slots__ = ("_behind", "_lease", "_loaded")
 
-    def __init__(self, lease: _native.Lease) -> None:
-        """Wraps a native lease; `ModelCache.match` makes matches."""
+    def __init__(self, lease: _native.Lease, behind: Behind) -> None:
+        """Wraps a native lease, and what does things behind; `ModelCache.match` makes matches."""
         self._lease = lease
+        self._behind = behind
         self._loaded: tuple[int, list[str], str | None] | None = None
 
     @property
@@ -219,6 +256,21 @@ class Match:
         """
         self._loaded = self._lease.load(kv, layout, batch, pages)
         return self._loaded[0]
+
+    def prefetch(self) -> Future[int]:
+        """Has blocks that are on SSD alone read into RAM, behind this call, so that a later load finds them there.
+
+        It takes no room from blocks that only RAM has, and at most half of RAM. A release does not stop it.
+
+        Returns:
+            What ends with the leading tokens of the match that are in RAM then; 0 at once where more than
+            64 matches wait for it already.
+
+        Raises:
+            ClosedError: the store was closed.
+        """
+        lease, tokens = self._lease, self._lease.tokens // max(self._lease.blocks, 1)
+        return self._behind(lambda: lease.prefetch() * tokens)
 
     def view(self, block: int) -> memoryview | None:
         """One block where it lies in RAM, without a copy.
@@ -270,11 +322,19 @@ class Match:
 class ModelCache:
     """The cached prefixes of one model."""
 
-    __slots__ = ("_manager", "_model", "geometry", "name")
+    __slots__ = ("_behind", "_manager", "_model", "geometry", "name")
 
-    def __init__(self, manager: Any, name: str, geometry: Geometry, model: _native.Model) -> None:  # noqa: ANN401 - the manager stands above this module
+    def __init__(
+        self,
+        manager: Any,  # noqa: ANN401 - the manager stands above this module
+        behind: Behind,
+        name: str,
+        geometry: Geometry,
+        model: _native.Model,
+    ) -> None:
         """Wraps a native model; `CacheManager.register` makes caches."""
         self._manager = manager
+        self._behind = behind
         self._model = model
         self.name = name
         self.geometry = geometry
@@ -295,7 +355,7 @@ class ModelCache:
             InputError: the tokens are no 1-d sequence of non-negative integers.
             ClosedError: the store is closed.
         """
-        return Match(self._model.match_prefix(tokens, adapter, tenant))
+        return Match(self._model.match_prefix(tokens, adapter, tenant), self._behind)
 
     def sequence(
         self,

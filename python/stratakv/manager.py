@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from stratakv import _native
-from stratakv.cache import ModelCache, Stats
+from stratakv.cache import Behind, ModelCache, Stats
 from stratakv.config import Codec, Config, Geometry
 from stratakv.errors import InputError, ModelExistsError, ModelNotFoundError
 
@@ -80,6 +80,7 @@ class CacheManager:
         refused = self._store.snapshot()["ssd_engine_refused"]
         if refused is not None:
             _log.warning("io_uring is refused here (%s): the SSD tier reads and writes with a few threads", refused)
+        self._behind = Behind()
         self._lock = threading.Lock()
         self._models: dict[str, tuple[ModelCache, _native.Model, tuple[str, int]]] = {}
 
@@ -128,7 +129,7 @@ class CacheManager:
             shape = (g.layers, g.planes, g.kv_heads, g.head_dim, g.dtype, g.block_tokens)
             ram, cold = codecs[0] or Codec.of(self.config.ram.codec), codecs[1] or Codec.of(self.config.ssd.codec)
             model = self._store.register(name, weights_version, shape, priority, [ram.terms(), cold.terms()])
-            cache = ModelCache(self, name, geometry, model)
+            cache = ModelCache(self, self._behind, name, geometry, model)
             self._models[name] = (cache, model, terms)
             _set_codecs(cache, ram, cold)
             return cache
@@ -208,6 +209,7 @@ class CacheManager:
         Raises:
             StoreError: not everything could be written; the store is closed all the same.
         """
+        self._behind.close()
         self._store.close()
 
     def __enter__(self) -> CacheManager:

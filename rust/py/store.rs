@@ -420,6 +420,11 @@ impl Lease {
         Ok((outcome.tokens, places, outcome.miss.map(|m| m.name())))
     }
 
+    /// Reads into RAM what is on SSD alone; returns the leading blocks that are in RAM then.
+    fn prefetch(&self, py: Python<'_>) -> PyResult<usize> {
+        py.detach(|| self.lease.prefetch()).or_raise(py)
+    }
+
     /// The bytes of one block, or `None`.
     fn view<'py>(&self, py: Python<'py>, block: usize) -> PyResult<Option<Bound<'py, PyMemoryView>>> {
         let Some(view) = self.lease.view(block) else { return Ok(None) };

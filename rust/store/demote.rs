@@ -7,8 +7,8 @@
 //!
 //! The same thread takes RAM back from a model whose budget was lowered, once its blocks are on SSD.
 
+use super::lift::Lift;
 use super::nodes::NodeId;
-use super::rescue::Rescue;
 use super::room::{Leaver, Room};
 use super::state::{ModelState, State, Writing};
 use super::write::{Encoding, Written};
@@ -69,7 +69,7 @@ impl Run {
 enum Next {
     Write(Run),
     MakeRoom(Leaver),
-    BringUp(Rescue),
+    BringUp(Lift),
     /// The block at hand stays in RAM alone.
     Skip,
 }

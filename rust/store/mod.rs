@@ -13,6 +13,7 @@
 mod coding;
 mod demote;
 mod lease;
+mod lift;
 mod load;
 mod model;
 mod namespace;
@@ -20,7 +21,6 @@ mod nodes;
 mod put;
 mod read;
 mod recover;
-mod rescue;
 mod room;
 mod sequence;
 mod state;

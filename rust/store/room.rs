@@ -11,8 +11,8 @@
 //! model above its share in the opposite order.
 
 use super::Shared;
+use super::lift::Lift;
 use super::nodes::NodeId;
-use super::rescue::Rescue;
 use super::state::{Disk, FILE_HEAD_BYTES, State};
 use crate::error::{Error, Result};
 use crate::ssd::{MAX_SEGMENTS, ModelFile, Phase, Segment, Ssd};
@@ -25,7 +25,7 @@ pub(super) enum Room {
     /// There is room: in this one of its own segments, whose blocks are forgotten, or else in a new one.
     Here(Option<u32>),
     /// These have to be brought up to RAM first.
-    Rescue(Rescue),
+    Rescue(Lift),
     /// This has to leave first.
     After(Leaver),
     /// Leased blocks hold every byte.

@@ -44,7 +44,7 @@ UNSAFE_ALLOWED = {
     "ssd/queue.rs",  # Memory that transfers under way read and write.
     "ssd/uring.rs",  # The same, in the kernel's hands.
     "store/read.rs",  # Slots and buffers that reads are under way to.
-    "store/rescue.rs",  # The same, for what stays of a segment.
+    "store/lift.rs",  # The same, for what is brought up.
     "store/write.rs",  # A slot's bytes while the SSD reads them.
     "store/load.rs",  # A slot's bytes while a copy reads or writes them.
     "store/put.rs",  # The same, for put.

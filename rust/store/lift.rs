@@ -1,0 +1,181 @@
+//! Blocks that are brought up from SSD to RAM, read into slots and checked as in a load.
+//!
+//! Ahead of a load, if it is asked for. And where a segment leaves: what was asked for since it was written is written
+//! again, from RAM: FIFO with reinsertion, as in CacheLib's block cache (Berg et al., OSDI 2020).
+
+use super::nodes::NodeId;
+use super::state::{Disk, State};
+use super::{Lease, Shared};
+use crate::error::Result;
+use crate::pool::Slot;
+use crate::ssd::queue::{Part, Transfer};
+use crate::ssd::record::read_record;
+use crate::ssd::{ModelFile, Place};
+use crate::stats::{Miss, Tier};
+use crate::sync::Arc;
+
+/// One byte is written again for so many that are new: in the long run 1.125 are written for each.
+const REINSERTED_SHARE: u64 = 8;
+
+/// Blocks that are brought up to RAM.
+pub(super) struct Lift {
+    model: u32,
+    file: Arc<ModelFile>,
+    /// Held meanwhile.
+    held: Vec<NodeId>,
+    blocks: Vec<Lifted>,
+}
+
+struct Lifted {
+    id: NodeId,
+    place: Place,
+    epoch: u64,
+    slot: Slot,
+}
+
+impl Disk {
+    /// Notes that a record was written, for the first time or `again`.
+    pub(super) fn wrote(&mut self, bytes: u64, again: bool) {
+        self.spare_bytes = match again {
+            true => self.spare_bytes.saturating_sub(bytes),
+            // What is warm may lie in one segment; of that half may stay.
+            false => (self.spare_bytes + bytes / REINSERTED_SHARE).min(self.file.layout.segment_bytes / 2),
+        };
+    }
+}
+
+impl State {
+    /// What of a segment is to be written again: blocks that were asked for since it was written, those first that were so
+    /// last and parents before children, as far as there are bytes to spare.
+    pub(super) fn warm_blocks(&self, model: u32, index: u32) -> Vec<NodeId> {
+        let Some(disk) = self.models.get(&model).and_then(|m| m.disk.as_ref()) else { return Vec::new() };
+        let here = |id: &NodeId| self.nodes[*id].warm && self.nodes[*id].ssd.is_some_and(|p| p.segment == index);
+        let blocks = disk.segments[index as usize].blocks.iter().filter_map(|&hash| self.nodes.find(hash));
+        let mut warm: Vec<NodeId> = blocks.filter(here).collect();
+        warm.sort_by_key(|&id| (std::cmp::Reverse(self.nodes[id].last_use), self.nodes.depth(id)));
+        let mut bytes = 0;
+        warm.retain(|&id| {
+            bytes += self.nodes[id].ssd.map_or(0, |place| place.bytes());
+            bytes <= disk.spare_bytes
+        });
+        warm.sort_by_key(|&id| self.nodes.depth(id));
+        warm
+    }
+
+    /// Slots for the warm blocks of a segment that are on SSD alone; `None`: there are none, or no slots. Once for each life
+    /// of a segment: what finds no slot now goes with it.
+    pub(super) fn rescue(&mut self, model: u32, index: u32) -> Option<Lift> {
+        let segment = self.segment(model, index)?;
+        if std::mem::replace(&mut segment.rescued, true) {
+            return None;
+        }
+        let warm = self.warm_blocks(model, index);
+        self.lift(model, &warm)
+    }
+
+    /// Slots for those of these blocks that are on SSD alone, as far as RAM has room that costs nothing it alone has.
+    fn lift(&mut self, model: u32, ids: &[NodeId]) -> Option<Lift> {
+        let below = ids.iter().copied().filter(|&id| self.nodes[id].ram.is_none() && self.nodes[id].ssd.is_some());
+        let below: Vec<NodeId> = below.collect();
+        // Held, so that room made for one does not take another away.
+        let held = self.nodes.lease(&below).to_vec();
+        let mut blocks = Vec::new();
+        for &id in &held {
+            let Some(place) = self.nodes[id].ssd else { continue };
+            let Some(epoch) = self.segment(model, place.segment).map(|segment| segment.epoch) else { continue };
+            let Some(slot) = self.allocate(model, place.bytes() as usize, false) else { break };
+            blocks.push(Lifted { id, place, epoch, slot });
+        }
+        let file = self.models.get(&model).and_then(|m| Some(m.disk.as_ref()?.file.clone()));
+        match file.filter(|_| !blocks.is_empty()) {
+            Some(file) => Some(Lift { model, file, held, blocks }),
+            None => {
+                self.nodes.release(&held);
+                None
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// Reads records into their slots, checks them, and books what came of it.
+    pub(super) fn bring_up(&self, lift: Lift) {
+        let Lift { model, file, held, blocks } = lift;
+        let geometry = file.geometry();
+        let mut queue = file.queue();
+        for (tag, Lifted { place, slot, .. }) in blocks.iter().enumerate() {
+            let parts = vec![Part { at: self.arena.at(*slot), bytes: place.bytes() as usize }];
+            let transfer = Transfer { tag, write: false, parts, offset: file.offset_of(*place) };
+            // SAFETY: the slot is this lift's alone until it is booked, after the queue is gone.
+            unsafe { queue.push(transfer) };
+        }
+        let mut read: Vec<std::io::Result<usize>> = blocks.iter().map(|_| Ok(0)).collect();
+        while let Some(done) = queue.pop() {
+            read[done.tag] = done.result;
+        }
+        drop(queue);
+        let checked = blocks.iter().zip(&read).map(|(Lifted { place, epoch, slot, .. }, read)| {
+            let bytes = read.as_ref().map_err(|_| Miss::Io)?;
+            // SAFETY: so many bytes of the slot were read, and nobody writes them any more.
+            let record = unsafe { std::slice::from_raw_parts(self.arena.at(*slot).cast_const(), *bytes) };
+            let (block, form) = read_record(record, &geometry, &file.identity(*epoch)).ok_or(Miss::Corrupt)?;
+            let whole = *bytes as u64 == place.bytes() && *bytes == geometry.record_bytes_of(form.payload_bytes);
+            let layout = form.scheme.map(|_| file.layout_of(&form, block.depth).ok_or(Miss::Corrupt)).transpose()?;
+            if whole { Ok((block.hash, layout)) } else { Err(Miss::Corrupt) }
+        });
+        let checked: Vec<std::result::Result<_, Miss>> = checked.collect();
+        let mut state = self.state.lock();
+        for ((Lifted { id, place, slot, .. }, checked), read) in blocks.into_iter().zip(checked).zip(read) {
+            state.counts(model).tier(Tier::Ssd).read_bytes += read.unwrap_or(0) as u64;
+            let here = state.nodes.is_linked(id) && state.nodes[id].ssd == Some(place);
+            let right = checked.and_then(|(hash, layout)| {
+                if here && hash != self.secret.seal(state.nodes.hash(id)) { Err(Miss::Corrupt) } else { Ok(layout) }
+            });
+            match right {
+                Ok(layout) if here && state.nodes[id].ram.is_none() => {
+                    state.place_in_ram(id, slot, layout);
+                    state.counts(model).promoted += 1;
+                    continue;
+                }
+                Err(miss) if here => {
+                    let counts = state.counts(model);
+                    counts.corrupt += u64::from(miss == Miss::Corrupt);
+                    counts.io_errors += u64::from(miss == Miss::Io);
+                    state.drop_subtree(id);
+                }
+                _ => {}
+            }
+            state.ram.pool.free(slot);
+        }
+        state.nodes.release(&held);
+    }
+}
+
+impl Lease {
+    /// Reads into RAM what of the match is on SSD alone, as far as there is room for it beside what RAM alone has, and up to
+    /// half of RAM: a load that follows finds it there. Returns how many blocks are in RAM then, from the first on. What
+    /// cannot be read is dropped, and counted.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn prefetch(&self) -> Result<usize> {
+        let mut state = self.shared.open_state()?;
+        state.catch_up(&self.shared.touched);
+        let model = self.model.id;
+        let matched = self.hashes[..self.blocks()].iter().map_while(|&hash| state.nodes.find(hash));
+        let mut left = state.ram_bytes / 2;
+        let fits = |id: &NodeId| {
+            let bytes = if state.nodes[*id].ram.is_some() { 0 } else { state.nodes[*id].ssd.map_or(0, |p| p.bytes()) };
+            let fits = bytes <= left;
+            left = left.saturating_sub(bytes);
+            fits
+        };
+        let matched: Vec<NodeId> = matched.take_while(fits).collect();
+        let lift = if state.models.contains_key(&model) { state.lift(model, &matched) } else { None };
+        drop(state);
+        if let Some(lift) = lift {
+            self.shared.bring_up(lift);
+        }
+        Ok(self.places().iter().take_while(|&&tier| tier == Tier::Ram).count())
+    }
+}
