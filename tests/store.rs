@@ -11,6 +11,8 @@ mod drop;
 mod engines;
 #[path = "store/kv.rs"]
 mod kv;
+#[path = "store/power.rs"]
+mod power;
 
 use kv::*;
 use proptest::prelude::*;
