@@ -7,7 +7,7 @@
 
 use crate::block::Geometry;
 use crate::error::{Result, input};
-use crate::sync::{AtomicUsize, Ordering};
+use crate::workers::Workers;
 
 /// Where one plane of one layer lies in the caller's memory. Strides are in bytes.
 #[derive(Debug, Clone, Copy)]
@@ -160,62 +160,7 @@ pub(crate) const SPLIT_BYTES: usize = 512 << 10;
 /// Work is handed out in pieces of about this many bytes.
 pub(crate) const PIECE_BYTES: usize = 128 << 10;
 
-/// Threads for copies and reads; the calling thread is one of them.
-#[derive(Debug)]
-pub(crate) struct Workers {
-    pool: Option<rayon::ThreadPool>,
-    threads: usize,
-}
-
 impl Workers {
-    /// `threads` in all; 0 means one per core.
-    pub(crate) fn new(threads: usize) -> Result<Self> {
-        let threads = match threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
-            n => n,
-        };
-        let build = || {
-            rayon::ThreadPoolBuilder::new().num_threads(threads - 1).thread_name(|i| format!("stratakv-{i}")).build()
-        };
-        let pool =
-            if threads > 1 {
-                Some(build().map_err(|e| {
-                    crate::Error::io(format!("cannot start {threads} threads"), std::io::Error::other(e))
-                })?)
-            } else {
-                None
-            };
-        Ok(Self { pool, threads })
-    }
-
-    pub(crate) fn threads(&self) -> usize {
-        self.threads
-    }
-
-    /// Runs `work(0..count)` over all threads, the caller's included.
-    pub(crate) fn each(&self, count: usize, work: impl Fn(usize) + Sync) {
-        let next = AtomicUsize::new(0);
-        // Relaxed: the counter only hands out numbers; the scope's end orders the work itself.
-        let drain = || {
-            loop {
-                let i = next.fetch_add(1, Ordering::Relaxed);
-                if i >= count {
-                    break;
-                }
-                work(i);
-            }
-        };
-        match &self.pool {
-            Some(pool) if count > 1 => pool.in_place_scope(|scope| {
-                for _ in 1..self.threads.min(count) {
-                    scope.spawn(|_| drain());
-                }
-                drain();
-            }),
-            _ => drain(),
-        }
-    }
-
     /// Copies whole blocks in one direction.
     pub(crate) fn copy(&self, geometry: &Geometry, view: &KvView, blocks: &[BlockCopy], direction: Direction) {
         let planes = geometry.plane_count();

@@ -3,8 +3,9 @@
 
 use crate::block::Geometry;
 use crate::codec::{Layout, Percentile};
-use crate::copy::{BlockCopy, KvView, PIECE_BYTES, RUN_BLOCKS, SPLIT_BYTES, Workers};
+use crate::copy::{BlockCopy, KvView, PIECE_BYTES, RUN_BLOCKS, SPLIT_BYTES};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
+use crate::workers::Workers;
 use std::ops::Range;
 use std::time::Instant;
 

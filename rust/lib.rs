@@ -2,7 +2,7 @@
 //!
 //! Floors, imports point down only:
 //! ```text
-//! py  →  store  →  trie ram ssd  →  arena block evict pool codec copy stats  →  error sync
+//! py  →  store  →  trie ram ssd  →  arena block evict pool codec copy workers stats  →  error sync
 //! ```
 //! Only `py/` knows Python. [`Store`] ties the parts: it names blocks ([`block`]), finds them (`trie`), keeps them
 //! in memory (`pool`, `ram`) and on disk (`ssd`), and counts what it did ([`stats`]).
@@ -21,6 +21,7 @@ pub mod stats;
 mod store;
 mod sync;
 pub mod trie;
+mod workers;
 
 #[cfg(feature = "python")]
 mod py;

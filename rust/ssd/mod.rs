@@ -636,7 +636,7 @@ pub(crate) struct Segment {
     pub(crate) tail: u64,
     pub(crate) entries: Vec<Entry>,
     pub(crate) blocks: Vec<crate::block::BlockHash>,
-    /// What is to stay of it has been brought up to RAM, as far as there was room.
+    /// What is to stay of it has been promoted, as far as there was room.
     pub(crate) rescued: bool,
 }
 

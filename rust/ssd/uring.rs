@@ -14,7 +14,7 @@ use std::time::Duration;
 
 /// Rings that are kept.
 const KEPT: usize = 16;
-/// The kernel is asked so often, a millisecond apart, before what it does not take counts as failed.
+/// The kernel is asked so often before what it does not take, or not finish, counts as failed.
 const PATIENCE: u32 = 100;
 
 /// The rings of a store.
@@ -71,6 +71,8 @@ pub(super) struct RingQueue<'a> {
 struct Flying {
     transfer: Transfer,
     moved: usize,
+    /// How often the kernel said to come again.
+    again: u32,
 }
 
 impl std::fmt::Debug for RingQueue<'_> {
@@ -149,7 +151,11 @@ impl RingQueue<'_> {
             match result {
                 Ok(Progress::Done) => return Some(Done { tag, result: Ok(flying.moved) }),
                 Ok(Progress::More) => self.waiting.push_front(flying),
-                Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
+                Err(e)
+                    if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
+                        && flying.again < PATIENCE =>
+                {
+                    flying.again += 1;
                     self.waiting.push_front(flying);
                 }
                 Err(e) => return Some(Done { tag, result: Err(e) }),
@@ -162,7 +168,7 @@ impl Queue for RingQueue<'_> {
     /// # Safety
     /// As of every queue.
     unsafe fn push(&mut self, transfer: Transfer) {
-        self.waiting.push_back(Flying { transfer, moved: 0 });
+        self.waiting.push_back(Flying { transfer, moved: 0, again: 0 });
     }
 
     fn start(&mut self) {

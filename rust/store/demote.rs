@@ -7,8 +7,8 @@
 //!
 //! The same thread takes RAM back from a model whose budget was lowered, once its blocks are on SSD.
 
-use super::lift::Lift;
 use super::nodes::NodeId;
+use super::promote::Promotion;
 use super::room::{Leaver, Room};
 use super::state::{ModelState, State, Writing};
 use super::write::{Encoding, Written};
@@ -69,7 +69,7 @@ impl Run {
 enum Next {
     Write(Run),
     MakeRoom(Leaver),
-    BringUp(Lift),
+    Promote(Promotion),
     /// The block at hand stays in RAM alone.
     Skip,
 }
@@ -149,9 +149,9 @@ impl Shared {
                         fail(&mut state, model, &error);
                     }
                 }
-                Next::BringUp(rescue) => {
+                Next::Promote(rescue) => {
                     drop(state);
-                    self.bring_up(rescue);
+                    self.promote(rescue);
                     state = self.state.lock();
                 }
                 Next::Skip => {}
@@ -183,7 +183,7 @@ impl Shared {
             }
             Room::Rescue(rescue) => {
                 state.requeue_dirty(first, ticket);
-                Next::BringUp(rescue)
+                Next::Promote(rescue)
             }
             Room::Nowhere => Next::Skip,
         }

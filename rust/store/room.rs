@@ -5,14 +5,14 @@
 //! step that fails loses nothing but time.
 //!
 //! A model's own segments leave in the order in which they were written. What was asked for since is written again, from
-//! RAM, where it is brought first; of one that leaves for another model nothing is.
+//! RAM, to which it is promoted first; of one that leaves for another model nothing is.
 //!
 //! A model below its share takes from files of unregistered models, then from models above theirs, then its own; a
 //! model above its share in the opposite order.
 
 use super::Shared;
-use super::lift::Lift;
 use super::nodes::NodeId;
+use super::promote::Promotion;
 use super::state::{Disk, FILE_HEAD_BYTES, State};
 use crate::error::{Error, Result};
 use crate::ssd::{MAX_SEGMENTS, ModelFile, Phase, Segment, Ssd};
@@ -24,8 +24,8 @@ use std::path::PathBuf;
 pub(super) enum Room {
     /// There is room: in this one of its own segments, whose blocks are forgotten, or else in a new one.
     Here(Option<u32>),
-    /// These have to be brought up to RAM first.
-    Rescue(Lift),
+    /// These have to be promoted first.
+    Rescue(Promotion),
     /// This has to leave first.
     After(Leaver),
     /// Leased blocks hold every byte.

@@ -1,4 +1,4 @@
-//! Blocks that are brought up from SSD to RAM, read into slots and checked as in a load.
+//! Promotion of blocks that only the SSD has: read into slots of RAM, and checked as in a load.
 //!
 //! Ahead of a load, if it is asked for. And where a segment leaves: what was asked for since it was written is written
 //! again, from RAM: FIFO with reinsertion, as in CacheLib's block cache (Berg et al., OSDI 2020).
@@ -17,16 +17,16 @@ use crate::sync::Arc;
 /// One byte is written again for so many that are new: in the long run 1.125 are written for each.
 const REINSERTED_SHARE: u64 = 8;
 
-/// Blocks that are brought up to RAM.
-pub(super) struct Lift {
+/// Blocks on their way to RAM.
+pub(super) struct Promotion {
     model: u32,
     file: Arc<ModelFile>,
     /// Held meanwhile.
     held: Vec<NodeId>,
-    blocks: Vec<Lifted>,
+    blocks: Vec<Promoted>,
 }
 
-struct Lifted {
+struct Promoted {
     id: NodeId,
     place: Place,
     epoch: u64,
@@ -64,17 +64,17 @@ impl State {
 
     /// Slots for the warm blocks of a segment that are on SSD alone; `None`: there are none, or no slots. Once for each life
     /// of a segment: what finds no slot now goes with it.
-    pub(super) fn rescue(&mut self, model: u32, index: u32) -> Option<Lift> {
+    pub(super) fn rescue(&mut self, model: u32, index: u32) -> Option<Promotion> {
         let segment = self.segment(model, index)?;
         if std::mem::replace(&mut segment.rescued, true) {
             return None;
         }
         let warm = self.warm_blocks(model, index);
-        self.lift(model, &warm)
+        self.promotion(model, &warm)
     }
 
     /// Slots for those of these blocks that are on SSD alone, as far as RAM has room that costs nothing it alone has.
-    fn lift(&mut self, model: u32, ids: &[NodeId]) -> Option<Lift> {
+    fn promotion(&mut self, model: u32, ids: &[NodeId]) -> Option<Promotion> {
         let below = ids.iter().copied().filter(|&id| self.nodes[id].ram.is_none() && self.nodes[id].ssd.is_some());
         let below: Vec<NodeId> = below.collect();
         // Held, so that room made for one does not take another away.
@@ -84,11 +84,11 @@ impl State {
             let Some(place) = self.nodes[id].ssd else { continue };
             let Some(epoch) = self.segment(model, place.segment).map(|segment| segment.epoch) else { continue };
             let Some(slot) = self.allocate(model, place.bytes() as usize, false) else { break };
-            blocks.push(Lifted { id, place, epoch, slot });
+            blocks.push(Promoted { id, place, epoch, slot });
         }
         let file = self.models.get(&model).and_then(|m| Some(m.disk.as_ref()?.file.clone()));
         match file.filter(|_| !blocks.is_empty()) {
-            Some(file) => Some(Lift { model, file, held, blocks }),
+            Some(file) => Some(Promotion { model, file, held, blocks }),
             None => {
                 self.nodes.release(&held);
                 None
@@ -99,14 +99,14 @@ impl State {
 
 impl Shared {
     /// Reads records into their slots, checks them, and books what came of it.
-    pub(super) fn bring_up(&self, lift: Lift) {
-        let Lift { model, file, held, blocks } = lift;
+    pub(super) fn promote(&self, promotion: Promotion) {
+        let Promotion { model, file, held, blocks } = promotion;
         let geometry = file.geometry();
         let mut queue = file.queue();
-        for (tag, Lifted { place, slot, .. }) in blocks.iter().enumerate() {
+        for (tag, Promoted { place, slot, .. }) in blocks.iter().enumerate() {
             let parts = vec![Part { at: self.arena.at(*slot), bytes: place.bytes() as usize }];
             let transfer = Transfer { tag, write: false, parts, offset: file.offset_of(*place) };
-            // SAFETY: the slot is this lift's alone until it is booked, after the queue is gone.
+            // SAFETY: the slot is this promotion's alone until it is booked, after the queue is gone.
             unsafe { queue.push(transfer) };
         }
         let mut read: Vec<std::io::Result<usize>> = blocks.iter().map(|_| Ok(0)).collect();
@@ -114,7 +114,7 @@ impl Shared {
             read[done.tag] = done.result;
         }
         drop(queue);
-        let checked = blocks.iter().zip(&read).map(|(Lifted { place, epoch, slot, .. }, read)| {
+        let checked = blocks.iter().zip(&read).map(|(Promoted { place, epoch, slot, .. }, read)| {
             let bytes = read.as_ref().map_err(|_| Miss::Io)?;
             // SAFETY: so many bytes of the slot were read, and nobody writes them any more.
             let record = unsafe { std::slice::from_raw_parts(self.arena.at(*slot).cast_const(), *bytes) };
@@ -125,7 +125,7 @@ impl Shared {
         });
         let checked: Vec<std::result::Result<_, Miss>> = checked.collect();
         let mut state = self.state.lock();
-        for ((Lifted { id, place, slot, .. }, checked), read) in blocks.into_iter().zip(checked).zip(read) {
+        for ((Promoted { id, place, slot, .. }, checked), read) in blocks.into_iter().zip(checked).zip(read) {
             state.counts(model).tier(Tier::Ssd).read_bytes += read.unwrap_or(0) as u64;
             let here = state.nodes.is_linked(id) && state.nodes[id].ssd == Some(place);
             let right = checked.and_then(|(hash, layout)| {
@@ -171,10 +171,10 @@ impl Lease {
             fits
         };
         let matched: Vec<NodeId> = matched.take_while(fits).collect();
-        let lift = if state.models.contains_key(&model) { state.lift(model, &matched) } else { None };
+        let promotion = if state.models.contains_key(&model) { state.promotion(model, &matched) } else { None };
         drop(state);
-        if let Some(lift) = lift {
-            self.shared.bring_up(lift);
+        if let Some(promotion) = promotion {
+            self.shared.promote(promotion);
         }
         Ok(self.places().iter().take_while(|&&tier| tier == Tier::Ram).count())
     }
