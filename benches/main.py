@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from rows import OUT, ROOT, Row, finish, paired, row, skipped
+from rows import OUT, ROOT, Row, paired, row, run, skipped
 
 import stratakv
 from stratakv import Config, Geometry, ModelCache, RamConfig, SsdConfig
@@ -285,19 +284,5 @@ def size() -> list[Row]:
     return [imported, row("wheel: skipped, there is none in dist/ (make wheel)", n=0)]
 
 
-def main() -> None:
-    """Runs the sections, prints the table and writes `benches/out/main.json`."""
-    rows: list[Row] = []
-    OUT.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[1:] or ("ttft", "copy", "lmcache", "size"):
-        print(f"bench: {name}", file=sys.stderr, flush=True)
-        try:
-            rows += {"ttft": ttft, "copy": copy, "lmcache": lmcache, "size": size}[name]()
-        except Exception as error:  # A section that breaks must not hide the others.
-            traceback.print_exc()
-            rows.append(row(f"{name}: failed, {type(error).__name__}", right=False, n=0))
-    finish("main", rows)
-
-
 if __name__ == "__main__":
-    main()
+    run("main", ttft, copy, lmcache, size)

@@ -11,6 +11,9 @@ import json
 import operator
 import os
 import subprocess
+import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,6 +73,20 @@ def show(rows: list[Row]) -> None:
     width = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         print("  ".join(cell.ljust(size) for cell, size in zip(line, width, strict=True)).rstrip())
+
+
+def run(suite: str, *sections: Callable[[], list[Row]]) -> None:
+    """Runs the sections that the command line names, or all."""
+    by_name, rows = {section.__name__: section for section in sections}, []
+    OUT.mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[1:] or by_name:
+        print(f"bench: {name}", file=sys.stderr, flush=True)
+        try:
+            rows += by_name[name]()
+        except Exception as error:  # A section that breaks must not hide the others.
+            traceback.print_exc()
+            rows.append(row(f"{name}: failed, {type(error).__name__}", right=False, n=0))
+    finish(suite, rows)
 
 
 def finish(suite: str, rows: list[Row]) -> None:

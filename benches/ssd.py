@@ -2,10 +2,10 @@
 
 Sections: `engine` (transfers of a file against fio's, both direct, of equal depth), `blocks` (durable put and cold get
 of blocks from Python, against LMCache's raw-block plug-in and local disk, a folder of safetensors and LMDB), `beside`
-(match and load of RAM while everything is written, against the same at rest) and `churn` (write amplification). What is
-compared takes turns; `ratio` is the median over neighbouring pairs. fio has huge pages where the machine has reserved
-some (`vm.nr_hugepages`), as our memory always asks for. What is not installed is skipped by name. `ARGS="engine"` runs
-that alone.
+(match and load of RAM while everything is written, against the same at rest), `churn` (write amplification) and
+`recovery` (opening what is there). What is compared takes turns; `ratio` is the median over neighbouring pairs. fio has
+huge pages where the machine has reserved some (`vm.nr_hugepages`), as our memory always asks for. What is not installed
+is skipped by name. `ARGS="engine"` runs that alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -20,7 +21,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from rows import OUT, ROOT, Row, finish, paired, row, skipped
+from rows import OUT, ROOT, Row, paired, row, run, skipped
 
 import stratakv
 from stratakv import Config, Geometry, ModelCache, RamConfig, SsdConfig
@@ -494,19 +494,54 @@ def churn() -> list[Row]:
     return [row("write amplification, steady churn", ssd_stats.write_amplification, "x", n=20, **more)]
 
 
-def main() -> None:
-    """Runs the sections, prints the table and writes `benches/out/ssd.json`."""
-    rows: list[Row] = []
-    OUT.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[1:] or ("engine", "blocks", "beside", "churn"):
-        print(f"bench: {name}", file=sys.stderr, flush=True)
-        try:
-            rows += {"engine": engine, "blocks": blocks, "beside": beside, "churn": churn}[name]()
-        except Exception as error:  # A section that breaks must not hide the others.
-            traceback.print_exc()
-            rows.append(row(f"{name}: failed, {type(error).__name__}", right=False, n=0))
-    finish("ssd", rows)
+def recovery() -> list[Row]:
+    """Opening what an earlier process left: 64 GiB of full segments, without their payloads; and one that was torn."""
+    work, size, per_tib = Blocks(2 * MIB), 64 * MIB, 16
+    head, tail = 64 << 10, 64 << 10  # Of the file, and of a segment: where its footer lies.
+    with tempfile.TemporaryDirectory(dir=OUT) as folder:
+        ssd = SsdConfig(path=Path(folder) / "ours", capacity_bytes="72GiB", policy="write_through", segment_bytes=size)
+        config = Config(ram=RamConfig(capacity_bytes="1GiB"), ssd=ssd)
+        with stratakv.open(config) as caches:
+            cache, punched = caches.register("bench", work.geometry), 0
+            path = next(ssd.path.glob("*.kv"))
+            while caches.status().ssd_file_bytes < 64 << 30:
+                for _ in range(8):
+                    work.prompts += 1
+                    for prompt, kv in zip(work.prompts, work.sources, strict=True):
+                        cache.put(prompt, kv, layout="LKHND")
+                caches.flush()
+                while head + (punched + 2) * size <= path.stat().st_size:
+                    hole = ["--offset", head + punched * size + 4096, "--length", size - 4096 - tail]
+                    subprocess.run(["fallocate", "--punch-hole", *map(str, hole), path], check=True)
+                    punched += 1
+            held = caches.stats().tiers["ssd"].blocks
+        ends = [(head + n * size, 4096) for n in range(path.stat().st_size // size)]
+        ends += [(at + size - tail, tail) for at, _ in ends]
+
+        def ours() -> tuple[float, int]:
+            started = time.perf_counter()
+            with stratakv.open(config) as caches:
+                caches.register("bench", work.geometry)
+                elapsed = time.perf_counter() - started
+                return elapsed * per_tib, caches.stats().tiers["ssd"].blocks
+
+        def plain() -> float:
+            page = mmap.mmap(-1, tail)
+            file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            started = time.perf_counter()
+            for at, length in ends:
+                os.preadv(file, [memoryview(page)[:length]], at)
+            elapsed = time.perf_counter() - started
+            os.close(file)
+            return elapsed * per_tib
+
+        taken = [(*ours(), plain()) for _ in range(REPEATS)]
+        right = None if all(blocks == held for _, blocks, _ in taken) else False
+    limit = "its headers and last 64 KiB, pread"
+    name = f"recovery, from {held} blocks of 2 MiB"
+    pairs = [(elapsed, bound) for elapsed, _, bound in taken]
+    return [paired(name, "s/TiB", pairs, limit, must="value <= 10", goal="value <= 2", right=right)]
 
 
 if __name__ == "__main__":
-    main()
+    run("ssd", engine, blocks, beside, churn, recovery)

@@ -15,6 +15,7 @@ mod epochs;
 pub(crate) mod io;
 pub(crate) mod queue;
 pub(crate) mod record;
+mod recover;
 mod uring;
 
 use crate::arena::Arena;
@@ -29,6 +30,7 @@ use record::{
     CALIBRATION_OFFSET, Calibration, Entry, Form, Id, ModelIdentity, PAGE, SEGMENTS_OFFSET, SegmentIdentity,
     SegmentLayout, StoreIdentity, Superblock,
 };
+pub(crate) use recover::Recovered;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -437,17 +439,6 @@ pub(crate) struct ModelFile {
     forms: Mutex<Vec<Arc<Layout>>>,
 }
 
-/// A segment as recovery found it.
-#[derive(Debug)]
-pub(crate) struct Recovered {
-    pub(crate) epoch: u64,
-    /// By the clock of then, in seconds since 1970; 0: not known.
-    pub(crate) opened_s: u64,
-    /// Whether it has a footer.
-    pub(crate) sealed: bool,
-    pub(crate) entries: Vec<Entry>,
-}
-
 impl ModelFile {
     fn new(
         file: Box<dyn IoFile>,
@@ -514,62 +505,12 @@ impl ModelFile {
         SEGMENTS_OFFSET + u64::from(segment) * self.layout.segment_bytes
     }
 
-    /// Reads what the file holds: one item per segment. `None` where none is valid: its disk blocks were given back.
-    pub(crate) fn recover(&self) -> Result<Vec<Option<Recovered>>> {
-        let failed = |e| Error::io(format!("cannot read {}", self.path.display()), e);
-        let segments = self.scan().map_err(failed)?.into_iter().zip(0..);
-        // Should that fail, it is a segment without blocks, which counts, and is reused in its turn.
-        let nothing = || Recovered { epoch: 0, opened_s: 0, sealed: true, entries: Vec::new() };
-        let or_given_back = |(found, index): (Option<_>, _)| found.or_else(|| self.punch(index).is_err().then(nothing));
-        Ok(segments.map(or_given_back).collect())
-    }
-
-    /// The same, and nothing is given back.
-    fn scan(&self) -> std::io::Result<Vec<Option<Recovered>>> {
-        let count = self.file.len()?.saturating_sub(SEGMENTS_OFFSET).div_ceil(self.layout.segment_bytes);
-        let bytes = (self.layout.footer_bytes() as usize).max(self.geometry.record_bytes());
-        let mut buffer = Buffer::new(bytes).map_err(std::io::Error::other)?;
-        // An unreadable segment is one that is lost, not a reason to refuse the others.
-        Ok((0..count as u32).map(|index| self.recover_segment(index, &mut buffer).ok().flatten()).collect())
-    }
-
     // Which life a segment is in; `None`: in none.
     fn epoch_of(&self, index: u32) -> std::io::Result<Option<u64>> {
         let mut page = Buffer::new(PAGE).map_err(std::io::Error::other)?;
         let length = self.file.read_at(&mut page, self.offset(index))?;
         let header = SegmentIdentity::read(&page[..length], self.uuid, self.fingerprint, u64::from(index));
         Ok(header.map(|(header, _)| header.epoch))
-    }
-
-    fn recover_segment(&self, index: u32, buffer: &mut [u8]) -> std::io::Result<Option<Recovered>> {
-        let read = |buffer: &mut [u8], offset: u64| self.file.read_at(buffer, self.offset(index) + offset);
-        let length = read(&mut buffer[..PAGE], 0)?;
-        let Some((header, opened_s)) =
-            SegmentIdentity::read(&buffer[..length], self.uuid, self.fingerprint, u64::from(index))
-        else {
-            return Ok(None);
-        };
-        let footer_bytes = self.layout.footer_bytes() as usize;
-        let length = read(&mut buffer[..footer_bytes], self.layout.footer_offset())?;
-        if let Some(entries) = record::read_footer(&buffer[..length], &header, &self.layout) {
-            return Ok(Some(Recovered { epoch: header.epoch, opened_s, sealed: true, entries }));
-        }
-        let mut entries = Vec::new();
-        let mut offset = SegmentLayout::RECORDS_OFFSET;
-        while offset < self.layout.footer_offset() {
-            let length = read(&mut buffer[..PAGE], offset)?;
-            let mut next = offset + PAGE as u64;
-            if let Some((_, form)) = record::read_record_head(&buffer[..length], &self.geometry, &header) {
-                let bytes = self.geometry.record_bytes_of(form.payload_bytes);
-                let length = read(&mut buffer[..bytes], offset)?;
-                if let Some((block, _)) = record::read_record(&buffer[..length], &self.geometry, &header) {
-                    entries.push(Entry { block, offset, bytes: bytes as u64 });
-                    next = offset + bytes as u64;
-                }
-            }
-            offset = next;
-        }
-        Ok(Some(Recovered { epoch: header.epoch, opened_s, sealed: false, entries }))
     }
 
     /// Reserves a segment on disk, if it is not yet, and writes its header.
