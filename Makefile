@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-engines prove check bench bench-peers accuracy wheel clean
+.PHONY: help setup demo test test-engines chaos prove check bench bench-peers accuracy wheel clean
 
 PYTHON ?= python3
 SUITE ?= main
@@ -48,6 +48,12 @@ test-engines: $(NATIVE) $(ENGINES) ## Run the tests against torch and transforme
 	@echo 'make: Python tests on real engines, and the demo on a tiny model'
 	$(BIN)/python -m pytest tests/engines
 	$(BIN)/stratakv demo --tiny
+
+chaos: SUITE := ssd
+chaos: export ROUNDS ?= 100
+chaos: $(NATIVE) ## Kill, damage, cut the power of and simulate what SUITE names (default: ssd); ROUNDS= of each, SEED= for one simulation.
+	cargo test --locked --release --test store -- --nocapture power simulat damage
+	$(BIN)/python -m pytest tests/chaos/test_$(SUITE).py
 
 prove: $(TOOLS) ## Check index and pool: all executions of the state word, random schedules of the whole, weak memory, data races; codecs on 64-bit ARM and on AVX-512; ROUNDS= for more.
 	@echo 'make: every execution (loom)'

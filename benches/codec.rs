@@ -165,6 +165,7 @@ fn fused(geometry: Geometry, memory: &mut Memory) {
             secret: None,
             threads: 1,
             index_bytes: None,
+            stepped: false,
         };
         let store = Store::open(options).expect("a store");
         let spec = ModelSpec { name: "m".into(), weights_version: String::new(), geometry, weight: 1 };

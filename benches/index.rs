@@ -259,6 +259,7 @@ impl Filled {
             secret: Some("bench".into()),
             threads: 1,
             index_bytes: None,
+            stepped: false,
         };
         let store = Arc::new(Store::open(options).expect("memory is to be had"));
         let spec = ModelSpec { name: "m".into(), weights_version: String::new(), geometry: GEOMETRY, weight: 1 };

@@ -165,7 +165,7 @@ mod tests {
         });
         let done = AtomicUsize::new(0);
         for _ in 0..2 * OFFERS {
-            let local = vec![1; 8];
+            let local = [1; 8];
             workers.each(2, |n| {
                 done.fetch_add(local[n], Ordering::Relaxed);
             });

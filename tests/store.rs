@@ -13,6 +13,10 @@ mod engines;
 mod kv;
 #[path = "store/power.rs"]
 mod power;
+#[path = "store/rig.rs"]
+mod rig;
+#[path = "store/simulation.rs"]
+mod simulation;
 
 use kv::*;
 use proptest::prelude::*;

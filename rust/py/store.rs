@@ -44,7 +44,8 @@ impl Store {
             tier =
                 Some(SsdOptions { path, capacity_bytes, segment_bytes, engine: Engine::parse(&engine).or_raise(py)? });
         }
-        let options = Options { ram_capacity_bytes, eviction, ssd: tier, policy, secret, threads, index_bytes };
+        let options =
+            Options { ram_capacity_bytes, eviction, ssd: tier, policy, secret, threads, index_bytes, stepped: false };
         let store = py.detach(|| crate::Store::open(options)).or_raise(py)?;
         Ok(Self { store: Arc::new(store) })
     }

@@ -290,6 +290,10 @@ impl Ssd {
             }
         }
         mend(file.as_ref(), 0, &mut pages, |page| identity.write(page)).map_err(failed)?;
+        // A copy may have filled what is a hole between calibration and segments. Where it stays filled, nothing else is
+        // wrong than a few pages in the books.
+        let hole = CALIBRATION_OFFSET + 2 * PAGE as u64;
+        let _ = (length > 0).then(|| file.punch(hole, SEGMENTS_OFFSET - hole));
         Ok(ModelFile::new(file, path, self.uuid, fingerprint, geometry, identity.layout))
     }
 

@@ -19,7 +19,7 @@ use crate::pool::Slot;
 use crate::ssd::record::{Entry, PAGE, RecordIdentity};
 use crate::ssd::{ModelFile, Phase, Place, Segment};
 use crate::stats::Tier;
-use crate::sync::Arc;
+use crate::sync::{Arc, Guard};
 use std::time::{Duration, Instant};
 
 /// A run is at most this long, unless one record is longer.
@@ -65,6 +65,17 @@ impl Run {
     }
 }
 
+/// What demotion does after a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// The next one.
+    Busy,
+    /// Nothing, for a while.
+    Nap,
+    /// Nothing, until there is work.
+    Rest,
+}
+
 /// What the demotion thread does next for a model.
 enum Next {
     Write(Run),
@@ -104,62 +115,70 @@ impl Shared {
     fn demote_until_closed(&self) {
         let mut state = self.state.lock();
         while !state.closed {
-            state.catch_up(&self.touched);
-            if state.shrink_one() {
-                // Requests come first.
-                drop(state);
-                state = self.state.lock();
-                continue;
-            }
-            if let Some(since) = state.ssd_read_only.as_ref().map(|(_, since)| *since) {
-                self.idle.notify_all();
-                if since.elapsed() < RETRY {
-                    state = self.work.wait_timeout(state, RETRY);
-                    continue;
-                }
-                state.ssd_read_only = None;
-            }
-            let Some(model) = state.model_to_demote() else {
-                self.idle.notify_all();
-                // What is still held today may be free later, and nobody calls for that.
-                let shrinking = state.models.values().any(|m| state.ram.pool.over_budget(&m.holding));
-                state = if shrinking { self.work.wait_timeout(state, RETRY) } else { self.work.wait(state) };
-                continue;
+            let (then, pace) = self.step(state);
+            state = match pace {
+                Pace::Busy => then,
+                Pace::Nap => self.work.wait_timeout(then, RETRY),
+                Pace::Rest => self.work.wait(then),
             };
-            match self.next(&mut state, model) {
-                Next::Write(run) => {
-                    state.writing = Some(run.writing());
-                    drop(state);
-                    let outcome = match self.write(&run) {
-                        Ok((records, encode_ns)) => Outcome::Written { records, encode_ns },
-                        // What a failed opening has reserved goes back, so that the books agree with the disk.
-                        Err(error) => {
-                            let vacant = run.opening && run.file.punch(run.place.segment).is_ok();
-                            Outcome::Failed { error, vacant }
-                        }
-                    };
-                    state = self.state.lock();
-                    commit(&mut state, run, outcome);
-                }
-                Next::MakeRoom(leaver) => {
-                    drop(state);
-                    let made = self.give_way(&leaver);
-                    state = self.state.lock();
-                    if let Err(error) = made {
-                        fail(&mut state, model, &error);
-                    }
-                }
-                Next::Promote(rescue) => {
-                    drop(state);
-                    self.promote(rescue);
-                    state = self.state.lock();
-                }
-                Next::Skip => {}
-            }
-            if state.flushing > 0 {
-                self.idle.notify_all();
-            }
         }
+    }
+
+    /// One step of demotion: at most one run is written, one promotion done or one leaver given back.
+    pub(super) fn step<'a>(&'a self, mut state: Guard<'a, State>) -> (Guard<'a, State>, Pace) {
+        state.catch_up(&self.touched);
+        if state.shrink_one() {
+            // Requests come first.
+            drop(state);
+            return (self.state.lock(), Pace::Busy);
+        }
+        if let Some(since) = state.ssd_read_only.as_ref().map(|(_, since)| *since) {
+            self.idle.notify_all();
+            if since.elapsed() < RETRY {
+                return (state, Pace::Nap);
+            }
+            state.ssd_read_only = None;
+        }
+        let Some(model) = state.model_to_demote() else {
+            self.idle.notify_all();
+            // What is still held today may be free later, and nobody calls for that.
+            let shrinking = state.models.values().any(|m| state.ram.pool.over_budget(&m.holding));
+            return (state, if shrinking { Pace::Nap } else { Pace::Rest });
+        };
+        match self.next(&mut state, model) {
+            Next::Write(run) => {
+                state.writing = Some(run.writing());
+                drop(state);
+                let outcome = match self.write(&run) {
+                    Ok((records, encode_ns)) => Outcome::Written { records, encode_ns },
+                    // What a failed opening has reserved goes back, so that the books agree with the disk.
+                    Err(error) => {
+                        let vacant = run.opening && run.file.punch(run.place.segment).is_ok();
+                        Outcome::Failed { error, vacant }
+                    }
+                };
+                state = self.state.lock();
+                commit(&mut state, run, outcome);
+            }
+            Next::MakeRoom(leaver) => {
+                drop(state);
+                let made = self.give_way(&leaver);
+                state = self.state.lock();
+                if let Err(error) = made {
+                    fail(&mut state, model, &error);
+                }
+            }
+            Next::Promote(rescue) => {
+                drop(state);
+                self.promote(rescue);
+                state = self.state.lock();
+            }
+            Next::Skip => {}
+        }
+        if state.flushing > 0 {
+            self.idle.notify_all();
+        }
+        (state, Pace::Busy)
     }
 
     fn next(&self, state: &mut State, model: u32) -> Next {

@@ -48,6 +48,7 @@ use crate::stats::{Counts, Snapshot};
 use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
 use crate::trie::Trie;
 use crate::workers::Workers;
+use demote::Pace;
 use lease::Touched;
 use model::Matches;
 use namespace::Epochs;
@@ -102,6 +103,9 @@ pub struct Options {
     pub threads: usize,
     /// Memory that the index may take; it is used as blocks come. `None`: enough for blocks of 16 KiB in all tiers.
     pub index_bytes: Option<u64>,
+    /// Demotion has no thread: it happens in [`Store::step`], [`Store::flush`] and [`Store::close`] alone, where they are
+    /// called. For simulations, which so take the same course every time.
+    pub stepped: bool,
 }
 
 /// The index has room for blocks of this size in every tier, unless it is told otherwise.
@@ -136,6 +140,8 @@ struct Shared {
 pub struct Store {
     shared: Arc<Shared>,
     demoter: Mutex<Option<JoinHandle<()>>>,
+    /// It has no such thread.
+    stepped: bool,
 }
 
 impl Store {
@@ -198,12 +204,22 @@ impl Store {
             pid: std::process::id(),
         });
         let thread = std::thread::Builder::new().name("stratakv-demote".into());
-        let demoter = thread.spawn({
+        let begin = || {
             let shared = shared.clone();
-            move || shared.demote()
-        });
-        let demoter = demoter.map_err(|e| Error::io("cannot start the demotion thread", e))?;
-        Ok(Self { shared, demoter: Mutex::new(Some(demoter)) })
+            thread.spawn(move || shared.demote()).map_err(|e| Error::io("cannot start the demotion thread", e))
+        };
+        let demoter = (!options.stepped).then(begin).transpose()?;
+        Ok(Self { shared, demoter: Mutex::new(demoter), stepped: options.stepped })
+    }
+
+    /// Demotes as much as is done between two looks at what was asked for; whether there was anything to do. For a store
+    /// whose demotion has no thread.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn step(&self) -> Result<bool> {
+        let (_state, pace) = self.shared.step(self.shared.open_state()?);
+        Ok(pace == Pace::Busy)
     }
 
     /// Registers a model and recovers what its file holds.
@@ -383,7 +399,14 @@ impl Store {
         self.shared.work.notify_all();
         let last_ticket = state.last_ticket;
         while !state.closed && state.ssd_read_only.is_none() && state.demoting(last_ticket) {
-            state = self.shared.idle.wait(state);
+            if !self.stepped {
+                state = self.shared.idle.wait(state);
+                continue;
+            }
+            let (then, pace) = self.shared.step(state);
+            state = then;
+            let done = pace == Pace::Busy || state.ssd_read_only.is_some() || !state.demoting(last_ticket);
+            assert!(done, "blocks wait to be written, and nothing is done for them");
         }
         state.flushing -= 1;
         let (failed, left) = (

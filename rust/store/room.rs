@@ -59,6 +59,11 @@ impl State {
         if below_share && let Some(leaver) = self.absent_file(over).or_else(|| others(self)) {
             return Room::After(leaver);
         }
+        // More is counted than there may be, since a disk did not take back what was empty when the store was opened: to
+        // fill that would pass the cap.
+        if self.ssd_file_bytes() > self.ssd_capacity_bytes {
+            return self.segment_of_any(vec![model]).map_or(Room::Nowhere, Room::After);
+        }
         if let Some(index) = self.oldest_segment(model) {
             if let Some(rescue) = self.rescue(model, index) {
                 return Room::Rescue(rescue);

@@ -3,7 +3,6 @@
 use crate::kv::*;
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use stratakv::{ErrorKind, Store};
 
@@ -13,15 +12,6 @@ type Files = BTreeMap<String, Vec<u8>>;
 fn read_files(directory: &Path) -> Files {
     let entries = fs::read_dir(directory).expect("the directory is there").map(|entry| entry.expect("it is readable"));
     entries.map(|e| (e.file_name().into_string().expect("a name"), fs::read(e.path()).expect("bytes"))).collect()
-}
-
-// Zero pages stay holes, as the store left them.
-fn write_sparse(path: &Path, bytes: &[u8]) {
-    let file = fs::File::create(path).expect("it is writable");
-    file.set_len(bytes.len() as u64).expect("it is writable");
-    for (n, page) in bytes.chunks(4096).enumerate().filter(|(_, page)| page.iter().any(|&byte| byte != 0)) {
-        file.write_all_at(page, n as u64 * 4096).expect("it is writable");
-    }
 }
 
 fn damage(files: &mut Files, earlier: &Files, dice: &mut Dice) {

@@ -2,124 +2,13 @@
 //! be stored again.
 
 use crate::kv::*;
+use crate::rig::*;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, RwLock, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
 use std::time::Duration;
-use std::{fmt, io, thread};
-use stratakv::{Access, ErrorKind, FileIo, Io, IoFile, Model, Store};
-
-/// A call of the file system.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Call {
-    Open,
-    Remove,
-    Replace,
-    Read,
-    Write,
-    Allocate,
-    Punch,
-    Sync,
-}
-
-/// What goes wrong with it: an error number, or fewer bytes than asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fault {
-    Errno(i32),
-    Short,
-}
-
-const EIO: Fault = Fault::Errno(5);
-const ENOSPC: Fault = Fault::Errno(28);
-
-type Rule = Arc<dyn Fn(Call) -> Option<Fault> + Send + Sync>;
-
-/// The real file system, but for what a rule says.
-#[derive(Clone, Default)]
-struct Rig(Arc<RwLock<Option<Rule>>>);
-
-impl fmt::Debug for Rig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Rig")
-    }
-}
-
-impl Rig {
-    fn set(&self, rule: Option<Rule>) {
-        *self.0.write().expect("no rule panics") = rule;
-    }
-
-    fn fault(&self, call: Call) -> Option<Fault> {
-        let rule = self.0.read().expect("no rule panics").clone();
-        rule.and_then(|rule| rule(call))
-    }
-
-    fn check(&self, call: Call) -> io::Result<()> {
-        match self.fault(call) {
-            Some(Fault::Errno(number)) => Err(io::Error::from_raw_os_error(number)),
-            _ => Ok(()),
-        }
-    }
-}
-
-impl Io for Rig {
-    fn open(&self, path: &Path, access: Access) -> io::Result<Box<dyn IoFile>> {
-        self.check(Call::Open)?;
-        Ok(Box::new(Rigged { file: FileIo::default().open(path, access)?, rig: self.clone() }))
-    }
-    fn remove(&self, path: &Path) -> io::Result<()> {
-        self.check(Call::Remove)?;
-        FileIo::default().remove(path)
-    }
-    fn replace(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.check(Call::Replace)?;
-        FileIo::default().replace(from, to)
-    }
-}
-
-#[derive(Debug)]
-struct Rigged {
-    file: Box<dyn IoFile>,
-    rig: Rig,
-}
-
-impl IoFile for Rigged {
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        match self.rig.fault(Call::Read) {
-            Some(Fault::Errno(number)) => Err(io::Error::from_raw_os_error(number)),
-            Some(Fault::Short) => {
-                let half = buffer.len() / 2 / 4096 * 4096;
-                self.file.read_at(&mut buffer[..half], offset)
-            }
-            None => self.file.read_at(buffer, offset),
-        }
-    }
-    fn write_at(&self, parts: &[&[u8]], offset: u64) -> io::Result<()> {
-        self.rig.check(Call::Write)?;
-        self.file.write_at(parts, offset)
-    }
-    fn allocate(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        self.rig.check(Call::Allocate)?;
-        self.file.allocate(offset, bytes)
-    }
-    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        self.rig.check(Call::Punch)?;
-        self.file.punch(offset, bytes)
-    }
-    fn sync(&self) -> io::Result<()> {
-        self.rig.check(Call::Sync)?;
-        self.file.sync()
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.file.len()
-    }
-    fn allocated(&self) -> io::Result<u64> {
-        self.file.allocated()
-    }
-    fn direct(&self) -> bool {
-        self.file.direct()
-    }
-}
+use stratakv::{ErrorKind, Model, Store};
 
 #[test]
 fn a_failing_disk_costs_hits_and_is_reported_and_nothing_else() {
@@ -374,6 +263,32 @@ fn the_cap_holds_though_giving_room_back_fails_in_the_midst() {
         store.flush().expect(&case);
         assert!(disk_bytes(directory.path()) <= cap, "{case}");
     }
+}
+
+#[test]
+fn the_cap_holds_though_what_was_empty_could_not_be_given_back_when_the_store_was_opened() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = open(directory.path(), 2 * MIB, MIB);
+    let model = register(&store, "m", FINE);
+    put(&store, &model, &sequence(0, 100, &FINE));
+    store.flush().expect("the disk is well");
+    // Half of the segments of the one go to the other.
+    put(&store, &register(&store, "n", FINE), &sequence(0, 60, &FINE));
+    store.close().expect("the disk is well");
+    let (rig, store) = rigged(directory.path(), MIB);
+    rig.set(Some(Arc::new(|call| (call == Call::Punch).then_some(EIO))));
+    let (model, other) = (register(&store, "m", FINE), register(&store, "n", FINE));
+    assert!(store.snapshot().ssd_file_bytes > MIB, "what cannot be given back counts");
+    for seed in 1..8 {
+        put(&store, &model, &sequence(seed, 20, &FINE));
+        put(&store, &other, &sequence(seed, 20, &FINE));
+        drop(store.flush());
+        assert!(disk_bytes(directory.path()) <= MIB, "{} bytes", disk_bytes(directory.path()));
+        if seed == 3 {
+            rig.set(None);
+        }
+    }
+    assert!(store.snapshot().ssd_file_bytes <= MIB);
 }
 
 #[test]

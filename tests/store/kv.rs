@@ -1,9 +1,10 @@
 //! What the tests of the store share: shapes, contents that tell where they belong, and calls that check them.
 
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
-use std::{fs, os::unix::fs::MetadataExt as _, thread};
+use std::{fs, thread};
 use stratakv::evict::Kind;
 use stratakv::{
     Dtype, Engine, Geometry, KvView, Lease, Model, ModelSpec, Options, PlaneView, SsdOptions, Store, WritePolicy,
@@ -34,6 +35,7 @@ pub(crate) fn mix(word: u64) -> u64 {
 }
 
 /// Reproducible chance.
+#[derive(Debug)]
 pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
@@ -117,6 +119,7 @@ pub(crate) fn options(directory: Option<&Path>, ram: u64, cap: u64) -> Options {
         secret: None,
         threads: 2,
         index_bytes: None,
+        stepped: false,
     }
 }
 
@@ -176,4 +179,13 @@ pub(crate) fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
     let ended = end.recv_timeout(Duration::from_secs(60));
     assert!(ended != Err(mpsc::RecvTimeoutError::Timeout), "no answer within a minute");
     worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Writes a file in which zero pages are holes, as a store leaves them.
+pub(crate) fn write_sparse(path: &Path, bytes: &[u8]) {
+    let file = fs::File::create(path).expect("it is writable");
+    file.set_len(bytes.len() as u64).expect("it is writable");
+    for (n, page) in bytes.chunks(4096).enumerate().filter(|(_, page)| page.iter().any(|&byte| byte != 0)) {
+        file.write_all_at(page, n as u64 * 4096).expect("it is writable");
+    }
 }
