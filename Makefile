@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-engines chaos prove check bench bench-peers accuracy wheel clean
+.PHONY: help setup demo test test-engines chaos fuzz prove check bench bench-peers accuracy wheel clean
 
 PYTHON ?= python3
 SUITE ?= main
@@ -54,6 +54,15 @@ chaos: export ROUNDS ?= 100
 chaos: $(NATIVE) ## Kill, damage, cut the power of and simulate what SUITE names (default: ssd); ROUNDS= of each, SEED= for one simulation.
 	cargo test --locked --release --test store -- --nocapture power simulat damage
 	$(BIN)/python -m pytest tests/chaos/test_$(SUITE).py
+
+FUZZED := structures record directory
+# Threads that end behind a call look like leaks.
+fuzz: ## Give what is read from disk inputs that nobody trusts, for FUZZ_S= seconds each (default: 30).
+	@if command -v cargo-fuzz >/dev/null && cargo +nightly --version >/dev/null 2>&1; then \
+	  export CARGO_TARGET_DIR='$(PROOFS)/fuzz' TMPDIR=$$(test -w /dev/shm && echo /dev/shm || echo /tmp); \
+	  for target in $(FUZZED); do set -x; cargo +nightly fuzz run "$$target" -- \
+	    -max_total_time=$(or $(FUZZ_S),30) -max_len=4096 -detect_leaks=0 -verbosity=0 -print_final_stats=1; { set +x; } 2>/dev/null; done; \
+	  else echo 'make: skipped fuzzing: not installed (cargo install --locked cargo-fuzz; rustup toolchain install nightly)'; fi
 
 prove: $(TOOLS) ## Check index and pool: all executions of the state word, random schedules of the whole, weak memory, data races; codecs on 64-bit ARM and on AVX-512; ROUNDS= for more.
 	@echo 'make: every execution (loom)'

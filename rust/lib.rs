@@ -14,6 +14,8 @@ mod copy;
 mod error;
 pub mod evict;
 mod fused;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod pool;
 mod ram;
 mod ssd;

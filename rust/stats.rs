@@ -42,11 +42,14 @@ pub enum Miss {
     Dropped,
     /// The model was unregistered, or the store closed, while the match was held.
     Closed,
+    /// Reading it takes longer than computing it.
+    NotWorthIt,
 }
 
 impl Miss {
     /// All reasons.
-    pub const ALL: [Self; 6] = [Self::NeverStored, Self::Evicted, Self::Corrupt, Self::Io, Self::Dropped, Self::Closed];
+    pub const ALL: [Self; 7] =
+        [Self::NeverStored, Self::Evicted, Self::Corrupt, Self::Io, Self::Dropped, Self::Closed, Self::NotWorthIt];
 
     /// The name used in statistics and explanations.
     pub fn name(self) -> &'static str {
@@ -57,6 +60,7 @@ impl Miss {
             Self::Io => "io_error",
             Self::Dropped => "dropped",
             Self::Closed => "closed",
+            Self::NotWorthIt => "not_worth_it",
         }
     }
 }
@@ -135,6 +139,8 @@ pub struct Counts {
     pub corrupt: u64,
     /// Reads and writes of the SSD that failed.
     pub io_errors: u64,
+    /// Loads that ended where reading on takes longer than computing.
+    pub not_worth_it: u64,
     /// Per tier, in the order of [`Tier::ALL`].
     pub tiers: [TierCounts; 2],
 }
@@ -172,6 +178,7 @@ impl Counts {
         self.promoted += other.promoted;
         self.corrupt += other.corrupt;
         self.io_errors += other.io_errors;
+        self.not_worth_it += other.not_worth_it;
         for (mine, theirs) in self.tiers.iter_mut().zip(&other.tiers) {
             mine.asked += theirs.asked;
             mine.hit += theirs.hit;

@@ -6,6 +6,7 @@ A match is leased until it is released: what it found stays. A cache problem nev
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ from typing import Any
 from stratakv import _native
 from stratakv.config import Codec, Geometry, parse_bytes
 from stratakv.errors import ClosedError, InputError
+
+_log = logging.getLogger(__name__)
 
 # As in the native half.
 MAX_PRIORITY = 10
@@ -102,6 +105,7 @@ class Stats:
         promoted_blocks: blocks copied up from SSD to RAM.
         corrupt_blocks: records that failed their checks.
         io_errors: reads and writes of the SSD that failed.
+        not_worth_it_loads: loads that ended where reading on takes longer than computing.
         tiers: per tier, by name.
     """
 
@@ -122,6 +126,7 @@ class Stats:
     promoted_blocks: int
     corrupt_blocks: int
     io_errors: int
+    not_worth_it_loads: int
     tiers: Mapping[str, TierStats]
 
     @property
@@ -171,8 +176,8 @@ class Explanation:
         matched_tokens: leading tokens found, whole blocks only.
         loaded_tokens: tokens valid after the last load; ``None`` before one.
         blocks: the tier of each block: after a load where it was read from, before it where it was found.
-        reason: why no more, as ``never_stored``, ``evicted``, ``corrupt``, ``io_error``, ``dropped`` or ``closed``;
-            ``None`` when every whole block was found and loaded.
+        reason: why no more, as ``never_stored``, ``evicted``, ``corrupt``, ``io_error``, ``dropped``, ``closed``
+            or ``not_worth_it``; ``None`` when every whole block was found and loaded.
     """
 
     asked_tokens: int
@@ -224,12 +229,13 @@ class Behind:
 class Match:
     """The longest cached prefix of some tokens, leased until exit or `release`."""
 
-    __slots__ = ("_behind", "_lease", "_loaded")
+    __slots__ = ("_behind", "_lease", "_loaded", "_tell")
 
-    def __init__(self, lease: _native.Lease, behind: Behind) -> None:
-        """Wraps a native lease, and what does things behind; `ModelCache.match` makes matches."""
+    def __init__(self, lease: _native.Lease, behind: Behind, tell: Callable[[], None]) -> None:
+        """Wraps a native lease; `behind` does what may wait, `tell` is called where the SSD is slow."""
         self._lease = lease
         self._behind = behind
+        self._tell = tell
         self._loaded: tuple[int, list[str], str | None] | None = None
 
     @property
@@ -255,6 +261,8 @@ class Match:
             ClosedError: the match was released.
         """
         self._loaded = self._lease.load(kv, layout, batch, pages)
+        if self._loaded[2] == "not_worth_it":
+            self._tell()
         return self._loaded[0]
 
     def prefetch(self) -> Future[int]:
@@ -322,7 +330,7 @@ class Match:
 class ModelCache:
     """The cached prefixes of one model."""
 
-    __slots__ = ("_behind", "_manager", "_model", "geometry", "name")
+    __slots__ = ("_behind", "_manager", "_model", "_said", "geometry", "name")
 
     def __init__(
         self,
@@ -336,6 +344,7 @@ class ModelCache:
         self._manager = manager
         self._behind = behind
         self._model = model
+        self._said = False
         self.name = name
         self.geometry = geometry
 
@@ -355,7 +364,7 @@ class ModelCache:
             InputError: the tokens are no 1-d sequence of non-negative integers.
             ClosedError: the store is closed.
         """
-        return Match(self._model.match_prefix(tokens, adapter, tenant), self._behind)
+        return Match(self._model.match_prefix(tokens, adapter, tenant), self._behind, self._say_that_ssd_is_slow)
 
     def sequence(
         self,
@@ -446,6 +455,32 @@ class ModelCache:
             ClosedError: the store is closed.
         """
         self._model.set_ram_budget(None if budget is None else parse_bytes(budget, "budget"))
+
+    def set_prefill_rate(self, tokens_per_s: float | None) -> None:
+        """Tells how fast the engine computes this model's prompts, so that no load takes longer than computing.
+
+        What the SSD delivers is learned from each load. Where reading on would take longer than computing the same
+        tokens, a load ends with the reason ``not_worth_it``; one of sixteen such loads is made all the same, to see
+        whether the disk has recovered. What is in RAM is loaded in any case.
+
+        Args:
+            tokens_per_s: prompt tokens computed a second; ``None``: not known, and all that is found is loaded.
+
+        Raises:
+            InputError: the rate is not above zero.
+            ModelNotFoundError: the model is not registered.
+            ClosedError: the store is closed.
+        """
+        self._model.set_prefill_rate(tokens_per_s)
+        self._said = False
+
+    def _say_that_ssd_is_slow(self) -> None:
+        """Says so in the log, once for each rate that was set."""
+        if not self._said:
+            self._said = True
+            ssd = self._manager.model_stats(self.name).tiers["ssd"]
+            rate = ssd.read_bytes / ssd.read_s / 1e6 if ssd.read_s else 0.0
+            _log.warning("model %r is computed where the SSD takes longer: it delivers %.4g MB/s", self.name, rate)
 
     def set_ram_codec(self, codec: Codec | str | Mapping[str, Any]) -> None:
         """Encodes blocks when they are put, from now on; as such they go to SSD, too. See `set_cold_codec`.

@@ -138,6 +138,7 @@ fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyD
         ("promoted_blocks", counts.promoted),
         ("corrupt_blocks", counts.corrupt),
         ("io_errors", counts.io_errors),
+        ("not_worth_it_loads", counts.not_worth_it),
     ];
     for (name, value) in fields {
         out.set_item(name, value)?;
@@ -230,6 +231,11 @@ impl Model {
     /// Limits the model's bytes in RAM, or no longer.
     fn set_ram_budget(&self, py: Python<'_>, budget_bytes: Option<u64>) -> PyResult<()> {
         py.detach(|| self.store.set_ram_budget(&self.model, budget_bytes)).or_raise(py)
+    }
+
+    /// Tells how fast the engine computes, in tokens a second.
+    fn set_prefill_rate(&self, py: Python<'_>, tokens_per_s: Option<f64>) -> PyResult<()> {
+        py.detach(|| self.store.set_prefill_rate(&self.model, tokens_per_s)).or_raise(py)
     }
 
     /// Encodes what is put, or what goes to SSD, from now on.

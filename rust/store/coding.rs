@@ -98,7 +98,7 @@ impl Store {
 }
 
 impl Shared {
-    fn not_registered(model: &Model) -> Error {
+    pub(super) fn not_registered(model: &Model) -> Error {
         Error::new(ErrorKind::ModelNotFound, format!("model {:?} is not registered", model.spec.name))
     }
 }

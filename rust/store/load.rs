@@ -116,7 +116,12 @@ impl Lease {
         let held = state.nodes.lease(&held).to_vec();
         let lost = self.forgotten().unwrap_or(Miss::Evicted);
         let mut sources = Vec::with_capacity(matched.len());
-        for &id in &held {
+        let worthwhile = state.worthwhile(self.model.id, &held);
+        for (n, &id) in held.iter().enumerate() {
+            if n >= worthwhile {
+                sources.push(Source::Gone(Miss::NotWorthIt));
+                continue;
+            }
             let node = &state.nodes[id];
             let source = match (node.ram, node.ssd) {
                 (Some(slot), _) => Source::Ram(slot, node.layout.clone()),
@@ -248,8 +253,13 @@ impl Lease {
         ssd.decode_ns += load(&spent.ssd_decode_ns);
         ssd.read_ns += load(&spent.read_ns);
         ssd.read_bytes += load(&spent.read_bytes);
+        if let Some(books) = state.models.get_mut(&model) {
+            books.read_rate.note(load(&spent.read_bytes), load(&spent.read_ns));
+        }
         let places = results[..good].iter().flatten().map(|(tier, _)| *tier).collect();
-        LoadOutcome { tokens, places, miss: results.get(good).and_then(|r| r.as_ref().err().copied()) }
+        let miss = results.get(good).and_then(|r| r.as_ref().err().copied());
+        state.counts(model).not_worth_it += u64::from(miss == Some(Miss::NotWorthIt));
+        LoadOutcome { tokens, places, miss }
     }
 }
 

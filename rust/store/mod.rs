@@ -25,6 +25,7 @@ mod room;
 mod sequence;
 mod state;
 mod view;
+mod worth;
 mod write;
 
 pub use lease::Lease;
@@ -55,6 +56,7 @@ use namespace::Epochs;
 use state::{FILE_HEAD_BYTES, ModelState, State};
 use std::collections::{BTreeMap, VecDeque};
 use std::thread::JoinHandle;
+use worth::ReadRate;
 
 /// When blocks are written to SSD.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -270,6 +272,8 @@ impl Store {
                 cold: None,
                 bounds: None,
                 dirty: VecDeque::new(),
+                read_rate: ReadRate::default(),
+                computed_s: None,
                 dirty_blocks: 0,
             },
         );

@@ -7,6 +7,7 @@
 use super::lease::Touched;
 use super::model::Matches;
 use super::nodes::{Node, NodeId, Nodes};
+use super::worth::ReadRate;
 use super::{Options, WritePolicy};
 use crate::block::{BlockHash, Geometry};
 use crate::codec::Layout;
@@ -42,6 +43,9 @@ pub(crate) struct ModelState {
     /// Blocks put and not yet on SSD, by rising ticket. An entry may be outdated; its node's `queued` tells.
     pub(crate) dirty: VecDeque<(u64, BlockHash)>,
     pub(crate) dirty_blocks: u64,
+    /// How fast its records are read, and how long computing a block takes, as far as that is known.
+    pub(crate) read_rate: ReadRate,
+    pub(crate) computed_s: Option<f64>,
 }
 
 impl ModelState {
