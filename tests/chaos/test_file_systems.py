@@ -1,4 +1,4 @@
-"""Real file systems that are full or read-only: the SSD tier says so, serving goes on, and so does writing afterwards."""
+"""Real file systems that are full or read-only: the SSD tier says so, serving goes on, and writing comes back."""
 
 from __future__ import annotations
 
