@@ -59,7 +59,7 @@ FUZZED := structures record directory
 # Threads that end behind a call look like leaks.
 fuzz: ## Give what is read from disk inputs that nobody trusts, for FUZZ_S= seconds each (default: 30).
 	@if command -v cargo-fuzz >/dev/null && cargo +nightly --version >/dev/null 2>&1; then \
-	  export CARGO_TARGET_DIR='$(PROOFS)/fuzz' TMPDIR=$$(test -w /dev/shm && echo /dev/shm || echo /tmp); \
+	  export CARGO_TARGET_DIR='$(PROOFS)/fuzz' TMPDIR=$$(mktemp -d -p "$$(test -w /dev/shm && echo /dev/shm || echo /tmp)"); trap 'rm -rf "$$TMPDIR"' EXIT; \
 	  for target in $(FUZZED); do set -x; cargo +nightly fuzz run "$$target" -- \
 	    -max_total_time=$(or $(FUZZ_S),30) -max_len=4096 -detect_leaks=0 -verbosity=0 -print_final_stats=1; { set +x; } 2>/dev/null; done; \
 	  else echo 'make: skipped fuzzing: not installed (cargo install --locked cargo-fuzz; rustup toolchain install nightly)'; fi

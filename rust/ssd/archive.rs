@@ -12,6 +12,9 @@ use crate::error::{Error, ErrorKind, Result};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+/// A superblock that claims longer segments is damaged.
+const MOST_SEGMENT_BYTES: u64 = 1 << 40;
+
 /// What lies in a directory.
 #[derive(Debug)]
 pub struct Archive {
@@ -122,6 +125,7 @@ impl ArchivedModel {
         let Some(geometry) = Geometry::of_words(identity.geometry) else { return Ok(None) };
         let (file_bytes, all) = (file.allocated()?, file.len()?);
         let plausible = layout.segment_bytes.is_multiple_of(PAGE as u64)
+            && layout.segment_bytes <= MOST_SEGMENT_BYTES
             && layout.room_for(geometry.record_bytes()) > 0
             && all <= SEGMENTS_OFFSET + MAX_SEGMENTS * layout.segment_bytes;
         if identity.uuid != uuid || !plausible {
@@ -214,5 +218,39 @@ impl ArchivedModel {
             verified.bad.clear();
         }
         Ok(verified)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::Dtype;
+    use crate::ssd::io::FileIo;
+    use crate::ssd::record::{SegmentIdentity, SegmentLayout};
+
+    #[test]
+    fn segments_that_claim_to_be_longer_than_their_file_end_with_it() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let geometry =
+            Geometry { layers: 1, planes: 2, kv_heads: 1, head_dim: 16, dtype: Dtype::Fp16, block_tokens: 8 };
+        let (uuid, fingerprint) = ([1; 16], [2; 16]);
+        let mut page = vec![0; PAGE];
+        StoreIdentity { uuid, secret_check: [3; 16] }.write(&mut page);
+        std::fs::write(directory.path().join("store"), &page).expect("writable");
+        for (segment_bytes, damaged) in
+            [(1 << 40, false), (1 << 62, true), (u64::MAX - 4095, true), (7, true), (0, true)]
+        {
+            let mut bytes = vec![0; SEGMENTS_OFFSET as usize + 16 * PAGE];
+            let layout = SegmentLayout { segment_bytes, max_records: 100 };
+            let (model, weights_version) = ("m".into(), String::new());
+            ModelIdentity { uuid, fingerprint, geometry: geometry.words(), layout, model, weights_version }
+                .write(&mut bytes[..PAGE]);
+            let header = SegmentIdentity { uuid, fingerprint, epoch: 1 };
+            header.write(0, 0, &mut bytes[SEGMENTS_OFFSET as usize..][..PAGE]);
+            std::fs::write(directory.path().join("02".repeat(16) + ".kv"), &bytes).expect("writable");
+            let archive = Archive::open(directory.path(), &FileIo::default()).expect("it is a store");
+            assert_eq!((archive.models.len(), archive.damaged.len()), (usize::from(!damaged), usize::from(damaged)));
+            assert!(archive.models.iter().all(|model| model.blocks == 0));
+        }
     }
 }

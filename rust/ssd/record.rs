@@ -395,6 +395,9 @@ pub(crate) fn read_record_head(
     segment: &SegmentIdentity,
 ) -> Option<(RecordIdentity, Form)> {
     let (head, _) = RecordHead::read_from_prefix(bytes).ok()?;
+    if head.magic != RECORD_MAGIC {
+        return None;
+    }
     let whole = head.head_checksum.get() == crc(&head.as_bytes()[..RECORD_HEADER_BYTES - 8]);
     let payload_bytes = usize::try_from(head.payload_bytes.get()).ok()?;
     let scheme = match Codec::of_id(head.codec.get())? {
@@ -409,8 +412,7 @@ pub(crate) fn read_record_head(
     };
     // An encoded payload is shorter: otherwise it is not encoded.
     let plain = geometry.block_bytes();
-    let ours = head.magic == RECORD_MAGIC
-        && head.version.get() == FORMAT_VERSION
+    let ours = head.version.get() == FORMAT_VERSION
         && (if scheme.is_some() { payload_bytes < plain } else { payload_bytes == plain })
         && head.uuid == segment.uuid
         && head.fingerprint == segment.fingerprint

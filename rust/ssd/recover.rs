@@ -109,13 +109,18 @@ impl ModelFile {
             None => buffer.insert(Buffer::new(WALK_BYTES.max(2 * record_bytes)).map_err(io::Error::other)?),
         };
         let (mut entries, mut window, mut offset) = (Vec::new(), 0..0, SegmentLayout::RECORDS_OFFSET);
-        let (end, mut bad_pages) = (self.layout.footer_offset(), 0);
+        let (mut end, mut bad_pages) = (self.layout.footer_offset(), 0);
         while offset < end && bad_pages < BAD_PAGES {
             // A record begins in the window only where all of it would fit.
             if offset + record_bytes as u64 > window.end && window.end < end || !window.contains(&offset) {
                 let most = (buffer.len() as u64).min(end - offset) as usize;
-                bad_pages += self.read_whole(self.offset(index) + offset, &mut buffer[..most]);
-                window = offset..offset + most as u64;
+                let (read, bad) = self.read_whole(self.offset(index) + offset, &mut buffer[..most]);
+                bad_pages += bad;
+                window = offset..offset + read as u64;
+                if read < most {
+                    end = window.end;
+                    continue;
+                }
             }
             let bytes = &buffer[(offset - window.start) as usize..(window.end - window.start) as usize];
             let whole = record::read_record(bytes, &self.geometry, header);
@@ -126,11 +131,10 @@ impl ModelFile {
         Ok(entries)
     }
 
-    // Zeros stand for what is not there, or cannot be read; returns how many pages cannot.
-    fn read_whole(&self, offset: u64, buffer: &mut [u8]) -> u32 {
+    // Zeros stand for pages that cannot be read. Returns how much there is, to the end of the file, and how many cannot.
+    fn read_whole(&self, offset: u64, buffer: &mut [u8]) -> (usize, u32) {
         if let Ok(read) = self.file.read_at(buffer, offset) {
-            buffer[read..].fill(0);
-            return 0;
+            return (read, 0);
         }
         let mut bad_pages = 0;
         for (n, page) in buffer.chunks_mut(PAGE).enumerate() {
@@ -138,6 +142,6 @@ impl ModelFile {
             bad_pages += u32::from(read.is_err());
             page[read.unwrap_or(0)..].fill(0);
         }
-        bad_pages
+        (buffer.len(), bad_pages)
     }
 }
