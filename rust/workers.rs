@@ -12,6 +12,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Offers that no helper has taken up yet; a caller makes no more than so many wait.
 const OFFERS: usize = 256;
+/// A caller looks so often whether its helpers have left, some 20 us in all, before it sleeps.
+const LOOKS: usize = 64;
 
 /// Threads for copies, codecs and reads; the calling thread is one of them.
 #[derive(Debug)]
@@ -61,8 +63,11 @@ impl Call {
         let mut door = self.door.lock();
         door.inside -= 1;
         door.panicked |= outcome.is_err();
+        let awaited = door.closed;
         drop(door);
-        self.left.notify_all();
+        if awaited {
+            self.left.notify_all();
+        }
     }
 }
 
@@ -71,8 +76,15 @@ struct Closing<'a>(&'a Call);
 
 impl Drop for Closing<'_> {
     fn drop(&mut self) {
+        self.0.door.lock().closed = true;
+        // Who is inside has one piece left, which is sooner done than this thread is woken.
+        for _ in 0..LOOKS {
+            if self.0.door.lock().inside == 0 {
+                return;
+            }
+            (0..32).for_each(|_| std::hint::spin_loop());
+        }
         let mut door = self.0.door.lock();
-        door.closed = true;
         while door.inside > 0 {
             door = self.0.left.wait(door);
         }
