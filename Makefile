@@ -56,7 +56,8 @@ chaos: $(NATIVE) ## Kill, damage, cut the power of and simulate what SUITE names
 	$(BIN)/python -m pytest tests/chaos/test_$(SUITE).py
 
 FUZZED := structures record directory
-# Threads that end behind a call look like leaks.
+# Threads that end behind a call look like leaks, at the end of an input and at that of the process.
+fuzz: export ASAN_OPTIONS := detect_leaks=0:$(ASAN_OPTIONS)
 fuzz: ## Give what is read from disk inputs that nobody trusts, for FUZZ_S= seconds each (default: 30).
 	@if command -v cargo-fuzz >/dev/null && cargo +nightly --version >/dev/null 2>&1; then \
 	  export CARGO_TARGET_DIR='$(PROOFS)/fuzz' TMPDIR=$$(mktemp -d -p "$$(test -w /dev/shm && echo /dev/shm || echo /tmp)"); trap 'rm -rf "$$TMPDIR"' EXIT; \
