@@ -229,7 +229,7 @@ mod tests {
     use crate::ssd::record::{SegmentIdentity, SegmentLayout};
 
     #[test]
-    fn segments_that_claim_to_be_longer_than_their_file_end_with_it() {
+    fn segments_longer_than_their_file_end_with_it_and_such_as_hold_nothing_are_damage() {
         let directory = tempfile::tempdir().expect("a directory");
         let geometry =
             Geometry { layers: 1, planes: 2, kv_heads: 1, head_dim: 16, dtype: Dtype::Fp16, block_tokens: 8 };
@@ -237,11 +237,17 @@ mod tests {
         let mut page = vec![0; PAGE];
         StoreIdentity { uuid, secret_check: [3; 16] }.write(&mut page);
         std::fs::write(directory.path().join("store"), &page).expect("writable");
-        for (segment_bytes, damaged) in
-            [(1 << 40, false), (1 << 62, true), (u64::MAX - 4095, true), (7, true), (0, true)]
-        {
+        let most = u64::MAX - 4095;
+        for (segment_bytes, max_records, damaged) in [
+            (1 << 40, 100, false),
+            (1 << 40, 0, true),
+            (1 << 62, 100, true),
+            (most, 100, true),
+            (7, 100, true),
+            (0, 100, true),
+        ] {
             let mut bytes = vec![0; SEGMENTS_OFFSET as usize + 16 * PAGE];
-            let layout = SegmentLayout { segment_bytes, max_records: 100 };
+            let layout = SegmentLayout { segment_bytes, max_records };
             let (model, weights_version) = ("m".into(), String::new());
             ModelIdentity { uuid, fingerprint, geometry: geometry.words(), layout, model, weights_version }
                 .write(&mut bytes[..PAGE]);

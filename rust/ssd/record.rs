@@ -248,8 +248,10 @@ impl SegmentLayout {
     /// Where the first record of a segment begins.
     pub(crate) const RECORDS_OFFSET: u64 = PAGE as u64;
 
+    /// Records of so many bytes that a segment has room for.
     pub(crate) fn room_for(&self, record_bytes: usize) -> u64 {
-        self.footer_offset().saturating_sub(Self::RECORDS_OFFSET) / record_bytes as u64
+        let bytes = self.footer_offset().saturating_sub(Self::RECORDS_OFFSET);
+        (bytes / record_bytes as u64).min(u64::from(self.max_records))
     }
 }
 
