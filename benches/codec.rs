@@ -168,7 +168,7 @@ fn fused(geometry: Geometry, memory: &mut Memory) {
             stepped: false,
         };
         let store = Store::open(options).expect("a store");
-        let spec = ModelSpec { name: "m".into(), weights_version: String::new(), geometry, weight: 1 };
+        let spec = ModelSpec { name: "m".into(), weights_version: String::new(), geometry };
         let model = store.register(spec).expect("a model");
         store.set_codec(&model, Tier::Ram, scheme).expect("a codec");
         (store, model)

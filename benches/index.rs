@@ -262,7 +262,7 @@ impl Filled {
             stepped: false,
         };
         let store = Arc::new(Store::open(options).expect("memory is to be had"));
-        let spec = ModelSpec { name: "m".into(), weights_version: String::new(), geometry: GEOMETRY, weight: 1 };
+        let spec = ModelSpec { name: "m".into(), weights_version: String::new(), geometry: GEOMETRY };
         let model = store.register(spec).expect("it is the only one");
         let mut filled = Self { store, model, kv: vec![7; TOKENS * GEOMETRY.token_bytes()] };
         (0..stored * 5 / 4).rev().for_each(|n| filled.put(&prompts[n]));

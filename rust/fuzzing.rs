@@ -166,7 +166,7 @@ fn open(path: &Path) -> crate::Result<Store> {
 fn through(path: &Path) -> Option<()> {
     let geometry = geometry(Dtype::Fp16);
     let store = open(path).ok()?;
-    let spec = ModelSpec { name: "model".into(), weights_version: String::new(), geometry, weight: 1 };
+    let spec = ModelSpec { name: "model".into(), weights_version: String::new(), geometry };
     let model = store.register(spec).ok()?;
     let tokens: Vec<u32> = (0..32).collect();
     let mut kv = vec![0u8; tokens.len() * geometry.token_bytes()];

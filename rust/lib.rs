@@ -36,4 +36,7 @@ pub use ssd::SsdOptions;
 pub use ssd::archive::{Archive, ArchivedModel, Verified};
 pub use ssd::io::{Access, Engine, FileIo, Io, IoFile};
 pub use ssd::queue::{Done, Part, Queue, Transfer};
-pub use store::{BlockView, Lease, LoadOutcome, Model, ModelSpec, Options, PutOutcome, Sequence, Store, WritePolicy};
+pub use store::{
+    BlockView, Divisible, Lease, LoadOutcome, Model, ModelSpec, Options, PutOutcome, Sequence, Share, Store,
+    WritePolicy,
+};

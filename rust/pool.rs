@@ -153,6 +153,17 @@ struct Span {
     layout: Layout,
 }
 
+/// A span that a model has, and its bytes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TakenSpan {
+    pub(crate) model: u32,
+    pub(crate) bytes: usize,
+    first: usize,
+}
+
+/// The spans that have to go for another.
+pub(crate) type Place = Vec<TakenSpan>;
+
 #[derive(Debug)]
 struct Books {
     /// By first chunk.
@@ -468,36 +479,60 @@ impl Pool {
         self.owners[slot.0 >> self.chunk].class.load(Ordering::Relaxed) == class.key
     }
 
-    /// The places where a span of a class could be and none of it is, each with the spans that would have to go: their
-    /// models and taken slots.
-    pub(crate) fn places_for(&self, class: &Class) -> Vec<Vec<(u32, Vec<Slot>)>> {
+    /// Bytes of the shortest span that a class can have.
+    pub(crate) fn least_span(&self, class: &Class) -> usize {
+        class.slot_bytes.next_multiple_of(1 << self.chunk)
+    }
+
+    /// Bytes in which models take from the arena and give back.
+    pub(crate) fn chunk_bytes(&self) -> usize {
+        1 << self.chunk
+    }
+
+    /// Whether a span of a class could be opened without anybody leaving.
+    pub(crate) fn has_room(&self, class: &Class) -> bool {
+        let enough = self.least_span(class) >> self.chunk;
+        self.books.lock().covered.windows(enough).any(|window| window.iter().all(Option::is_none))
+    }
+
+    /// The places where a span of a class could be and none of it is, but for those that are free.
+    pub(crate) fn places_for(&self, class: &Class) -> Vec<Place> {
         let books = self.books.lock();
-        let places = books.covered.windows(class.slot_bytes.div_ceil(1 << self.chunk)).filter_map(|window| {
+        let places = books.covered.windows(self.least_span(class) >> self.chunk).filter_map(|window| {
             let mut covered: Vec<usize> = window.iter().copied().flatten().collect();
             covered.dedup();
             let spans = covered.into_iter().map(|first| {
                 let span = &books.spans[&first];
-                (span.class.key != class.key).then(|| (span.class.holding.model, self.taken(first, span)))
+                (span.class.key != class.key).then(|| self.taken_span(first, span))
             });
-            spans.collect()
+            spans.collect::<Option<Place>>().filter(|place| !place.is_empty())
         });
         places.collect()
     }
 
-    /// The spans of a model: the taken slots of each.
-    pub(crate) fn spans_of(&self, holding: &Holding) -> Vec<Vec<Slot>> {
+    /// The spans of a model, each a place.
+    pub(crate) fn spans_of(&self, holding: &Holding) -> Vec<Place> {
         let books = self.books.lock();
         let own = books.spans.iter().filter(|(_, span)| std::ptr::eq(&*span.class.holding, holding));
-        own.map(|(&first, span)| self.taken(first, span)).collect()
+        own.map(|(&first, span)| vec![self.taken_span(first, span)]).collect()
     }
 
-    fn taken(&self, first: usize, span: &Span) -> Vec<Slot> {
+    fn taken_span(&self, first: usize, span: &Span) -> TakenSpan {
+        TakenSpan { model: span.class.holding.model, bytes: span.chunks << self.chunk, first }
+    }
+
+    /// Taken slots of a span: all, or at most so many, from all over it.
+    pub(crate) fn taken(&self, span: &TakenSpan, most: usize) -> Vec<Slot> {
+        let books = self.books.lock();
+        books.spans.get(&span.first).map_or_else(Vec::new, |found| self.taken_of(span.first, found, most))
+    }
+
+    fn taken_of(&self, first: usize, span: &Span, most: usize) -> Vec<Slot> {
         let Layout { slots, per_word, stride } = span.layout;
         let word = |n: usize| (first << self.chunk_words) + (n >> per_word << stride);
         let bit = |n: usize| self.bits[word(n)].load(Ordering::Relaxed) >> (n & ((1 << per_word) - 1)) & 1;
-        let slots =
-            (0..slots).filter(|&n| bit(n) == 0).map(|n| Slot((first << self.chunk) + n * span.class.slot_bytes));
-        slots.collect()
+        let taken = (0..slots).step_by(slots.div_ceil(most).max(1)).filter(|&n| bit(n) == 0);
+        taken.map(|n| Slot((first << self.chunk) + n * span.class.slot_bytes)).collect()
     }
 
     // The fewest chunks that waste at most 1/16, else the least wasteful number.
@@ -518,7 +553,7 @@ mod tests {
 
     fn used_slots(pool: &Pool) -> usize {
         let books = pool.books.lock();
-        books.spans.iter().map(|(&first, span)| pool.taken(first, span).len()).sum()
+        books.spans.iter().map(|(&first, span)| pool.taken_of(first, span, usize::MAX).len()).sum()
     }
 
     proptest! {

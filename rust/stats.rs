@@ -219,6 +219,8 @@ pub struct Snapshot {
     pub ssd_engine: (&'static str, Option<String>),
     /// Why the SSD tier takes no writes at present, if so.
     pub ssd_read_only: Option<String>,
+    /// Bytes of the RAM tier's arena that each model holds, free slots among its own included.
+    pub ram_held: Vec<(String, u64)>,
     /// The eviction policy that runs in RAM at present, by model.
     pub ram_eviction: Vec<(String, Kind)>,
     /// Blocks in the index.

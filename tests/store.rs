@@ -5,6 +5,8 @@
 mod damage;
 #[path = "store/disk.rs"]
 mod disk;
+#[path = "store/divide.rs"]
+mod divide;
 #[path = "store/drop.rs"]
 mod drop;
 #[path = "store/engines.rs"]
@@ -24,7 +26,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, RwLock};
 use std::{fs, thread};
 use stratakv::stats::{Counts, Miss, Tier};
-use stratakv::{Dtype, Engine, ErrorKind, Lease, Model, ModelSpec, Options, SsdOptions, Store, WritePolicy};
+use stratakv::{Dtype, Engine, ErrorKind, Lease, Model, Options, Share, SsdOptions, Store, WritePolicy};
 
 #[derive(Debug, Clone, Copy)]
 enum Step {
@@ -387,12 +389,15 @@ fn flushing_ends_when_blocks_that_waited_for_it_were_evicted() {
     let path = directory.path().to_owned();
     in_time(move || {
         let store = open(&path, 8 * MIB, 64 * MIB);
-        for name in ["a", "b", "c"] {
-            assert_eq!(put(&store, &register(&store, name, COARSE), &sequence(0, 1, &COARSE)), 1);
-        }
+        let others = ["a", "b", "c"].map(|name| register(&store, name, COARSE));
+        others.iter().for_each(|model| assert_eq!(put(&store, model, &sequence(0, 1, &COARSE)), 1));
         // One block takes the whole arena.
         let wide = shape(16, 2, 4, 512, Dtype::Fp32, 28);
-        let model = store.register(ModelSpec { weight: 100, ..spec("wide", wide) }).expect("it fits");
+        let model = register(&store, "wide", wide);
+        let ram_bytes = store.divisible().ram_bytes;
+        let all = Share { model: &model, ram_bytes, ssd_bytes: 0 };
+        let none = others.iter().map(|model| Share { model, ram_bytes: 0, ssd_bytes: 0 });
+        store.divide(&none.chain([all]).collect::<Vec<_>>()).expect("it is no more than there is");
         assert_eq!(put(&store, &model, &sequence(0, 1, &wide)), 1);
         store.flush().expect("the disk is well");
         assert_eq!(store.snapshot().total.demoted, 1);

@@ -9,7 +9,7 @@ with stratakv.open() as caches:
 
 from stratakv._native import TokenSequence, __version__
 from stratakv.cache import Explanation, Match, ModelCache, Stats, TierStats
-from stratakv.config import Codec, Config, Geometry, RamConfig, SsdConfig, StoreConfig
+from stratakv.config import Codec, Config, Geometry, ModelsConfig, RamConfig, SsdConfig, StoreConfig
 from stratakv.errors import (
     ClosedError,
     ConfigError,
@@ -36,6 +36,7 @@ __all__ = [
     "ModelCache",
     "ModelExistsError",
     "ModelNotFoundError",
+    "ModelsConfig",
     "RamConfig",
     "SsdConfig",
     "Stats",

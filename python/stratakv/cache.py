@@ -330,7 +330,7 @@ class Match:
 class ModelCache:
     """The cached prefixes of one model."""
 
-    __slots__ = ("_behind", "_manager", "_model", "_said", "geometry", "name")
+    __slots__ = ("_behind", "_manager", "_model", "_said", "geometry", "name", "prefill_tokens_per_s")
 
     def __init__(
         self,
@@ -347,6 +347,7 @@ class ModelCache:
         self._said = False
         self.name = name
         self.geometry = geometry
+        self.prefill_tokens_per_s: float | None = None
 
     def match(self, tokens: object, *, adapter: str = "", tenant: str = "") -> Match:
         """Finds the longest cached prefix and leases it.
@@ -472,6 +473,7 @@ class ModelCache:
             ClosedError: the store is closed.
         """
         self._model.set_prefill_rate(tokens_per_s)
+        self.prefill_tokens_per_s = tokens_per_s
         self._said = False
 
     def _say_that_ssd_is_slow(self) -> None:

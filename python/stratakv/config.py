@@ -26,6 +26,13 @@ Engine = Literal["auto", "io_uring", "pread"]
 Eviction = Literal["lru", "lfu", "s3fifo", "s3fifo_long", "arc", "wtinylfu", "gdsf", "adaptive"]
 """When blocks are written to SSD: when RAM fills, or as soon as they are put."""
 
+Strategy = Literal["fair", "proportional", "priority", "dynamic"]
+"""How a tier is divided between models."""
+VictimPolicy = Literal["lru", "lfu", "smallest", "round_robin", "utility"]
+"""Which model makes room when a tier is full."""
+Objective = Literal["bytes", "tokens", "seconds"]
+Demand = Literal["bytes", "weights", "token_bytes"]
+
 CodecName = Literal["none", "fp16", "int8_sym", "int8_asym", "k8v4", "int4"]
 
 _UNITS = {"": 1, "B": 1} | {
@@ -235,6 +242,54 @@ class SsdConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelsConfig:
+    """How the tiers are divided between models.
+
+    A share is what a model gets back when it needs it; what others do not use of theirs is lent to it.
+
+    Attributes:
+        strategy: ``fair``, the same for all; ``proportional``, by demand; ``priority``, by the priorities that models
+            are registered with; ``dynamic``, where the next byte saves most, by what the requests of each model would
+            have hit with more or less of it.
+        victims: which model makes room first, of those that hold more than their shares: ``lru``, used longest ago;
+            ``lfu``, least often, aged; ``smallest``, least bytes held; ``round_robin``; ``utility``, who loses least by
+            each byte.
+        objective: what ``dynamic`` saves: ``bytes`` of keys and values, ``tokens``, or ``seconds`` of prefill, as
+            `ModelCache.set_prefill_rate` tells; a model without that rate counts as one that computes a token a second.
+        demand: what ``proportional`` goes by: ``bytes`` that are asked for, the ``weights_bytes`` that models are
+            registered with, or ``token_bytes``, keys and values of a token. Only the first has to do with need.
+        floor: the part of a fair share that a model has under any strategy, 0 to 1.
+        interval_s: seconds between two divisions; 0: only when models come and go, or `CacheManager.rebalance` is
+            called.
+        half_life_s: after so many seconds what was asked for counts half.
+        idle_s: a model that was asked for nothing for so long has its floor alone, until it is asked again; 0: never.
+    """
+
+    strategy: Strategy = "dynamic"
+    victims: VictimPolicy = "utility"
+    objective: Objective = "bytes"
+    demand: Demand = "bytes"
+    floor: float = 0.5
+    interval_s: float = 15.0
+    half_life_s: float = 600.0
+    idle_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        kinds = {"strategy": Strategy, "victims": VictimPolicy, "objective": Objective, "demand": Demand}
+        for name, kind in kinds.items():
+            if getattr(self, name) not in get_args(kind):
+                expected = ", ".join(get_args(kind))
+                raise ConfigError(f"models.{name} is {getattr(self, name)!r}, expected one of {expected}")
+        for name, most in {"floor": 1.0, "interval_s": 1e9, "half_life_s": 1e9, "idle_s": 1e9}.items():
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value <= most or (name == "half_life_s" and not value):
+                above = "above 0" if name == "half_life_s" else "from 0"
+                raise ConfigError(f"models.{name} is {value!r}, expected a number {above} to {most:g}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreConfig:
     """What all tiers share.
 
@@ -266,11 +321,13 @@ class Config:
     Attributes:
         ram: the RAM tier.
         ssd: the SSD tier.
+        models: how the tiers are divided between models.
         store: what all tiers share.
     """
 
     ram: RamConfig = field(default_factory=RamConfig)
     ssd: SsdConfig = field(default_factory=SsdConfig)
+    models: ModelsConfig = field(default_factory=ModelsConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
@@ -312,7 +369,8 @@ class Config:
         return cls(**{section: _SECTIONS[section](**table) for section, table in values.items()})
 
 
-_SECTIONS: dict[str, type[Any]] = {"ram": RamConfig, "ssd": SsdConfig, "store": StoreConfig}
+_SECTIONS: dict[str, type[Any]] = {"ram": RamConfig, "ssd": SsdConfig, "models": ModelsConfig, "store": StoreConfig}
+_NUMBERS = ("floor", "interval_s", "half_life_s", "idle_s")
 
 
 def _codec(name: str, value: object) -> Codec:
@@ -344,6 +402,11 @@ def _from_text(section: str, key: str, text: str) -> object:
         if not text.isdecimal():
             raise ConfigError(f"STRATAKV_STORE_THREADS is {text!r}, expected an integer from 0 to 1024")
         return int(text)
+    if section == "models" and key in _NUMBERS:
+        try:
+            return float(text)
+        except ValueError:
+            raise ConfigError(f"STRATAKV_MODELS_{key.upper()} is {text!r}, expected a number") from None
     return text
 
 

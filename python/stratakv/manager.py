@@ -8,15 +8,17 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 from stratakv import _native
+from stratakv.balance import Balance
 from stratakv.cache import Behind, ModelCache, Stats
 from stratakv.config import Codec, Config, Geometry
-from stratakv.errors import InputError, ModelExistsError, ModelNotFoundError
+from stratakv.errors import ClosedError, ConfigError, InputError, ModelExistsError, ModelNotFoundError
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +33,9 @@ class Status:
             pages; ``untouched`` before the first put, ``unknown`` where the kernel does not tell.
         ram_huge_bytes: bytes of it on huge pages.
         ram_eviction: the eviction policy that runs at present, by model.
+        ram_held: bytes of RAM that each model holds, by model; slots of its own that are free among them.
+        ram_shares: bytes of RAM that each model gets back when it needs them, by model.
+        ssd_shares: the same of the SSD.
         ssd_capacity_bytes: cap of the SSD tier; 0 if it is off.
         ssd_file_bytes: bytes its files take.
         ssd_io: ``direct``, ``buffered`` or ``off``.
@@ -46,6 +51,9 @@ class Status:
     ram_pages: str
     ram_huge_bytes: int
     ram_eviction: dict[str, str]
+    ram_held: dict[str, int]
+    ram_shares: dict[str, int]
+    ssd_shares: dict[str, int]
     ssd_capacity_bytes: int
     ssd_file_bytes: int
     ssd_io: str
@@ -57,11 +65,36 @@ class Status:
     threads: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Registered:
+    """A model and what it was registered with."""
+
+    cache: ModelCache
+    model: _native.Model
+    weights_version: str
+    priority: int
+    weights_bytes: int
+
+    @property
+    def geometry(self) -> Geometry:
+        """Shape of its blocks."""
+        return self.cache.geometry
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """How fast it is computed, if that is known."""
+        return self.cache.prefill_tokens_per_s
+
+
 class CacheManager:
     """All models' caches over the tiers of one store; `stratakv.open` makes one."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Opens the tiers.
+
+        Args:
+            config: settings.
+            clock: seconds, by which the load of models is aged.
 
         Raises:
             StoreError: the SSD directory is locked, not writable, or of another format or secret.
@@ -82,7 +115,13 @@ class CacheManager:
             _log.warning("io_uring is refused here (%s): the SSD tier reads and writes with a few threads", refused)
         self._behind = Behind()
         self._lock = threading.Lock()
-        self._models: dict[str, tuple[ModelCache, _native.Model, tuple[str, int]]] = {}
+        self._models: dict[str, _Registered] = {}
+        self._clock = clock
+        self._balance = Balance(config.models, self._store, config.ssd.segment_bytes)  # type: ignore[arg-type]
+        self._pid = os.getpid()
+        self._closed = False
+        self._wake = threading.Event()
+        self._balancer: threading.Thread | None = None
 
     def register(
         self,
@@ -91,6 +130,7 @@ class CacheManager:
         *,
         weights_version: str = "",
         priority: int = 5,
+        weights_bytes: int = 0,
         ram_codec: Codec | str | Mapping[str, Any] | None = None,
         cold_codec: Codec | str | Mapping[str, Any] | None = None,
     ) -> ModelCache:
@@ -100,14 +140,15 @@ class CacheManager:
             name: name of the model.
             geometry: shape of its blocks.
             weights_version: names its weights; nothing is shared between versions.
-            priority: 1 to 10: its weight when tiers are full and are shared out. Idle shares are lent.
+            priority: 1 to 10, what the strategy ``priority`` divides the tiers by.
+            weights_bytes: size of its weights, for ``proportional`` by that.
             ram_codec: as `ModelCache.set_ram_codec`; ``None``: that of the configuration.
             cold_codec: as `ModelCache.set_cold_codec`; ``None``: that of the configuration.
 
         Raises:
             InputError: a geometry, name or priority that makes no sense, or a codec that does not fit. A codec that
                 waits for a calibration leaves the model registered, so that it can be calibrated.
-            ModelExistsError: the name is registered with another geometry, version or priority.
+            ModelExistsError: the name is registered with another geometry, version, priority or size.
             ConfigError: a tier is smaller than one block.
             StoreFormatError: the model's file is of another format version.
         """
@@ -115,22 +156,34 @@ class CacheManager:
             raise InputError(f"geometry is {geometry!r}, expected a stratakv.Geometry")
         if not isinstance(priority, int) or isinstance(priority, bool) or not 1 <= priority <= 10:
             raise InputError(f"priority is {priority!r}, expected an integer from 1 to 10")
-        terms = (weights_version, priority)
+        if not isinstance(weights_bytes, int) or isinstance(weights_bytes, bool) or weights_bytes < 0:
+            raise InputError(f"weights_bytes is {weights_bytes!r}, expected an integer from 0")
+        terms = (weights_version, priority, weights_bytes)
         codecs = [Codec.of(codec) if codec is not None else None for codec in (ram_codec, cold_codec)]
         with self._lock:
             if name in self._models:
-                cache, _, registered = self._models[name]
-                if (cache.geometry, registered) == (geometry, terms):
-                    _set_codecs(cache, *codecs)
-                    return cache
-                was = f"{cache.geometry}, weights_version={registered[0]!r}, priority={registered[1]}"
+                known = self._models[name]
+                if (known.geometry, (known.weights_version, known.priority, known.weights_bytes)) == (geometry, terms):
+                    _set_codecs(known.cache, *codecs)
+                    return known.cache
+                was = f"{known.geometry}, weights_version={known.weights_version!r}, priority={known.priority}"
                 raise ModelExistsError(f"model {name!r} is registered already as {was}; unregister it first")
             g = geometry
             shape = (g.layers, g.planes, g.kv_heads, g.head_dim, g.dtype, g.block_tokens)
             ram, cold = codecs[0] or Codec.of(self.config.ram.codec), codecs[1] or Codec.of(self.config.ssd.codec)
-            model = self._store.register(name, weights_version, shape, priority, [ram.terms(), cold.terms()])
+            model = self._store.register(name, weights_version, shape, [ram.terms(), cold.terms()])
             cache = ModelCache(self, self._behind, name, geometry, model)
-            self._models[name] = (cache, model, terms)
+            self._models[name] = _Registered(
+                cache=cache,
+                model=model,
+                weights_version=weights_version,
+                priority=priority,
+                weights_bytes=weights_bytes,
+            )
+            self._rebalance()
+            if len(self._models) == 2 and self._balancer is None:
+                self._balancer = threading.Thread(target=self._keep_balance, name="stratakv-balance", daemon=True)
+                self._balancer.start()
             _set_codecs(cache, ram, cold)
             return cache
 
@@ -142,10 +195,57 @@ class CacheManager:
             StoreError: its file cannot be removed, and is in the way of a model that is registered as this one was.
         """
         with self._lock:
-            model = self._entry(name)[1]
+            model = self._entry(name).model
             # Whatever becomes of its file, its blocks are forgotten.
             del self._models[name]
-            model.unregister()
+            try:
+                model.unregister()
+            finally:
+                self._rebalance()
+
+    def rebalance(self) -> None:
+        """Divides the tiers anew by what models were asked for up to now; behind the calls that is done all the time.
+
+        Raises:
+            ClosedError: the store is closed.
+        """
+        with self._lock:
+            self._rebalance()
+
+    def set_models(self, **changes: Any) -> None:  # noqa: ANN401 - the fields of `ModelsConfig`
+        """Changes how the tiers are divided, from now on, while models serve. It is not kept over a restart.
+
+        Args:
+            changes: fields of `ModelsConfig`, as ``strategy="fair"``.
+
+        Raises:
+            ConfigError: a value that makes no sense.
+            ClosedError: the store is closed.
+        """
+        with self._lock:
+            try:
+                self._balance.config = replace(self._balance.config, **changes)
+            except TypeError as error:
+                raise ConfigError(f"models: {error}") from None
+            self._rebalance()
+        self._wake.set()
+
+    def _rebalance(self) -> None:
+        self._balance.rebalance(self._models, self._clock())
+
+    def _keep_balance(self) -> None:
+        while not self._closed:
+            if self._wake.wait(self._balance.config.interval_s or None):
+                # Closed, or the interval is another.
+                self._wake.clear()
+                continue
+            try:
+                self.rebalance()
+            except ClosedError:
+                return
+            except Exception:
+                # The division stays as it is; serving goes on.
+                _log.exception("the tiers could not be divided anew")
 
     def __getitem__(self, name: str) -> ModelCache:
         """The cache of a registered model.
@@ -154,7 +254,7 @@ class CacheManager:
             ModelNotFoundError: no such model.
         """
         with self._lock:
-            return self._entry(name)[0]
+            return self._entry(name).cache
 
     def __iter__(self) -> Iterator[str]:
         """Names of the registered models."""
@@ -165,7 +265,7 @@ class CacheManager:
         """How many models are registered."""
         return len(self._models)
 
-    def _entry(self, name: str) -> tuple[ModelCache, _native.Model, tuple[str, int]]:
+    def _entry(self, name: str) -> _Registered:
         if name not in self._models:
             known = ", ".join(sorted(self._models)) or "none"
             raise ModelNotFoundError(f"model {name!r} is not registered; registered: {known}")
@@ -190,7 +290,9 @@ class CacheManager:
         """How the tiers run."""
         snapshot = self._store.snapshot()
         pages, huge = self._store.ram_pages()
-        known = {**snapshot, "ram_pages": pages, "ram_huge_bytes": huge}
+        with self._lock:
+            shares = {f"{tier}_shares": dict(shares) for tier, shares in self._balance.shares.items()}
+        known = {**snapshot, **shares, "ram_pages": pages, "ram_huge_bytes": huge}
         return Status(**{name: known[name] for name in Status.__slots__})
 
     def flush(self) -> None:
@@ -209,6 +311,11 @@ class CacheManager:
         Raises:
             StoreError: not everything could be written; the store is closed all the same.
         """
+        self._closed = True
+        self._wake.set()
+        if self._balancer is not None and self._pid == os.getpid():
+            self._balancer.join()
+            self._balancer = None
         self._behind.close()
         self._store.close()
 

@@ -17,6 +17,7 @@
 
 mod adaptive;
 mod arc;
+mod curve;
 mod gdsf;
 mod ghosts;
 mod list;
@@ -30,6 +31,7 @@ mod contract;
 
 use crate::error::{Result, input};
 use adaptive::Adaptive;
+pub use curve::Curve;
 pub(crate) use ghosts::Ghosts;
 pub use retention::{Retained, Retention};
 

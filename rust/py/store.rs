@@ -12,7 +12,7 @@ use crate::sync::Mutex;
 use crate::{Engine, ModelSpec, Options, SsdOptions, WritePolicy};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
-use pyo3::types::{PyDict, PyList, PyMemoryView};
+use pyo3::types::{IntoPyDict, PyDict, PyList, PyMemoryView};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -52,14 +52,13 @@ impl Store {
 
     /// Registers a model; geometry is `(layers, planes, kv_heads, head_dim, dtype, block_tokens)`.
     /// Both codecs must fit it; `Model.set_codec` sets them.
-    #[pyo3(signature = (name, weights_version, geometry, weight, codecs))]
+    #[pyo3(signature = (name, weights_version, geometry, codecs))]
     fn register(
         &self,
         py: Python<'_>,
         name: String,
         weights_version: String,
         geometry: (u32, u32, u32, u32, String, u32),
-        weight: u32,
         codecs: [CodecTerms; 2],
     ) -> PyResult<Model> {
         let (layers, planes, kv_heads, head_dim, dtype, block_tokens) = geometry;
@@ -68,7 +67,7 @@ impl Store {
         for terms in codecs {
             scheme(terms, &geometry).and_then(|scheme| crate::Store::layout(&geometry, scheme)).or_raise(py)?;
         }
-        let spec = ModelSpec { name, weights_version, geometry, weight };
+        let spec = ModelSpec { name, weights_version, geometry };
         let model = py.detach(|| self.store.register(spec)).or_raise(py)?;
         Ok(Model { store: self.store.clone(), model })
     }
@@ -81,6 +80,31 @@ impl Store {
     /// Drains, seals and closes.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.store.close()).or_raise(py)
+    }
+
+    /// Divides the tiers anew: `(model, ram_bytes, ssd_bytes)`, those first that make room first.
+    fn divide(&self, py: Python<'_>, shares: Vec<(PyRef<'_, Model>, u64, u64)>) -> PyResult<()> {
+        let shares: Vec<_> = shares.iter().map(|share| (share.0.model.clone(), share.1, share.2)).collect();
+        py.detach(|| {
+            let shares = shares.iter().map(|(model, ram_bytes, ssd_bytes)| crate::Share {
+                model,
+                ram_bytes: *ram_bytes,
+                ssd_bytes: *ssd_bytes,
+            });
+            self.store.divide(&shares.collect::<Vec<_>>())
+        })
+        .or_raise(py)
+    }
+
+    /// What there is to divide: bytes of RAM, the steps in which they are taken, bytes of SSD, and those of a file's head.
+    fn divisible(&self, py: Python<'_>) -> (u64, u64, u64, u64) {
+        let all = py.detach(|| self.store.divisible());
+        (all.ram_bytes, all.ram_step_bytes, all.ssd_bytes, all.ssd_head_bytes)
+    }
+
+    /// Lets what was asked for up to now count by this factor in the curves of all models.
+    fn age_curves(&self, py: Python<'_>, factor: f64) -> PyResult<()> {
+        py.detach(|| self.store.age_curves(factor)).or_raise(py)
     }
 
     /// What backs the RAM tier: a name, and bytes on huge pages.
@@ -110,6 +134,7 @@ impl Store {
             running.set_item(name, kind.name())?;
         }
         out.set_item("ram_eviction", running)?;
+        out.set_item("ram_held", snapshot.ram_held.into_iter().into_py_dict(py)?)?;
         out.set_item("index_blocks", snapshot.index_blocks)?;
         out.set_item("index_bytes", snapshot.index_bytes)?;
         out.set_item("index_refused_blocks", snapshot.index_refused)?;
@@ -226,6 +251,17 @@ impl Model {
         let outcome = py.detach(put);
         keep_alive(tensors);
         Ok(outcome.or_raise(py)?.tokens)
+    }
+
+    /// Bytes of a block that is not encoded, header and padding included.
+    #[getter]
+    fn record_bytes(&self) -> usize {
+        self.model.spec().geometry.record_bytes()
+    }
+
+    /// Blocks asked for, aged, and how many of them caches of so many blocks would have hit; sizes rise.
+    fn curve(&self, py: Python<'_>, blocks: Vec<f64>) -> PyResult<(f64, Vec<f64>)> {
+        py.detach(|| self.store.curve(&self.model, &blocks)).or_raise(py)
     }
 
     /// Limits the model's bytes in RAM, or no longer.

@@ -10,15 +10,21 @@ use crate::stats::{Miss, Tier};
 use crate::sync::{Arc, AtomicBool, Ordering};
 use crate::trie::{NodeId, TooManyLeases, Trie};
 use crossbeam_queue::ArrayQueue;
-use std::collections::HashSet;
 
-/// Blocks that were matched since somebody last had the lock: the deepest of each path, and which life of it. A full
-/// queue forgets its oldest.
+/// Paths that were found since somebody last had the lock. A full queue forgets its oldest.
 #[derive(Debug)]
 pub(super) struct Touched {
-    notes: ArrayQueue<(NodeId, u16)>,
+    notes: ArrayQueue<Note>,
     /// Whether the demotion thread was asked to take them in.
     asked: AtomicBool,
+}
+
+/// A path that was found: its deepest block, which life of it, and whether a match asked for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Note {
+    pub(super) deepest: NodeId,
+    pub(super) life: u16,
+    pub(super) asked: bool,
 }
 
 impl Default for Touched {
@@ -29,7 +35,7 @@ impl Default for Touched {
 
 impl Touched {
     /// Leaves a note; whether somebody ought to be called to take the notes in.
-    fn push(&self, note: (NodeId, u16)) -> bool {
+    fn push(&self, note: Note) -> bool {
         self.notes.force_push(note);
         // Relaxed: a call too many, or one at the next match, does no harm.
         self.notes.len() >= TOUCHED / 2
@@ -37,12 +43,11 @@ impl Touched {
             && !self.asked.swap(true, Ordering::Relaxed)
     }
 
-    /// What was touched, each block at its last touch, latest first. However many come meanwhile, this ends.
-    pub(super) fn take(&self) -> Vec<(NodeId, u16)> {
-        let notes: Vec<_> = (0..TOUCHED).map_while(|_| self.notes.pop()).collect();
+    /// What was found, in order. However many come meanwhile, this ends.
+    pub(super) fn take(&self) -> Vec<Note> {
+        let notes = (0..TOUCHED).map_while(|_| self.notes.pop()).collect();
         self.asked.store(false, Ordering::Relaxed);
-        let mut seen = HashSet::new();
-        notes.into_iter().rev().filter(|&note| seen.insert(note)).collect()
+        notes
     }
 }
 
@@ -81,7 +86,7 @@ impl Store {
         self.shared.check_open()?;
         sequence.check_model(model)?;
         let Sequence { namespace, mut tokens, hashes, .. } = sequence;
-        let found = self.shared.find(model, &namespace, &hashes)?;
+        let found = self.shared.find(model, &namespace, &hashes, true)?;
         let blocks = found.map_or(0, |(_, blocks)| blocks);
         model.matches.count(blocks, hashes.len() - blocks);
         let asked_tokens = tokens.len();
@@ -100,12 +105,13 @@ impl Store {
 }
 
 impl Shared {
-    /// The longest cached prefix: its deepest block, leased and noted as touched, and its length.
+    /// The longest cached prefix: its deepest block, leased and noted as touched, and its length. `asked`: by a match.
     pub(super) fn find(
         &self,
         model: &Model,
         namespace: &Namespace,
         hashes: &[BlockHash],
+        asked: bool,
     ) -> Result<Option<(NodeId, usize)>> {
         let found = match model.matches.ended() || namespace.is_dropped() {
             true => None,
@@ -115,7 +121,7 @@ impl Shared {
         };
         if let Some((id, _)) = found {
             // Nobody had the lock for long: the thread behind takes it, not this request.
-            if self.touched.push((id, self.trie.generation(id))) {
+            if self.touched.push(Note { deepest: id, life: self.trie.generation(id), asked }) {
                 self.work.notify_all();
             }
         }

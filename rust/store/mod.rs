@@ -12,6 +12,7 @@
 
 mod coding;
 mod demote;
+mod divide;
 mod lease;
 mod load;
 mod model;
@@ -23,11 +24,13 @@ mod read;
 mod recover;
 mod room;
 mod sequence;
+mod slots;
 mod state;
 mod view;
 mod worth;
 mod write;
 
+pub use divide::{Divisible, Share};
 pub use lease::Lease;
 pub use load::LoadOutcome;
 pub use model::{Model, ModelSpec};
@@ -40,7 +43,7 @@ use crate::block::{Geometry, Secret};
 use crate::codec::Isa;
 use crate::copy::KvView;
 use crate::error::{Error, ErrorKind, Result, input};
-use crate::evict::Kind;
+use crate::evict::{Curve, Kind};
 use crate::pool::Holding;
 use crate::ssd::io::{Engine, FileIo, Io};
 use crate::ssd::record::MAX_NAME_BYTES;
@@ -230,7 +233,7 @@ impl Store {
     /// A geometry or name that makes no sense, a tier smaller than one block, a name that is taken, or a file of
     /// another format version.
     pub fn register(&self, spec: ModelSpec) -> Result<Arc<Model>> {
-        let ModelSpec { name, weights_version, geometry, weight } = &spec;
+        let ModelSpec { name, weights_version, geometry } = &spec;
         geometry.validate()?;
         if name.is_empty() || name.len() > MAX_NAME_BYTES || weights_version.len() > MAX_NAME_BYTES {
             return Err(input(format!(
@@ -254,6 +257,8 @@ impl Store {
             ));
         }
         let matches = Arc::new(Matches::default());
+        let record = geometry.record_bytes() as u64;
+        let all_bytes = state.ram_bytes + state.ssd_capacity_bytes;
         let id = state.next_model;
         state.next_model += 1;
         // The name is taken from here on; the file is read without the lock.
@@ -262,7 +267,11 @@ impl Store {
             ModelState {
                 name: name.clone(),
                 geometry: *geometry,
-                weight: u64::from((*weight).max(1)),
+                shares: None,
+                turn: 0,
+                curve: Curve::new(all_bytes / record),
+                wants: None,
+                refused: false,
                 holding: Holding::new(id),
                 classes: BTreeMap::new(),
                 counts: Counts::default(),
@@ -498,6 +507,11 @@ impl Store {
             ssd_engine: shared.ssd.as_ref().map_or(("off", None), Ssd::engine),
             ssd_read_only: state.ssd_read_only.as_ref().map(|(reason, _)| reason.clone()),
             ram_eviction: state.models.iter().map(|(&id, m)| (m.name.clone(), state.ram.running(id))).collect(),
+            ram_held: state
+                .models
+                .values()
+                .map(|m| (m.name.clone(), state.ram.pool.held_bytes(&m.holding) as u64))
+                .collect(),
             index_blocks: shared.trie.len() as u64,
             index_bytes: shared.trie.bytes() as u64,
             index_refused: shared.trie.refused(),

@@ -14,8 +14,6 @@ pub struct ModelSpec {
     pub weights_version: String,
     /// Shape of its blocks.
     pub geometry: Geometry,
-    /// Weight of its share of every tier.
-    pub weight: u32,
 }
 
 /// A registered model.

@@ -31,7 +31,7 @@ pub(crate) struct Node {
     pub(crate) ram_children: u32,
     pub(crate) ssd: Option<Place>,
     pub(crate) ssd_reads: u32,
-    /// Asked for since its record on SSD was written.
+    /// Asked for, or put again, since its record on SSD was written.
     pub(crate) warm: bool,
     /// Waits to be written once more.
     pub(crate) again: bool,
@@ -124,8 +124,9 @@ impl Nodes {
         self.trie.leases(id) > 0
     }
 
-    /// Whether somebody has a lease on one of these blocks, or on one that continues it.
-    pub(crate) fn are_held(&self, ids: impl IntoIterator<Item = NodeId>) -> bool {
+    /// Whether somebody has a lease on one of these blocks, or on one that continues it. Who writes a block holds it, and
+    /// not those before it: `written` has one lease each that counts for itself alone.
+    pub(crate) fn are_held(&self, ids: impl IntoIterator<Item = NodeId>, written: &[NodeId]) -> bool {
         // Most have no child: no memory is asked for before one does.
         let (mut seen, mut rest) = (HashSet::new(), Vec::new());
         for id in ids {
@@ -138,7 +139,7 @@ impl Nodes {
             if !seen.insert(id) {
                 continue;
             }
-            if self.is_leased(id) {
+            if self.trie.leases(id) > u64::from(written.contains(&id)) {
                 return true;
             }
             rest.extend(self.children(id));

@@ -60,7 +60,7 @@ impl Store {
         self.shared.check_open()?;
         sequence.check_model(model)?;
         let block_tokens = geometry.block_tokens as usize;
-        let found = self.shared.find(model, namespace, hashes)?;
+        let found = self.shared.find(model, namespace, hashes, false)?;
         let known = found.map_or(0, |(_, blocks)| blocks);
         let parent = Held { trie: &self.shared.trie, id: found.map(|(id, _)| id) };
         if known == hashes.len() {
@@ -231,8 +231,11 @@ impl State {
         let order = &mut self.ram.leaving(model.id).order;
         hashes.iter().rev().for_each(|&hash| order.asked(tag(hash)));
         order.choose();
+        if let Some(books) = self.models.get_mut(&model.id) {
+            books.asked(hashes.iter().rev().map(|&hash| tag(hash)));
+        }
         if let Some(known) = parent.filter(|_| attached) {
-            self.touch(known, false);
+            self.touch(known, false, false);
         }
         let (now, seed) = (self.tick(), namespace.hasher.seed());
         let mut placed = Vec::with_capacity(slots.len());

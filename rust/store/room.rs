@@ -7,8 +7,9 @@
 //! A model's own segments leave in the order in which they were written. What was asked for since is written again, from
 //! RAM, to which it is promoted first; of one that leaves for another model nothing is.
 //!
-//! A model below its share takes from files of unregistered models, then from models above theirs, then its own; a
-//! model above its share in the opposite order.
+//! A model below its share takes from files of unregistered models, then from models above theirs, then its own. One that
+//! is not takes from those above theirs whose turn is before its own, then its own, then as the former. Nobody comes below
+//! its share for another.
 
 use super::Shared;
 use super::nodes::NodeId;
@@ -45,18 +46,23 @@ impl State {
     pub(super) fn room_for_segment(&mut self, model: u32) -> Room {
         let Some(disk) = self.models.get(&model).and_then(|m| m.disk.as_ref()) else { return Room::Nowhere };
         let need = disk.file.layout.segment_bytes;
-        let below_share = disk.file_bytes() + need <= self.ssd_share(model);
+        let below_share = disk.file_bytes() + need <= self.share(Tier::Ssd, model);
         let full = disk.segments.iter().all(|s| s.phase != Phase::Empty) && disk.segments.len() as u64 >= MAX_SEGMENTS;
         let over = (self.ssd_file_bytes() + need).saturating_sub(self.ssd_capacity_bytes);
         if over == 0 && !full {
             return Room::Here(None);
         }
-        let others = |state: &mut Self| {
-            let givers = state.largest_on_ssd().into_iter().filter(|&(id, above)| id != model && above > 0);
+        let others = |state: &mut Self, at_any_turn: bool| {
+            let before = |id: u32| at_any_turn || state.turn(id) < state.turn(model);
+            let givers = state.payers_on_ssd().into_iter();
+            let givers = givers.filter(|&(id, spare)| id != model && spare && before(id));
             let givers: Vec<u32> = givers.map(|(id, _)| id).collect();
             state.segment_of_any(givers)
         };
-        if below_share && let Some(leaver) = self.absent_file(over).or_else(|| others(self)) {
+        if below_share && let Some(leaver) = self.absent_file(over).or_else(|| others(self, true)) {
+            return Room::After(leaver);
+        }
+        if !below_share && let Some(leaver) = others(self, false) {
             return Room::After(leaver);
         }
         // More is counted than there may be, since a disk did not take back what was empty when the store was opened: to
@@ -75,7 +81,7 @@ impl State {
             warm.into_iter().rev().for_each(|id| self.enqueue_again(id));
             return Room::Here(Some(index));
         }
-        others(self).or_else(|| self.absent_file(over)).map_or(Room::Nowhere, Room::After)
+        others(self, true).or_else(|| self.absent_file(over)).map_or(Room::Nowhere, Room::After)
     }
 
     /// Opens a segment where there is room.
@@ -91,13 +97,16 @@ impl State {
         Some(index)
     }
 
-    // Models with a file, the one furthest above its share first; and how far each is.
-    fn largest_on_ssd(&self) -> Vec<(u32, i64)> {
-        let above = |id: u32, disk: &Disk| disk.file_bytes() as i64 - self.ssd_share(id) as i64;
-        let mut models: Vec<_> =
-            self.models.iter().filter_map(|(&id, m)| Some((id, above(id, m.disk.as_ref()?)))).collect();
-        models.sort_by_key(|&(id, above)| (std::cmp::Reverse(above), id));
-        models
+    // Models with a file, in the order in which they make room: those that stay at their shares without a segment, by their
+    // turns, then the others. And which are of the former.
+    fn payers_on_ssd(&self) -> Vec<(u32, bool)> {
+        let above = |id: u32, disk: &Disk| disk.file_bytes() as i64 - self.share(Tier::Ssd, id) as i64;
+        let disks = self.models.iter().filter_map(|(&id, m)| Some((id, m.disk.as_ref()?)));
+        let mut models: Vec<_> = disks
+            .map(|(id, disk)| (id, above(id, disk), above(id, disk) >= disk.file.layout.segment_bytes as i64))
+            .collect();
+        models.sort_by_key(|&(id, above, spare)| (!spare, self.turn(id), std::cmp::Reverse(above), id));
+        models.into_iter().map(|(id, _, spare)| (id, spare)).collect()
     }
 
     // The oldest segment of the first of these models that can spare one.
@@ -126,7 +135,7 @@ impl State {
         let mut held: Vec<_> = (0..disk.segments.len() as u32).filter(|i| !gone(i) && !writing(i)).collect();
         held.sort_by_key(|&i| disk.segments[i as usize].epoch);
         let blocks = |i: u32| disk.segments[i as usize].blocks.iter().filter_map(|&hash| self.nodes.find(hash));
-        held.into_iter().find(|&i| !self.nodes.are_held(blocks(i)))
+        held.into_iter().find(|&i| !self.nodes.are_held(blocks(i), &[]))
     }
 
     // Forgets every block whose bytes lie there.
@@ -187,7 +196,7 @@ impl Shared {
             if self.ssd.is_none() || over == 0 {
                 return;
             }
-            let models = state.largest_on_ssd().into_iter().map(|(id, _)| id).collect();
+            let models = state.payers_on_ssd().into_iter().map(|(id, _)| id).collect();
             let Some(leaver) = state.segment_of_any(models).or_else(|| state.absent_file(over)) else { return };
             drop(state);
             if self.give_back(&leaver).is_err() {

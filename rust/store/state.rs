@@ -11,15 +11,15 @@ use super::worth::ReadRate;
 use super::{Options, WritePolicy};
 use crate::block::{BlockHash, Geometry};
 use crate::codec::Layout;
-use crate::evict::Retention;
-use crate::pool::{Class, Holding, Run, Slot};
+use crate::evict::{Curve, Retention};
+use crate::pool::{Class, Holding, Slot};
 use crate::ram::{Leaving, Ram};
 use crate::ssd::record::Entry;
 use crate::ssd::{ModelFile, Phase, Place, Segment, Ssd, Stale};
 use crate::stats::{Counts, Miss, Tier};
 use crate::sync::Arc;
 use crate::trie::Trie;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Instant;
 
 /// One registered model.
@@ -27,7 +27,15 @@ use std::time::Instant;
 pub(crate) struct ModelState {
     pub(crate) name: String,
     pub(crate) geometry: Geometry,
-    pub(crate) weight: u64,
+    /// What it gets back of RAM and of SSD when it needs it; `None`: as much as any other.
+    pub(crate) shares: Option<[u64; 2]>,
+    /// When it is to make room, of those that hold more than their shares: the least is first.
+    pub(crate) turn: usize,
+    /// What caches of other sizes would hit.
+    pub(crate) curve: Curve,
+    /// Slots for which it found no room in RAM; and whether nobody has room to give, as far as is known.
+    pub(crate) wants: Option<Arc<Class>>,
+    pub(crate) refused: bool,
     /// What it holds of RAM, and its slots there by their size.
     pub(crate) holding: Arc<Holding>,
     pub(crate) classes: BTreeMap<usize, Arc<Class>>,
@@ -53,6 +61,13 @@ impl ModelState {
     pub(crate) fn slot_bytes(&self) -> usize {
         let encoded = self.hot.as_ref().map(|layout| layout.record_bytes(&self.geometry, false));
         encoded.unwrap_or_else(|| self.geometry.record_bytes())
+    }
+
+    /// Notes the blocks of a request, from its end to its start.
+    pub(crate) fn asked(&mut self, tags: impl ExactSizeIterator<Item = u64>) {
+        let (blocks, sample) = (tags.len(), self.curve.sample());
+        tags.filter(|tag| tag & sample == 0).for_each(|tag| self.curve.ask(tag));
+        self.curve.count(blocks);
     }
 }
 
@@ -113,8 +128,14 @@ pub(crate) struct State {
     pub(crate) closed: bool,
 }
 
-/// How many dear blocks are passed over for one victim.
-const PASSES: usize = 16;
+/// How often a path was found between two uses of the lock.
+#[derive(Debug, Default)]
+struct Found {
+    notes: u32,
+    asked: u32,
+    /// Tags of its blocks in the sample of the curve, once they were looked up.
+    sampled: Option<Vec<u64>>,
+}
 
 /// What policies know a block by.
 pub(super) fn tag(hash: BlockHash) -> u64 {
@@ -195,9 +216,26 @@ impl State {
     /// Takes in what happened without the lock: what was matched is used as of now, and what nobody holds any more
     /// comes back.
     pub(crate) fn catch_up(&mut self, touched: &Touched) {
-        for (id, life) in touched.take().into_iter().rev() {
-            if self.nodes.is_this_life(id, life) {
-                self.touch(id, true);
+        let notes = touched.take();
+        let mut paths: HashMap<(NodeId, u16), Found> = HashMap::with_capacity(notes.len());
+        for note in &notes {
+            let path = paths.entry((note.deepest, note.life)).or_default();
+            (path.notes, path.asked) = (path.notes + 1, path.asked + u32::from(note.asked));
+        }
+        for note in notes {
+            let Some(path) = paths.get_mut(&(note.deepest, note.life)) else { continue };
+            path.notes -= 1;
+            if !self.nodes.is_this_life(note.deepest, note.life) {
+                continue;
+            }
+            // A path is touched at its last use; the curve is told of each. Mostly that is once.
+            let once = path.asked <= 1;
+            if note.asked && !once {
+                self.ask_again(note.deepest, &mut path.sampled);
+            }
+            if path.notes == 0 {
+                let asked = path.asked > 0;
+                self.touch(note.deepest, asked, asked && once);
             }
         }
         for slot in self.nodes.freed() {
@@ -205,25 +243,42 @@ impl State {
         }
     }
 
-    /// Marks a path as used now; `asked`: a request asked for it.
-    pub(crate) fn touch(&mut self, deepest: NodeId, asked: bool) {
+    // Tells the curve of a path that is asked for more than once. Of its blocks those in the sample are looked up once.
+    fn ask_again(&mut self, deepest: NodeId, sampled: &mut Option<Vec<u64>>) {
+        let Some(model) = self.models.get_mut(&self.nodes.model(deepest)) else { return };
+        let (nodes, sample) = (&self.nodes, model.curve.sample());
+        let tags = || nodes.path(deepest).map(|id| tag(nodes.hash(id))).filter(|tag| tag & sample == 0).collect();
+        sampled.get_or_insert_with(tags).iter().for_each(|&tag| model.curve.ask(tag));
+        model.curve.count(nodes.depth(deepest) as usize + 1);
+    }
+
+    /// Marks a path as used now; `asked`: by a match; `told`: the curve is told of it.
+    pub(crate) fn touch(&mut self, deepest: NodeId, asked: bool, told: bool) {
         let now = self.tick();
         let model = self.nodes.model(deepest);
         let (time, second) = (self.ram.now(), asked && self.selective());
         let Leaving { order, retained, .. } = self.ram.leaving(model);
         let nodes = &mut self.nodes;
+        let mut curve = self.models.get_mut(&model).filter(|_| told).map(|m| &mut m.curve);
+        let sample = curve.as_ref().map_or(u64::MAX, |curve| curve.sample());
         let mut next = Some(deepest);
         let mut due = Vec::new();
         while let Some(id) = next {
             nodes[id].last_use = now;
-            nodes[id].warm |= asked;
+            nodes[id].warm = true;
             // From its end to its start: what continues a block is never hotter than the block.
             order.touch(id);
             if !retained.is_empty() {
                 retained.touch(id, time);
             }
             if asked {
-                order.asked(tag(nodes.hash(id)));
+                let tag = tag(nodes.hash(id));
+                order.asked(tag);
+                if tag & sample == 0
+                    && let Some(curve) = &mut curve
+                {
+                    curve.ask(tag);
+                }
             }
             let node = &nodes[id];
             if second && node.ram.is_some() && node.ssd.is_none() && !node.queued {
@@ -232,6 +287,9 @@ impl State {
             next = nodes.parent(id);
         }
         order.choose();
+        if let Some(curve) = curve {
+            curve.count(nodes.depth(deepest) as usize + 1);
+        }
         if self.ssd_in_use() {
             // Parents first, as they are put.
             due.into_iter().rev().for_each(|id| self.enqueue_dirty(id));
@@ -324,158 +382,12 @@ impl State {
         ids.len() as u64
     }
 
-    /// Takes a slot of so many bytes for a model, making room if need be. A model below its share of the arena takes from
-    /// those above theirs; otherwise it evicts its own. `may_lose` allows evicting blocks that are not on SSD.
-    pub(crate) fn allocate(&mut self, model: u32, bytes: usize, may_lose: bool) -> Option<Slot> {
-        self.allocate_some(model, bytes, 1, may_lose).pop()
-    }
-
-    /// Takes so many slots, neighbours as far as there are, or as many as there can be.
-    pub(crate) fn allocate_some(&mut self, model: u32, bytes: usize, wanted: usize, may_lose: bool) -> Vec<Slot> {
-        let mut slots = Vec::with_capacity(wanted);
-        let Some(class) = self.class(model, bytes) else { return slots };
-        while slots.len() < wanted
-            && let Some(run) = self.allocate_run(model, &class, bytes, wanted - slots.len(), may_lose)
-        {
-            slots.extend(run);
-        }
-        slots
-    }
-
-    /// A model's slots of a size.
-    pub(crate) fn class(&mut self, model: u32, bytes: usize) -> Option<Arc<Class>> {
-        let ModelState { classes, holding, .. } = self.models.get_mut(&model)?;
-        Some(classes.entry(bytes).or_insert_with(|| self.ram.pool.class(holding, bytes)).clone())
-    }
-
-    fn allocate_run(
-        &mut self,
-        model: u32,
-        class: &Arc<Class>,
-        bytes: usize,
-        most: usize,
-        may_lose: bool,
-    ) -> Option<Run> {
-        let holding = self.models.get(&model)?.holding.clone();
-        loop {
-            if let Some(run) = self.ram.pool.allocate_run(class, most) {
-                return Some(run);
-            }
-            let below_share = self.ram.pool.held_bytes(&holding) as u64 + bytes as u64 <= self.ram_share(model);
-            let own_first = !below_share && self.evict_own(model, class, may_lose);
-            let made_room = own_first
-                || self.take_from_others(model, class, may_lose)
-                || below_share && self.evict_own(model, class, may_lose);
-            if !made_room {
-                return None;
-            }
-        }
-    }
-
-    fn share(&self, capacity: u64, model: u32) -> u64 {
-        let all: u64 = self.models.values().map(|m| m.weight).sum();
-        self.models.get(&model).map_or(0, |m| (u128::from(capacity) * u128::from(m.weight) / u128::from(all)) as u64)
-    }
-
-    fn ram_share(&self, model: u32) -> u64 {
-        self.share(self.ram_bytes, model)
-    }
-
-    pub(super) fn ssd_share(&self, model: u32) -> u64 {
-        self.share(self.ssd_capacity_bytes.saturating_sub(self.ssd_control_bytes), model)
-    }
-
-    fn selective(&self) -> bool {
+    pub(super) fn selective(&self) -> bool {
         self.policy == WritePolicy::WriteThroughSecondTouch
     }
 
-    fn ssd_in_use(&self) -> bool {
+    pub(super) fn ssd_in_use(&self) -> bool {
         self.ssd_capacity_bytes > 0
-    }
-
-    fn evict_own(&mut self, model: u32, class: &Class, may_lose: bool) -> bool {
-        let (now, ssd_in_use, selective) = (self.ram.now(), self.ssd_in_use(), self.selective());
-        let nodes = &self.nodes;
-        let Leaving { order, retained, walk } = self.ram.leaving(model);
-        order.set_capacity(order.len());
-        let clean = |id: NodeId| nodes[id].is_clean(selective);
-        let may_leave = |id: &NodeId| (may_lose || clean(*id)) && !nodes.are_held([*id]);
-        let mut victim = retained.overdue(now, |id| nodes[id].ram_children == 0 && may_leave(&id));
-        for passed in 0..=PASSES {
-            if victim.is_none() {
-                let leaf_of = |id: NodeId| nodes.last_in_ram(id, walk).filter(may_leave);
-                // Without an SSD no block is better to lose than another.
-                victim = order.victim(leaf_of, |id| clean(id) || !ssd_in_use);
-                if let Some(dear) = victim.filter(|&id| passed < PASSES && retained.pass_over(id)) {
-                    nodes.path(dear).for_each(|id| order.touch(id));
-                    victim = None;
-                    continue;
-                }
-            }
-            break;
-        }
-        let Some(victim) = victim else { return false };
-        if nodes[victim].ram.is_some_and(|slot| self.ram.pool.is_of(slot, class)) {
-            self.evict_from_ram(victim, ssd_in_use);
-            return true;
-        }
-        // Its slot is of another size: a whole place is emptied for slots of this one.
-        self.take_place(&[model], class, may_lose)
-    }
-
-    // Takes the coldest place for one slot from the models above their shares.
-    fn take_from_others(&mut self, taker: u32, class: &Class, may_lose: bool) -> bool {
-        let above = |&(&id, model): &(&u32, &ModelState)| {
-            id != taker && self.ram.pool.held_bytes(&model.holding) as u64 > self.ram_share(id)
-        };
-        let givers: Vec<u32> = self.models.iter().filter(above).map(|(&id, _)| id).collect();
-        self.take_place(&givers, class, may_lose)
-    }
-
-    fn take_place(&mut self, givers: &[u32], class: &Class, may_lose: bool) -> bool {
-        let places = self.ram.pool.places_for(class).into_iter();
-        let places = places.filter(|spans| !spans.is_empty() && spans.iter().all(|(id, _)| givers.contains(id)));
-        let places = places.map(|spans| spans.into_iter().flat_map(|(_, slots)| slots).collect());
-        self.empty_coldest(places.collect(), may_lose)
-    }
-
-    /// Empties one span of a model that holds more than its budget, as far as its blocks are on SSD where there is one
-    /// that takes them. `false`: there is none, or none that can be emptied now.
-    pub(super) fn shrink_one(&mut self) -> bool {
-        let may_lose = !self.ssd_in_use() || self.ssd_read_only.is_some();
-        let over = self.models.values().filter(|m| self.ram.pool.over_budget(&m.holding));
-        let places: Vec<Vec<Slot>> = over.flat_map(|m| self.ram.pool.spans_of(&m.holding)).collect();
-        let emptied = self.empty_coldest(places, may_lose);
-        self.ram.pool.settle();
-        emptied
-    }
-
-    // Empties the place that was used longest ago, of those where nothing is held.
-    fn empty_coldest(&mut self, places: Vec<Vec<Slot>>, may_lose: bool) -> bool {
-        let selective = self.selective();
-        let last_use = |slot: &Slot| {
-            let node = &self.nodes[self.ram.holder(*slot)?];
-            (may_lose || node.is_clean(selective)).then_some(node.last_use)
-        };
-        let mut known: Vec<(u64, Vec<Slot>)> = places
-            .into_iter()
-            .filter_map(|slots| {
-                let uses: Option<Vec<u64>> = slots.iter().map(last_use).collect();
-                Some((uses?.into_iter().max()?, slots))
-            })
-            .collect();
-        known.sort_unstable_by_key(|(last_use, _)| *last_use);
-        let blocks = |slots: Vec<Slot>| slots.into_iter().filter_map(|slot| self.ram.holder(slot)).collect::<Vec<_>>();
-        let mut coldest_first = known.into_iter().map(|(_, slots)| blocks(slots));
-        let Some(leaving) = coldest_first.find(|ids| !self.nodes.are_held(ids.iter().copied())) else { return false };
-        let hashes: Vec<_> = leaving.into_iter().map(|id| self.nodes.hash(id)).collect();
-        for hash in hashes {
-            // Dropping one block may have taken others along.
-            if let Some(id) = self.nodes.find(hash).filter(|&id| self.nodes[id].ram.is_some()) {
-                self.evict_from_ram(id, self.ssd_in_use());
-            }
-        }
-        true
     }
 
     /// Bytes of all files of the SSD tier.

@@ -128,7 +128,7 @@ pub(crate) fn open(directory: &Path, ram: u64, cap: u64) -> Store {
 }
 
 pub(crate) fn spec(name: &str, geometry: Geometry) -> ModelSpec {
-    ModelSpec { name: name.into(), weights_version: String::new(), geometry, weight: 1 }
+    ModelSpec { name: name.into(), weights_version: String::new(), geometry }
 }
 
 pub(crate) fn register(store: &Store, name: &str, geometry: Geometry) -> Arc<Model> {

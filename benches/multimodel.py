@@ -1,0 +1,243 @@
+"""Several models on one box: what each strategy hits, on request traces, beside the best that was to be had.
+
+`make bench SUITE=multimodel ARGS=DIR`: DIR holds the conversation trace and the agent sessions that benches/policy.py
+reads. No public trace has several models, so the mix is made of them, one hour each from the same start: conversations
+go to a Llama-3.2-1B or a Llama-3.1-8B by their second block, agents to one Qwen2.5-7B, or in turns to one of 0.5B too.
+Budgets and blocks are a 1,024th of their true sizes, and the keys and values the same bytes over and over; all else is
+real: requests go through the manager, by the clock of the trace, and what a match finds is what is counted.
+
+The best static split is found offline: exact miss-ratio curves of a leaf-first LRU for each model, and dynamic
+programming over 64 steps, with floors or without. One shared LRU is simulated, leaf-first, without slots or chunks.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from policy import read
+from rows import Row, finish, row, run
+
+import stratakv
+
+# The folder is no section.
+TRACES = next((Path(name) for name in sys.argv[1:] if Path(name).is_dir()), None)
+sys.argv = [name for name in sys.argv if not Path(name).is_dir()]
+# One in so many bytes.
+SCALE = 1024
+TOKENS = 512
+# Tokens of a block that the store sees; the bytes are those of TOKENS.
+SEEN = 16
+HOUR_S = 3600.0
+BUDGETS_GB = (100, 200, 500, 1000, 2000)
+STEPS = 64
+EVERY_S = 30.0
+# KV bytes of a token.
+SIZES = {"llama-1b": 32 << 10, "llama-8b": 128 << 10, "qwen-7b": 56 << 10, "qwen-0.5b": 12 << 10}
+
+AGENTS = ("qwen-7b", "qwen-0.5b")
+
+# A model's name, and the blocks of a request.
+Requests = list[tuple[float, str, list[Hashable]]]
+
+
+@functools.cache
+def mix(agents: int) -> Requests:
+    """The requests of one hour, with one or two models of agents."""
+    assert TRACES is not None
+    requests: Requests = []
+    for at, path in read(next(iter(TRACES.glob("mooncake_conversation.jsonl*")))):
+        name = "llama-8b" if hash(path[min(1, len(path) - 1)]) % 2 else "llama-1b"
+        requests.append((at / 1000, name, path))
+    sessions = read(next(iter(TRACES.glob("weka_agentic*.jsonl*"))))
+    # Some hours after the first session there are as many as there ever are.
+    begin = 4 * HOUR_S
+    known: dict[Hashable, int] = {}
+    for at, path in sessions:
+        if begin <= at < begin + HOUR_S:
+            # A session is known by a block that it shares with no other.
+            session = known.setdefault(path[min(40, len(path) - 1)], len(known))
+            requests.append((at - begin, AGENTS[session % agents], path))
+    return sorted((at, name, path) for at, name, path in requests if at < HOUR_S)
+
+
+def block_bytes(name: str) -> int:
+    """Bytes of a block's record, scaled."""
+    return SIZES[name] * TOKENS // SCALE
+
+
+def geometry(name: str) -> stratakv.Geometry:
+    """A geometry whose records take `block_bytes`: whole pages, the header and token ids among them."""
+    payload = block_bytes(name) - 4096
+    return stratakv.Geometry(layers=1, planes=1, kv_heads=1, head_dim=payload // SEEN, dtype="uint8", block_tokens=SEEN)
+
+
+class Hits:
+    """Blocks asked for and hit, by model."""
+
+    def __init__(self) -> None:
+        """Of no requests yet."""
+        self.asked: dict[str, int] = {}
+        self.hit: dict[str, int] = {}
+
+    def add(self, name: str, asked: int, hit: int) -> None:
+        """Counts a request."""
+        self.asked[name] = self.asked.get(name, 0) + asked
+        self.hit[name] = self.hit.get(name, 0) + hit
+
+    def ratio(self) -> float:
+        """Bytes hit over bytes asked for."""
+        bytes_of = lambda blocks: sum(count * block_bytes(name) for name, count in blocks.items())  # noqa: E731
+        return bytes_of(self.hit) / bytes_of(self.asked)
+
+    def each(self) -> str:
+        """The percentage of each model."""
+        return " ".join(f"{name} {100 * self.hit[name] / self.asked[name]:.1f}" for name in sorted(self.asked))
+
+
+def serve(
+    requests: Requests,
+    budget: int,
+    watch: Callable[[float, stratakv.CacheManager, Hits], None] | None = None,
+    **models: Any,  # noqa: ANN401 - the fields of `ModelsConfig`
+) -> Hits:
+    """Sends the requests through a manager; `watch` looks on after each division."""
+    now = [0.0]
+    config = stratakv.Config(
+        ram=stratakv.RamConfig(capacity_bytes=budget),
+        ssd=stratakv.SsdConfig(enabled=False),
+        models=stratakv.ModelsConfig(interval_s=0, **models),
+        store=stratakv.StoreConfig(secret="bench", threads=1),
+    )
+    hits, words, tick = Hits(), {}, 0.0
+    with stratakv.CacheManager(config, clock=lambda: now[0]) as caches:
+        used = {name for _, name, _ in requests}
+        register = {name: caches.register(name, geometry(name)) for name in sorted(used)}
+        payload = {name: np.zeros(cache.geometry.head_dim, np.uint8) for name, cache in register.items()}
+        for at, name, path in requests:
+            now[0] = at
+            while at >= tick:
+                caches.rebalance()
+                tick += EVERY_S
+                if watch:
+                    watch(at, caches, hits)
+            # An id names its whole prefix: it stands for the tokens of its block.
+            numbers = np.array([words.setdefault(block, len(words)) for block in path], np.uint32)
+            tokens = np.repeat(numbers, SEEN)
+            cache, shape = register[name], (1, 1, 1, len(tokens), payload[name].size)
+            with cache.match(tokens) as found:
+                hits.add(name, len(path), found.tokens // SEEN)
+            same = np.lib.stride_tricks.as_strided(payload[name], shape, (0, 0, 0, 0, 1), writeable=False)
+            cache.put(tokens, same, layout="LKHND")
+    return hits
+
+
+def shared_lru(requests: Requests, budget: int) -> Hits:
+    """One LRU of all models, leaf-first, exact in bytes."""
+    held: OrderedDict[tuple[str, Hashable], int] = OrderedDict()
+    used, hits = 0, Hits()
+    for _, name, path in requests:
+        size = block_bytes(name)
+        found = next((n for n, block in enumerate(path) if (name, block) not in held), len(path))
+        hits.add(name, len(path), found)
+        for block in reversed(path):
+            used += 0 if (name, block) in held else size
+            held[name, block] = size
+            held.move_to_end((name, block))
+        while used > budget:
+            used -= held.popitem(last=False)[1]
+    return hits
+
+
+def distances(requests: Requests) -> dict[str, np.ndarray]:
+    """Of each model, how often it would hit with so many blocks: leaf-first LRU, by stack distance."""
+    found = {}
+    for name in sorted({name for _, name, _ in requests}):
+        asked = [block for _, whose, path in requests if whose == name for block in reversed(path)]
+        last: dict[Hashable, int] = {}
+        tree = np.zeros(len(asked) + 1, np.int64).tolist()
+        counts = np.zeros(len(asked) + 2, np.int64)
+        for now, block in enumerate(asked):
+            before = last.get(block)
+            if before is not None:
+                newer, at = len(last), before + 1
+                while at > 0:
+                    newer -= tree[at]
+                    at &= at - 1
+                counts[newer + 1] += 1
+                at = before + 1
+                while at < len(tree):
+                    tree[at] -= 1
+                    at += at & -at
+            last[block] = now
+            at = now + 1
+            while at < len(tree):
+                tree[at] += 1
+                at += at & -at
+        found[name] = np.cumsum(counts)
+    return found
+
+
+@functools.cache
+def curves(agents: int) -> dict[str, np.ndarray]:
+    """The curves of the mix."""
+    return distances(mix(agents))
+
+
+def best_static(agents: int, budget: int, floor: float = 0.0) -> float:
+    """The hit ratio of the best split into 64 steps, of LRUs, each with this part of a fair share at least."""
+    requests = mix(agents)
+    best = np.full(STEPS + 1, -np.inf)
+    best[0] = 0.0
+    least = int(floor * STEPS / len(curves(agents)))
+    for name, hits in curves(agents).items():
+        blocks = np.arange(STEPS + 1) * budget // STEPS // block_bytes(name)
+        value = (hits[np.minimum(blocks, len(hits) - 1)] * block_bytes(name)).astype(float)
+        value[:least] = -np.inf
+        best = np.array([max(best[used - own] + value[own] for own in range(used + 1)) for used in range(STEPS + 1)])
+    asked = sum(len(path) * block_bytes(name) for _, name, path in requests)
+    return float(best.max() / asked)
+
+
+def strategies() -> list[Row]:
+    """What each strategy hits."""
+    rows = []
+    for agents in (1, 2):
+        for budget_gb in BUDGETS_GB:
+            requests, budget = mix(agents), budget_gb * 10**9 // SCALE
+            label = f"{2 + agents} models, {budget_gb} GB"
+            shared = shared_lru(requests, budget)
+            found = {name: serve(requests, budget, strategy=name) for name in STRATEGIES}
+            free = serve(requests, budget, strategy="dynamic", floor=0)
+            for name, hits in [("shared LRU", shared), *found.items(), ("dynamic without floors", free)]:
+                rows.append(row(f"{label}: {name}: {hits.each()}", 100 * hits.ratio(), "% of bytes", n=len(requests)))
+            for name, hits, floor in (("dynamic without floors", free, 0.0), ("dynamic", found["dynamic"], 0.5)):
+                best = best_static(agents, budget, floor)
+                limit = {"limit": f"best static split, floors {floor:g}", "limit_value": 100 * best}
+                bounds = {"must": "ratio >= 0.85", "goal": "ratio >= 0.95"}
+                value = hits.ratio()
+                rows.append(row(f"{label}: {name}", 100 * value, "% of bytes", ratio=value / best, **limit, **bounds))
+            for name, other in (("fair", found["fair"]), ("shared LRU", shared)):
+                more = 100 * (found["dynamic"].ratio() - other.ratio())
+                rows.append(row(f"{label}: dynamic - {name}", more, "points", must="value >= -1", goal="value >= 0"))
+    return rows
+
+
+STRATEGIES = ("fair", "proportional", "priority", "dynamic")
+
+
+def main() -> None:
+    """Runs all sections, if a folder of traces is named."""
+    if TRACES is None:
+        finish("multimodel", [row("multimodel: skipped, no folder of traces is named: ARGS=DIR", n=0)])
+    else:
+        run("multimodel", strategies)
+
+
+if __name__ == "__main__":
+    main()
