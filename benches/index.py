@@ -16,6 +16,8 @@ BOUNDS = {
     "evict a block beside a reader": ("value < 1000", "value <= 150"),
     "match and what it leaves behind, 10240 blocks, adaptive": ("ratio <= 1.1", "ratio <= 1.03"),
     "match and what it leaves behind, 102400 blocks, adaptive": ("ratio <= 1.1", "ratio <= 1.03"),
+    "miss-ratio curve, of a match and what it leaves behind, 10240 blocks": ("ratio <= 0.03", "ratio <= 0.01"),
+    "miss-ratio curve, of a match and what it leaves behind, 102400 blocks": ("ratio <= 0.03", "ratio <= 0.01"),
     "put of a block that evicts one, beside a reader, 102400 blocks, adaptive": ("value < 1000", "value <= 150"),
     "index bytes a block": ("value <= 96", "value <= 78"),
     "alloc + free, 1 thread": ("value < 50", "value <= 6"),

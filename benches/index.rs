@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::Instant;
 use stratakv::block::BlockHash;
-use stratakv::evict::Kind;
+use stratakv::evict::{Curve, Kind};
 use stratakv::pool::{Holding, Pool};
 use stratakv::trie::{Inserted, NodeId, Trie};
 use stratakv::{
@@ -311,6 +311,34 @@ fn store(chase: &Chase, stored: usize) {
         limit,
         ROUNDS * 400,
     );
+
+    // What the curve of the model adds to that: more blocks are in either sample, its own and that of `adaptive`, and these
+    // are asked for.
+    let mut curve = Curve::new(blocks as u64, GEOMETRY.block_tokens);
+    let tags: Vec<Vec<u64>> = (0..stored).map(|n| (0..PATH).map(|at| mix((n << 20 | at) as u64)).collect()).collect();
+    let mut scan = |round: usize, told: bool| {
+        time_each(400, |n| {
+            let path = &tags[mix((round << 20 | n) as u64) as usize % (stored * 3 / 4)];
+            let sample = if told { curve.sample() } else { u64::MAX };
+            let either = sample & 0xf;
+            for &tag in path.iter().filter(|&tag| tag & either == 0) {
+                if tag & sample == 0 {
+                    curve.ask(tag);
+                }
+                black_box(tag);
+            }
+            curve.count(path.len());
+        })
+    };
+    let (value, limit) = rounds(
+        |round| {
+            let told = scan(round, true);
+            told - scan(round, false)
+        },
+        || matches(&adaptive, ROUNDS),
+    );
+    let name = format!("miss-ratio curve, of a match and what it leaves behind, {blocks} blocks");
+    report(&name, value, "ns", "match", limit, ROUNDS * 400);
 
     // A put into a full store evicts as many blocks as it brings; beside it, a reader matches what is used last.
     for (kind, mut filled) in [("lru", lru), ("adaptive", adaptive)] {

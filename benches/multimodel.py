@@ -3,7 +3,7 @@
 `make bench SUITE=multimodel ARGS=DIR`: DIR holds the conversation trace and the agent sessions that benches/policy.py
 reads. No public trace has several models, so the mix is made of them, one hour each from the same start: conversations
 go to a Llama-3.2-1B or a Llama-3.1-8B by their second block, agents to one Qwen2.5-7B, or in turns to one of 0.5B too.
-Budgets and blocks are a 1,024th of their true sizes, and the keys and values the same bytes over and over; all else is
+Budgets and blocks are a 512th of their true sizes, and the keys and values the same bytes over and over; all else is
 real: requests go through the manager, by the clock of the trace, and what a match finds is what is counted.
 
 The best static split is found offline: exact miss-ratio curves of a leaf-first LRU for each model, and dynamic
@@ -13,7 +13,10 @@ programming over 64 steps, with floors or without. One shared LRU is simulated, 
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -21,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from policy import read
-from rows import Row, finish, row, run
+from rows import Row, finish, paired, row, run
 
 import stratakv
 
@@ -29,13 +32,12 @@ import stratakv
 TRACES = next((Path(name) for name in sys.argv[1:] if Path(name).is_dir()), None)
 sys.argv = [name for name in sys.argv if not Path(name).is_dir()]
 # One in so many bytes.
-SCALE = 1024
+SCALE = 512
 TOKENS = 512
-# Tokens of a block that the store sees; the bytes are those of TOKENS.
-SEEN = 16
 HOUR_S = 3600.0
 BUDGETS_GB = (100, 200, 500, 1000, 2000)
 STEPS = 64
+GIB = 1 << 30
 EVERY_S = 30.0
 # KV bytes of a token.
 SIZES = {"llama-1b": 32 << 10, "llama-8b": 128 << 10, "qwen-7b": 56 << 10, "qwen-0.5b": 12 << 10}
@@ -73,8 +75,10 @@ def block_bytes(name: str) -> int:
 
 def geometry(name: str) -> stratakv.Geometry:
     """A geometry whose records take `block_bytes`: whole pages, the header and token ids among them."""
-    payload = block_bytes(name) - 4096
-    return stratakv.Geometry(layers=1, planes=1, kv_heads=1, head_dim=payload // SEEN, dtype="uint8", block_tokens=SEEN)
+    payload = block_bytes(name) - 128 - 4 * TOKENS
+    return stratakv.Geometry(
+        layers=1, planes=1, kv_heads=1, head_dim=payload // TOKENS, dtype="uint8", block_tokens=TOKENS
+    )
 
 
 class Hits:
@@ -128,10 +132,10 @@ def serve(
                     watch(at, caches, hits)
             # An id names its whole prefix: it stands for the tokens of its block.
             numbers = np.array([words.setdefault(block, len(words)) for block in path], np.uint32)
-            tokens = np.repeat(numbers, SEEN)
+            tokens = np.repeat(numbers, TOKENS)
             cache, shape = register[name], (1, 1, 1, len(tokens), payload[name].size)
             with cache.match(tokens) as found:
-                hits.add(name, len(path), found.tokens // SEEN)
+                hits.add(name, len(path), found.tokens // TOKENS)
             same = np.lib.stride_tricks.as_strided(payload[name], shape, (0, 0, 0, 0, 1), writeable=False)
             cache.put(tokens, same, layout="LKHND")
     return hits
@@ -228,6 +232,55 @@ def strategies() -> list[Row]:
     return rows
 
 
+def moving() -> list[Row]:
+    """Match and load of one block of 2 MiB: at rest, and while 1 GiB of RAM goes from one model to another and back."""
+    shape = stratakv.Geometry(layers=16, kv_heads=8, head_dim=64, dtype="fp16", block_tokens=64)
+    models = stratakv.ModelsConfig(strategy="priority", interval_s=0, floor=0, idle_s=0)
+    config = stratakv.Config(
+        ram=stratakv.RamConfig(capacity_bytes="3GiB"), ssd=stratakv.SsdConfig(enabled=False), models=models
+    )
+    source = np.zeros((16, 2, 8, 64 * 16, 64), np.float16)
+    target, hot = np.zeros_like(source), np.arange(64)
+    random, pairs, moved = np.random.default_rng(5), [], 0
+    with stratakv.open(config) as caches:
+        # Two thirds against one third by priority, and the other way round by size.
+        one = caches.register("one", shape, priority=10, weights_bytes=1)
+        two = caches.register("two", shape, priority=5, weights_bytes=2)
+        rules = ({"strategy": "proportional", "demand": "weights"}, {"strategy": "priority"})
+
+        def fill(cache: stratakv.ModelCache, blocks: int) -> None:
+            for _ in range(blocks // 16):
+                cache.put(random.integers(0, 1 << 31, 64 * 16), source, layout="LKHND")
+
+        def p99(until: Callable[[], bool]) -> float:
+            taken = []
+            while not until() or len(taken) < 300:
+                started = time.perf_counter()
+                with one.match(hot) as hit:
+                    assert hit.load(target, layout="LKHND") == 64
+                taken.append(time.perf_counter() - started)
+                time.sleep(0.0005)
+            return float(np.quantile(taken, 0.99)) * 1e6
+
+        one.put(hot, source, layout="LKHND")
+        leased = one.match(hot)
+        fill(one, 1536)
+        for turn in range(12):
+            gains = (two, one)[turn % 2]
+            caches.set_models(**rules[turn % 2])
+            before = caches.status().ram_held[gains.name]
+            writer = threading.Thread(target=fill, args=(gains, 1024))
+            writer.start()
+            busy = p99(lambda writer=writer: not writer.is_alive())
+            writer.join()
+            moved += caches.status().ram_held[gains.name] - before
+            turns = itertools.count()
+            pairs.append((busy, p99(lambda turns=turns: next(turns) > 600)))
+        leased.release()
+    more = {"must": "ratio <= 2", "goal": "ratio <= 1.2", "right": None if moved > 10 * GIB else False}
+    return [paired("match + load 2 MiB, p99, while 1 GiB changes hands", "us", pairs, "at rest", **more)]
+
+
 STRATEGIES = ("fair", "proportional", "priority", "dynamic")
 
 
@@ -236,7 +289,7 @@ def main() -> None:
     if TRACES is None:
         finish("multimodel", [row("multimodel: skipped, no folder of traces is named: ARGS=DIR", n=0)])
     else:
-        run("multimodel", strategies)
+        run("multimodel", strategies, moving)
 
 
 if __name__ == "__main__":

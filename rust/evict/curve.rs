@@ -15,8 +15,8 @@ use super::ghosts::TagMap;
 
 /// Sampled blocks that are known at a time.
 const MOST: usize = 8192;
-/// No more than one block in 2^4 is sampled, so that a match costs little more.
-const LEAST_SHIFT: u32 = 4;
+/// One ask of the sample for so many tokens that are asked for, no more: a match of them takes fifty times as long.
+const TOKENS_AN_ASK: u32 = 4096;
 
 /// The curve of one model.
 #[derive(Debug)]
@@ -36,9 +36,10 @@ pub struct Curve {
 }
 
 impl Curve {
-    /// A curve up to a cache of so many blocks.
-    pub fn new(blocks: u64) -> Self {
-        let shift = (blocks.div_ceil(MOST as u64).next_power_of_two().ilog2()).max(LEAST_SHIFT);
+    /// A curve up to a cache of so many blocks, of so many tokens each.
+    pub fn new(blocks: u64, block_tokens: u32) -> Self {
+        let least = TOKENS_AN_ASK.div_ceil(block_tokens.max(1));
+        let shift = blocks.div_ceil(MOST as u64).max(u64::from(least)).next_power_of_two().ilog2();
         let mut curve = Self {
             shift,
             positions: TagMap::default(),
@@ -156,9 +157,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// One block in so many, as a power of two, is in the sample.
+    const SHIFT: u32 = 4;
+
     // Tags of which all are in the sample.
     fn tag(block: u64) -> u64 {
-        (block + 1) << LEAST_SHIFT
+        (block + 1) << SHIFT
     }
 
     fn hits_of_lru(asked: &[u64], capacity: usize) -> usize {
@@ -179,8 +183,8 @@ mod tests {
     proptest! {
         #[test]
         fn where_all_is_sampled_it_hits_as_often_as_the_cache(asked in prop::collection::vec(0u64..300, 1..2000)) {
-            let mut curve = Curve::new(0);
-            let scale = 1 << LEAST_SHIFT;
+            let mut curve = Curve::new(0, TOKENS_AN_ASK >> SHIFT);
+            let scale = 1 << SHIFT;
             asked.iter().for_each(|&block| curve.ask(tag(block)));
             curve.count(asked.len() * scale);
             let sizes = [1usize, 2, 5, 17, 100, 299, 300, 5000];
@@ -209,7 +213,7 @@ mod tests {
         let samples = 32;
         let mut mean = [0.0; 3];
         for sample in 0..samples {
-            let mut curve = Curve::new(4000);
+            let mut curve = Curve::new(4000, TOKENS_AN_ASK >> SHIFT);
             curve.count(asked.len());
             let tags = asked.iter().map(|block| mix(mix(sample + 1) ^ block));
             tags.filter(|tag| tag & curve.sample() == 0).collect::<Vec<_>>().into_iter().for_each(|tag| curve.ask(tag));
@@ -223,7 +227,7 @@ mod tests {
 
     #[test]
     fn it_takes_less_than_a_mebibyte() {
-        let mut curve = Curve::new(1 << 20);
+        let mut curve = Curve::new(1 << 20, TOKENS_AN_ASK);
         (0..200_000).for_each(|n| curve.ask(mix(mix(n) % 20_000)));
         let bytes = curve.tags.capacity() * 8 + curve.taken.capacity() * 4 + curve.hits.capacity() * 4;
         // A table of twelve bytes an entry, padded to sixteen, and one more, at most 7/8 full.
@@ -233,7 +237,7 @@ mod tests {
 
     #[test]
     fn what_was_long_ago_counts_less_and_is_forgotten() {
-        let mut curve = Curve::new(0);
+        let mut curve = Curve::new(0, TOKENS_AN_ASK >> SHIFT);
         for _ in 0..2 {
             (0..10).for_each(|block| curve.ask(tag(block)));
         }

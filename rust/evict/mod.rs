@@ -212,6 +212,11 @@ impl Order {
         self.sample = adaptive.map_or(u64::MAX, |adaptive| adaptive.sample());
     }
 
+    /// The bits that are zero in the tags of which [`asked`](Self::asked) takes note.
+    pub(crate) fn sample(&self) -> u64 {
+        self.sample
+    }
+
     /// Tells `adaptive` that a block was asked for, found or not; those of a request from its end to its start, and then
     /// [`choose`](Self::choose).
     #[inline]

@@ -269,7 +269,7 @@ impl Store {
                 geometry: *geometry,
                 shares: None,
                 turn: 0,
-                curve: Curve::new(all_bytes / record),
+                curve: Curve::new(all_bytes / record, geometry.block_tokens),
                 wants: None,
                 refused: false,
                 holding: Holding::new(id),

@@ -261,6 +261,8 @@ impl State {
         let nodes = &mut self.nodes;
         let mut curve = self.models.get_mut(&model).filter(|_| told).map(|m| &mut m.curve);
         let sample = curve.as_ref().map_or(u64::MAX, |curve| curve.sample());
+        // Both are the lowest bits of a tag: most blocks are in neither sample.
+        let either = if asked { sample & order.sample() } else { u64::MAX };
         let mut next = Some(deepest);
         let mut due = Vec::new();
         while let Some(id) = next {
@@ -271,8 +273,8 @@ impl State {
             if !retained.is_empty() {
                 retained.touch(id, time);
             }
-            if asked {
-                let tag = tag(nodes.hash(id));
+            let tag = if asked { tag(nodes.hash(id)) } else { u64::MAX };
+            if tag & either == 0 {
                 order.asked(tag);
                 if tag & sample == 0
                     && let Some(curve) = &mut curve

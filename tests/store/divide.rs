@@ -3,7 +3,7 @@
 use super::kv::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use stratakv::{ErrorKind, Model, Share, Store};
+use stratakv::{Dtype, ErrorKind, Model, Share, Store};
 
 fn held(store: &Store) -> BTreeMap<String, u64> {
     store.snapshot().ram_held.into_iter().collect()
@@ -159,10 +159,12 @@ fn shares_above_the_whole_or_of_no_model_change_nothing() {
 #[test]
 fn a_curve_counts_what_requests_ask_for_once() {
     let store = stepped(None, 16 * MIB, 0);
-    let model = register(&store, "a", FINE);
+    // One block in sixteen is sampled.
+    let fine = shape(1, 2, 2, 8, Dtype::Uint8, 256);
+    let model = register(&store, "a", fine);
     for _ in 0..3 {
         for seed in 0..40 {
-            let tokens = sequence(seed, 8, &FINE);
+            let tokens = sequence(seed, 8, &fine);
             drop(store.match_prefix(&model, &tokens, "", "").expect("it is open"));
             put(&store, &model, &tokens);
         }
