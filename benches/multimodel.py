@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from policy import read
-from rows import Row, finish, paired, row, run
+from rows import OUT, Row, finish, paired, row, run
 
 import stratakv
 
@@ -42,6 +42,7 @@ EVERY_S = 30.0
 # KV bytes of a token.
 SIZES = {"llama-1b": 32 << 10, "llama-8b": 128 << 10, "qwen-7b": 56 << 10, "qwen-0.5b": 12 << 10}
 
+STRATEGIES = ("fair", "proportional", "priority", "dynamic")
 AGENTS = ("qwen-7b", "qwen-0.5b")
 
 # A model's name, and the blocks of a request.
@@ -281,7 +282,72 @@ def moving() -> list[Row]:
     return [paired("match + load 2 MiB, p99, while 1 GiB changes hands", "us", pairs, "at rest", **more)]
 
 
-STRATEGIES = ("fair", "proportional", "priority", "dynamic")
+COLOURS = {"llama-1b": "#4477aa", "llama-8b": "#66ccee", "qwen-7b": "#ee6677", "qwen-0.5b": "#ccbb44"}
+# Of the picture: where each panel begins, and its size.
+WIDTH, HEIGHT, LEFT, TOPS = 640, 150, 60, (40, 250)
+
+
+def changing() -> Requests:
+    """A mix that changes: agents come after 20 minutes, the larger of the conversations' models goes after 40."""
+    keep = {"qwen-7b": (1200.0, HOUR_S), "llama-8b": (0.0, 2400.0), "llama-1b": (0.0, HOUR_S)}
+    return [each for each in mix(1) if keep[each[1]][0] <= each[0] < keep[each[1]][1]]
+
+
+def picture() -> list[Row]:
+    """Draws shares and hit ratios of three models while the mix changes, to benches/out/multimodel.svg."""
+    requests, budget = changing(), 500 * 10**9 // SCALE
+    names = sorted({name for _, name, _ in requests})
+    shares: list[tuple[float, dict[str, float]]] = []
+    ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    last = dict.fromkeys(names, (0, 0))
+
+    def watch(at: float, caches: stratakv.CacheManager, hits: Hits) -> None:
+        shares.append((at, {name: share / budget for name, share in caches.status().ram_shares.items()}))
+        if len(shares) % 4:
+            return
+        for name in names:
+            asked, hit = hits.asked.get(name, 0), hits.hit.get(name, 0)
+            if asked > last[name][0]:
+                ratios[name].append((at, (hit - last[name][1]) / (asked - last[name][0])))
+            last[name] = (asked, hit)
+
+    found = serve(requests, budget, watch, strategy="dynamic", idle_s=300)
+    (OUT / "multimodel.svg").write_text(draw(names, shares, ratios), encoding="utf-8")
+    print("bench: drew", OUT / "multimodel.svg", file=sys.stderr)
+    return [row(f"a changing mix, 500 GB: dynamic: {found.each()}", 100 * found.ratio(), "% of bytes", n=len(requests))]
+
+
+def draw(
+    names: list[str], shares: list[tuple[float, dict[str, float]]], ratios: dict[str, list[tuple[float, float]]]
+) -> str:
+    """Two panels, one above the other: stacked shares, and hit ratios."""
+    x = lambda at: LEFT + at / HOUR_S * WIDTH  # noqa: E731
+    y = lambda top, part: top + HEIGHT * (1 - part)  # noqa: E731
+    parts, below = [], [0.0] * len(shares)
+    for name in names:
+        above = [part + share[name] for part, (_, share) in zip(below, shares, strict=True)]
+        edge = [(x(at), y(TOPS[0], part)) for (at, _), part in zip(shares, above, strict=True)]
+        edge += [(x(at), y(TOPS[0], part)) for (at, _), part in reversed(list(zip(shares, below, strict=True)))]
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in edge)
+        parts.append(f'<polygon points="{points}" fill="{COLOURS[name]}"/>')
+        line = " ".join(f"{x(at):.1f},{y(TOPS[1], part):.1f}" for at, part in ratios[name])
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"/>')
+        below = above
+    for title, top in zip(("share of RAM", "hit ratio, of 2 minutes each"), TOPS, strict=True):
+        parts.append(f'<text x="{LEFT}" y="{top - 10}">{title}</text>')
+        parts.append(f'<rect x="{LEFT}" y="{top}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#888"/>')
+        parts += [f'<text x="{LEFT - 8}" y="{y(top, n) + 4}" text-anchor="end">{n:.0%}</text>' for n in (0.0, 0.5, 1.0)]
+        minutes = range(0, 61, 10)
+        parts += [
+            f'<text x="{x(60 * n):.0f}" y="{top + HEIGHT + 18}" text-anchor="middle">{n} min</text>' for n in minutes
+        ]
+    for n, name in enumerate(names):
+        parts.append(f'<rect x="{LEFT + 120 * n}" y="440" width="12" height="12" fill="{COLOURS[name]}"/>')
+        parts.append(f'<text x="{LEFT + 120 * n + 18}" y="451">{name}</text>')
+    size = f'width="{LEFT + WIDTH + 30}" height="470" font-family="sans-serif" font-size="12"'
+    body = "\n".join(parts)
+    ground = '<rect width="100%" height="100%" fill="#fff"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{ground}\n{body}\n</svg>\n'
 
 
 def main() -> None:
@@ -289,7 +355,7 @@ def main() -> None:
     if TRACES is None:
         finish("multimodel", [row("multimodel: skipped, no folder of traces is named: ARGS=DIR", n=0)])
     else:
-        run("multimodel", strategies, moving)
+        run("multimodel", strategies, moving, picture)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from stratakv.errors import (
     StrataKVError,
 )
 from stratakv.manager import CacheManager, Status, open
+from stratakv.registry import Discovery, FoundModel, RefusedModel, discover
 
 __all__ = [
     "CacheManager",
@@ -29,7 +30,9 @@ __all__ = [
     "Codec",
     "Config",
     "ConfigError",
+    "Discovery",
     "Explanation",
+    "FoundModel",
     "Geometry",
     "InputError",
     "Match",
@@ -38,6 +41,7 @@ __all__ = [
     "ModelNotFoundError",
     "ModelsConfig",
     "RamConfig",
+    "RefusedModel",
     "SsdConfig",
     "Stats",
     "Status",
@@ -49,5 +53,6 @@ __all__ = [
     "TierStats",
     "TokenSequence",
     "__version__",
+    "discover",
     "open",
 ]

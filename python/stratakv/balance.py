@@ -146,6 +146,8 @@ class Balance:
             "token_bytes": float(geometry.token_bytes),
         }
         block_bytes = tier["used_bytes"] / tier["blocks"] if tier["blocks"] else record
+        # So many whole blocks a step has room for.
+        block_bytes = step / (step // block_bytes) if block_bytes <= step else block_bytes
         curve: tuple[float, ...] = ()
         if config.strategy == "dynamic" or config.victims == "utility":
             _, hits = model.model.curve([n * capacity / STEPS / block_bytes for n in range(STEPS + 1)])

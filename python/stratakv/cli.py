@@ -41,9 +41,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     archive.add_arguments(ssd)
 
+    models = commands.add_parser(
+        "models",
+        help="list the models of a folder, and which cannot be cached",
+        description="Looks through a folder of models, a Hugging Face cache or one model. Reads no weights.",
+        epilog="Exit status: 0 if all can be cached, 1 if one cannot, 2 if there is no such folder.",
+    )
+    models.add_argument("folder", help="where to look")
+    models.set_defaults(run=_list_models)
+
     args = parser.parse_args(argv)
     status: int = args.run(args)
     return status
+
+
+def _list_models(args: argparse.Namespace) -> int:
+    try:
+        found = stratakv.discover(args.folder)
+    except stratakv.InputError as error:
+        print(f"stratakv models: {error}", file=sys.stderr)
+        return 2
+    for model in found.models:
+        g = model.geometry
+        planes = "latent" if g.planes == 1 else f"{g.kv_heads} kv heads x {g.head_dim}"
+        size = f"{g.token_bytes / 1024:g} KiB a token, weights {model.weights_bytes / 2**30:.1f} GiB"
+        print(f"{model.name}: {g.layers} layers, {planes}, {g.dtype}, {size}")
+    for refused in found.refused:
+        print(f"{refused.name}: cannot be cached: {refused.reason}")
+    if not found.models and not found.refused:
+        print("no models found")
+    return 1 if found.refused else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The cache manager: opens the tiers, and divides them between models.
 
-Lock order: the manager's table of models, then the native store.
+Lock order: loading from folders, the manager's table of models, then the native store.
 """
 
 from __future__ import annotations
@@ -17,8 +17,16 @@ from typing import Any
 from stratakv import _native
 from stratakv.balance import Balance
 from stratakv.cache import Behind, ModelCache, Stats
-from stratakv.config import Codec, Config, Geometry
-from stratakv.errors import ClosedError, ConfigError, InputError, ModelExistsError, ModelNotFoundError
+from stratakv.config import Codec, Config, Dtype, Geometry
+from stratakv.errors import (
+    ClosedError,
+    ConfigError,
+    InputError,
+    ModelExistsError,
+    ModelNotFoundError,
+    StrataKVError,
+)
+from stratakv.registry import Discovery, RefusedModel, discover
 
 _log = logging.getLogger(__name__)
 
@@ -116,6 +124,9 @@ class CacheManager:
         self._behind = Behind()
         self._lock = threading.Lock()
         self._models: dict[str, _Registered] = {}
+        # Models that came from a folder: which, and what their files looked like.
+        self._loaded: dict[str, tuple[str, object]] = {}
+        self._loading = threading.Lock()
         self._clock = clock
         self._balance = Balance(config.models, self._store, config.ssd.segment_bytes)  # type: ignore[arg-type]
         self._pid = os.getpid()
@@ -203,6 +214,59 @@ class CacheManager:
             finally:
                 self._rebalance()
 
+    def load_models(
+        self, folder: str | os.PathLike[str], *, block_tokens: int = 16, dtype: Dtype | None = None
+    ) -> Discovery:
+        """Registers the models of a folder; called again, follows what has changed there since.
+
+        A model whose weights changed is registered anew, and nothing of the old ones is served again; one whose files
+        are gone is unregistered. One that cannot be read at the moment stays as it is.
+
+        Args:
+            folder: as of `discover`.
+            block_tokens: tokens of a block, of all models.
+            dtype: as of `discover`.
+
+        Returns:
+            What is registered now of the folder, by the names of `CacheManager.register`, and what is not, and why.
+
+        Raises:
+            InputError: there is no such folder.
+            ClosedError: the store is closed.
+        """
+        with self._loading:
+            return self._load_models(str(folder), discover(folder, block_tokens=block_tokens, dtype=dtype))
+
+    def _load_models(self, root: str, found: Discovery) -> Discovery:
+        refused = list(found.refused)
+        for model in found.models:
+            try:
+                known = self._loaded.get(model.name)
+                seen = (root, (model.geometry, model.stamp()))
+                if known == seen and model.name in self:
+                    continue
+                version = model.weights_version()
+                if known and known[0] == root and not self._is_registered(model.name, model.geometry, version):
+                    self.unregister(model.name)
+                self.register(model.name, model.geometry, weights_version=version, weights_bytes=model.weights_bytes)
+                self._loaded[model.name] = seen
+            except ClosedError:
+                raise
+            except (StrataKVError, OSError) as error:
+                refused.append(RefusedModel(name=model.name, path=model.path, reason=str(error)))
+        there = {model.name for model in found.models} | {model.name for model in found.refused}
+        for name in [name for name, (source, _) in self._loaded.items() if source == root and name not in there]:
+            del self._loaded[name]
+            if name in self:
+                self.unregister(name)
+        registered = tuple(model for model in found.models if model.name in self._loaded)
+        return Discovery(models=registered, refused=tuple(refused))
+
+    def _is_registered(self, name: str, geometry: Geometry, version: str) -> bool:
+        with self._lock:
+            known = self._models.get(name)
+            return known is not None and (known.geometry, known.weights_version) == (geometry, version)
+
     def rebalance(self) -> None:
         """Divides the tiers anew by what models were asked for up to now; behind the calls that is done all the time.
 
@@ -260,6 +324,10 @@ class CacheManager:
         """Names of the registered models."""
         with self._lock:
             return iter(list(self._models))
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a model of that name is registered."""
+        return name in self._models
 
     def __len__(self) -> int:
         """How many models are registered."""
