@@ -17,7 +17,7 @@ import pytest
 import stratakv
 from stores import assert_right, geometry, kv_of, tokens_of
 
-ROUNDS = int(os.environ.get("ROUNDS", "4"))
+ROUNDS = int(os.environ.get("ROUNDS", "2"))
 MODELS, THREADS = 64, 8
 SHAPES = [
     geometry(),

@@ -10,20 +10,23 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import stratakv
 from stores import geometry, kv_of
 
-NAMES = ("a", "b", "c", "d")
+NAMES = ("a", "b")
+# Each turn is 8 tokens, so that prompts share prefixes.
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=4).map(
+    lambda turns: np.repeat(np.array(turns, np.int64), 8) * 100 + np.arange(8 * len(turns))
+)
+SPACES = st.sampled_from((("", ""), ("", ""), ("adapter", "tenant")))
 SHAPES = [geometry(), geometry(layers=1, head_dim=16, block_tokens=8)]
 STRATEGIES = ("fair", "proportional", "priority", "dynamic")
 
 
 class Manager(RuleBasedStateMachine):
-    """Prompts are paths in a small tree, so that they share prefixes."""
-
-    prompts = Bundle("prompts")
+    """Whatever is done, in whatever order."""
 
     @initialize()
     def begin(self) -> None:
@@ -35,6 +38,10 @@ class Manager(RuleBasedStateMachine):
         self.absent: dict[tuple[str, stratakv.Geometry, str], dict[tuple[str, str], set[bytes]]] = {}
         self.asked: dict[str, int] = {}
 
+    def be_there(self, name: str) -> None:
+        if name not in self.stored:
+            self.register(name, SHAPES[NAMES.index(name)], "1")
+
     def reopened(self) -> stratakv.CacheManager:
         return stratakv.open(
             stratakv.Config(
@@ -44,11 +51,6 @@ class Manager(RuleBasedStateMachine):
                 store=stratakv.StoreConfig(threads=1),
             )
         )
-
-    @rule(target=prompts, turns=st.lists(st.integers(0, 2), min_size=1, max_size=5))
-    def prompt(self, turns: list[int]) -> np.ndarray:
-        """Tokens: each turn is 8 of them."""
-        return np.repeat(np.array(turns, np.int64), 8) * 100 + np.arange(8 * len(turns))
 
     @rule(name=st.sampled_from(NAMES), shape=st.sampled_from(SHAPES), version=st.sampled_from(("1", "2")))
     def register(self, name: str, shape: stratakv.Geometry, version: str) -> None:
@@ -73,22 +75,22 @@ class Manager(RuleBasedStateMachine):
         self.caches.unregister(name)
         del self.stored[name], self.asked[name]
 
-    @rule(name=st.sampled_from(NAMES), tokens=prompts, adapter=st.sampled_from(("", "x")), tenant=st.sampled_from("ab"))
-    def put(self, name: str, tokens: np.ndarray, adapter: str, tenant: str) -> None:
+    @rule(name=st.sampled_from(NAMES), tokens=PROMPTS, space=SPACES)
+    def put(self, name: str, tokens: np.ndarray, space: tuple[str, str]) -> None:
         """Stores a prompt."""
-        if name not in self.stored:
-            return
+        adapter, tenant = space
+        self.be_there(name)
         shape, _, held = self.stored[name]
         kv = kv_of(tokens, shape)
         assert self.caches[name].put(tokens, kv, layout="LKHND", adapter=adapter, tenant=tenant) == len(tokens)
         ends = range(shape.block_tokens, len(tokens) + 1, shape.block_tokens)
         held.setdefault((adapter, tenant), set()).update(tokens[:end].tobytes() for end in ends)
 
-    @rule(name=st.sampled_from(NAMES), tokens=prompts, adapter=st.sampled_from(("", "x")), tenant=st.sampled_from("ab"))
-    def match(self, name: str, tokens: np.ndarray, adapter: str, tenant: str) -> None:
+    @rule(name=st.sampled_from(NAMES), tokens=PROMPTS, space=SPACES)
+    def match(self, name: str, tokens: np.ndarray, space: tuple[str, str]) -> None:
         """What was put of a prompt is found, and is right."""
-        if name not in self.stored:
-            return
+        adapter, tenant = space
+        self.be_there(name)
         shape, _, held = self.stored[name]
         cache, known = self.caches[name], held.get((adapter, tenant), set())
         ends = range(shape.block_tokens, len(tokens) + 1, shape.block_tokens)
@@ -100,12 +102,20 @@ class Manager(RuleBasedStateMachine):
         assert np.array_equal(out[:, :, :, :expected], kv_of(tokens, shape)[:, :, :, :expected])
         self.asked[name] += len(tokens) // shape.block_tokens
 
-    @rule(name=st.sampled_from(NAMES), adapter=st.sampled_from(("", "x")), tenant=st.sampled_from("ab"))
-    def drop(self, name: str, adapter: str, tenant: str) -> None:
+    @rule(name=st.sampled_from(NAMES), space=SPACES)
+    def drop(self, name: str, space: tuple[str, str]) -> None:
         """Forgets a namespace."""
+        adapter, tenant = space
         if name in self.stored:
             known = self.stored[name][2].pop((adapter, tenant), set())
             assert self.caches[name].drop(adapter=adapter, tenant=tenant) == len(known)
+
+    @rule(name=st.sampled_from(NAMES), prompts=st.lists(st.tuples(PROMPTS, SPACES), min_size=1, max_size=6))
+    def serve(self, name: str, prompts: list[tuple[np.ndarray, tuple[str, str]]]) -> None:
+        """As an engine does: asks, and stores what it computed."""
+        for tokens, space in prompts:
+            self.match(name, tokens, space)
+            self.put(name, tokens, space)
 
     @rule(strategy=st.sampled_from(STRATEGIES))
     def divide(self, strategy: str) -> None:
@@ -145,5 +155,5 @@ class Manager(RuleBasedStateMachine):
 
 TestManager = Manager.TestCase
 TestManager.settings = settings(
-    deadline=None, max_examples=20, stateful_step_count=30, suppress_health_check=list(HealthCheck)
+    deadline=None, max_examples=15, stateful_step_count=25, suppress_health_check=list(HealthCheck)
 )
