@@ -66,6 +66,8 @@ impl Curve {
 
     /// A block of the sample was asked for; those of a request from its end to its start.
     pub fn ask(&mut self, tag: u64) {
+        // Nobody has tag 0; and none of the sample has tag 1.
+        let tag = tag.max(1);
         if self.next == self.tags.len() {
             self.make_room();
         }

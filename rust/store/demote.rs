@@ -142,7 +142,8 @@ impl Shared {
         let Some(model) = state.model_to_demote() else {
             self.idle.notify_all();
             // What is still held today may be free later, and nobody calls for that.
-            let shrinking = state.models.iter().any(|(&id, m)| state.has_to_give(id, m));
+            let takers = state.takers();
+            let shrinking = state.models.iter().any(|(&id, m)| state.has_to_give(id, m, &takers));
             return (state, if shrinking { Pace::Nap } else { Pace::Rest });
         };
         match self.next(&mut state, model) {
@@ -255,12 +256,13 @@ impl State {
     // A model whose turn it is to have blocks written. With `write_back` that is one of which less than a quarter of
     // what it can reach of RAM is clean or free.
     fn model_to_demote(&self) -> Option<u32> {
+        let takers = self.takers();
         let due = |(id, model): &(&u32, &ModelState)| {
             let slots = self.ram.pool.slots_in_reach(&model.holding, model.slot_bytes()) as u64;
             let wanted = self.flushing > 0
                 || self.policy != WritePolicy::WriteBack
                 || model.dirty_blocks * 4 >= slots * 3
-                || self.has_to_give(**id, model);
+                || self.has_to_give(**id, model, &takers);
             wanted && !model.dirty.is_empty() && model.disk.is_some()
         };
         self.models.iter().filter(due).max_by_key(|(id, model)| (model.dirty_blocks, **id)).map(|(id, _)| *id)
@@ -269,7 +271,7 @@ impl State {
     /// Whether the thread would find something to do.
     pub(super) fn has_work(&self) -> bool {
         self.model_to_demote().is_some()
-            || self.models.iter().any(|(&id, m)| m.wants.is_some() || self.has_to_give(id, m))
+            || self.models.values().any(|m| m.wants.is_some() || self.ram.pool.over_budget(&m.holding))
     }
 
     /// Notes a block that is in RAM only.

@@ -157,11 +157,15 @@ impl State {
         by_turn.into_values().any(|places| self.empty_coldest(places, may_lose))
     }
 
-    /// Whether a model has to give: it holds more than its budget, or what another is to get.
-    pub(super) fn has_to_give(&self, id: u32, model: &ModelState) -> bool {
-        let takers = self.models.iter().filter_map(|(&taker, m)| Some((taker, m.wants.as_ref()?)));
+    /// Models that found no room, and for what.
+    pub(super) fn takers(&self) -> Vec<(u32, Arc<Class>)> {
+        self.models.iter().filter_map(|(&id, model)| Some((id, model.wants.clone()?))).collect()
+    }
+
+    /// Whether a model has to give: it holds more than its budget, or what one of these is to get.
+    pub(super) fn has_to_give(&self, id: u32, model: &ModelState, takers: &[(u32, Arc<Class>)]) -> bool {
         self.ram.pool.over_budget(&model.holding)
-            || takers.into_iter().any(|(taker, class)| self.above_share(id) > 0 && self.may_take(taker, class, id))
+            || takers.iter().any(|(taker, class)| self.above_share(id) > 0 && self.may_take(*taker, class, id))
     }
 
     /// Empties one place of a model that has to give, as far as its blocks are on SSD where there is one that takes them.
@@ -181,9 +185,7 @@ impl State {
 
     // Empties a place for a model that found no room.
     fn grow_one(&mut self, may_lose: bool) -> bool {
-        let wanting = |(&id, model): (&u32, &ModelState)| Some((id, model.wants.clone()?));
-        let takers: Vec<_> = self.models.iter().filter_map(wanting).collect();
-        for (taker, class) in takers {
+        for (taker, class) in self.takers() {
             let givers: Vec<u32> =
                 self.models.keys().copied().filter(|&giver| self.may_take(taker, &class, giver)).collect();
             let room = self.ram.pool.has_room(&class);

@@ -28,7 +28,8 @@ fn blocks_of(path: &std::path::Path) -> u64 {
 
 // Demotion happens where it is called.
 fn stepped(path: Option<&std::path::Path>, ram: u64, cap: u64) -> Store {
-    Store::open(stratakv::Options { stepped: true, ..options(path, ram, cap) }).expect("it opens")
+    let secret = Some("divide".into());
+    Store::open(stratakv::Options { stepped: true, secret, ..options(path, ram, cap) }).expect("it opens")
 }
 
 fn fill(store: &Store, model: &Model, seeds: std::ops::Range<u32>) {
