@@ -112,10 +112,15 @@ def test_dynamic_gives_to_whom_it_helps_and_leaves_the_others_their_floor() -> N
         shares = chunks(caches.status().ram_shares)
         assert shares["scan"] >= 4, "half of a fair share is the floor"
         assert shares["loop"] >= 10, "all of the loop has room"
-        before = loop.stats()
-        serve(loop, range(rounds))
-        after = loop.stats()
-        assert after.hit_blocks - before.hit_blocks == after.asked_blocks - before.asked_blocks
+        # What it gets moves behind the calls.
+        for _ in range(50):
+            before = loop.stats()
+            serve(loop, range(rounds))
+            after = loop.stats()
+            if after.hit_blocks - before.hit_blocks == after.asked_blocks - before.asked_blocks:
+                break
+        else:
+            pytest.fail(f"the loop does not fit: {after.hit_blocks - before.hit_blocks} blocks hit")
         assert sum(caches.model_stats(name).asked_blocks for name in caches) == caches.stats().asked_blocks
 
 
