@@ -30,7 +30,7 @@ _MOST_CONFIG_BYTES = 16 << 20
 _DTYPES: dict[str, Dtype] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _STORED: dict[str, Dtype] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 # Rotary positions that give the same tokens other keys in a longer sequence.
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "yarn_dynamic")
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # Fields of layers that keep a state in place of keys and values, by what they are.
 _STATES = ("ssm_cfg", "mamba_d_state", "mamba_expand", "state_size", "conv_kernel", "linear_num_key_heads", "lru_width")
 
@@ -53,7 +53,7 @@ class FoundModel:
     weights_bytes: int
 
     def weights_version(self) -> str:
-        """A digest of all weights, 32 hexadecimal digits. Files are read where nothing else tells: a second a gigabyte.
+        """A digest of all weights, 32 hexadecimal digits. Files are read whole where nothing else tells.
 
         Raises:
             InputError: a file cannot be read.
