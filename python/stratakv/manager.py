@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -171,7 +172,7 @@ class CacheManager:
             raise InputError(f"weights_bytes is {weights_bytes!r}, expected an integer from 0")
         terms = (weights_version, priority, weights_bytes)
         codecs = [Codec.of(codec) if codec is not None else None for codec in (ram_codec, cold_codec)]
-        with self._lock:
+        with self._table():
             if name in self._models:
                 known = self._models[name]
                 if (known.geometry, (known.weights_version, known.priority, known.weights_bytes)) == (geometry, terms):
@@ -205,7 +206,7 @@ class CacheManager:
             ModelNotFoundError: no such model.
             StoreError: its file cannot be removed, and is in the way of a model that is registered as this one was.
         """
-        with self._lock:
+        with self._table():
             model = self._entry(name).model
             # Whatever becomes of its file, its blocks are forgotten.
             del self._models[name]
@@ -247,7 +248,9 @@ class CacheManager:
                     continue
                 version = model.weights_version()
                 if known and known[0] == root and not self._is_registered(model.name, model.geometry, version):
-                    self.unregister(model.name)
+                    del self._loaded[model.name]
+                    if model.name in self:
+                        self.unregister(model.name)
                 self.register(model.name, model.geometry, weights_version=version, weights_bytes=model.weights_bytes)
                 self._loaded[model.name] = seen
             except ClosedError:
@@ -263,9 +266,17 @@ class CacheManager:
         return Discovery(models=registered, refused=tuple(refused))
 
     def _is_registered(self, name: str, geometry: Geometry, version: str) -> bool:
-        with self._lock:
+        with self._table():
             known = self._models.get(name)
             return known is not None and (known.geometry, known.weights_version) == (geometry, version)
+
+    @contextmanager
+    def _table(self) -> Iterator[None]:
+        """The table of models, held. A thread that a fork left behind may have it for ever."""
+        if self._pid != os.getpid():
+            raise ClosedError("the store was opened before a fork; open one in this process")
+        with self._lock:
+            yield
 
     def rebalance(self) -> None:
         """Divides the tiers anew by what models were asked for up to now; behind the calls that is done all the time.
@@ -273,7 +284,7 @@ class CacheManager:
         Raises:
             ClosedError: the store is closed.
         """
-        with self._lock:
+        with self._table():
             self._rebalance()
 
     def set_models(self, **changes: Any) -> None:  # noqa: ANN401 - the fields of `ModelsConfig`
@@ -286,7 +297,7 @@ class CacheManager:
             ConfigError: a value that makes no sense.
             ClosedError: the store is closed.
         """
-        with self._lock:
+        with self._table():
             try:
                 self._balance.config = replace(self._balance.config, **changes)
             except TypeError as error:
@@ -317,12 +328,12 @@ class CacheManager:
         Raises:
             ModelNotFoundError: no such model.
         """
-        with self._lock:
+        with self._table():
             return self._entry(name).cache
 
     def __iter__(self) -> Iterator[str]:
         """Names of the registered models."""
-        with self._lock:
+        with self._table():
             return iter(list(self._models))
 
     def __contains__(self, name: object) -> bool:
@@ -356,9 +367,9 @@ class CacheManager:
 
     def status(self) -> Status:
         """How the tiers run."""
-        snapshot = self._store.snapshot()
-        pages, huge = self._store.ram_pages()
-        with self._lock:
+        with self._table():
+            snapshot = self._store.snapshot()
+            pages, huge = self._store.ram_pages()
             shares = {f"{tier}_shares": dict(shares) for tier, shares in self._balance.shares.items()}
         known = {**snapshot, **shares, "ram_pages": pages, "ram_huge_bytes": huge}
         return Status(**{name: known[name] for name in Status.__slots__})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -189,6 +191,26 @@ def test_the_tiers_are_divided_anew_behind_the_calls() -> None:
             waited.wait(0.01)
         else:
             pytest.fail(f"shares stayed {caches.status().ram_shares}")
+
+
+def test_a_process_that_was_forked_while_the_tiers_are_divided_does_not_hang() -> None:
+    """The thread that divides may have had the lock."""
+    with open_by(Clock(), interval_s=1e-6) as caches:
+        for name in ("a", "b", "c"):
+            caches.register(name, SHAPE)
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(10)
+                for call in (caches.rebalance, caches.status, lambda: caches["a"], lambda: list(caches)):
+                    try:
+                        call()
+                    except stratakv.ClosedError:
+                        continue
+                    os._exit(1)
+                caches.close()
+                os._exit(7)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_more_models_than_the_tier_has_room_for_take_turns() -> None:

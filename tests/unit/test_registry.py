@@ -207,6 +207,18 @@ def test_a_folder_is_followed_as_it_changes(tmp_path: Path) -> None:
         assert loaded(caches["stays"], tokens)[1].loaded_tokens == 32
 
 
+def test_a_model_that_grew_too_large_is_listed_once_with_the_reason(tmp_path: Path) -> None:
+    write_model(tmp_path / "models" / "one")
+    with stratakv.open(config(None)) as caches:
+        assert [model.name for model in caches.load_models(tmp_path / "models").models] == ["one"]
+        for file in (tmp_path / "models" / "one").iterdir():
+            file.unlink()
+        (tmp_path / "models" / "one" / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 4000}))
+        found = caches.load_models(tmp_path / "models")
+        assert (found.models, [refused.name for refused in found.refused]) == ((), ["one"])
+        assert list(caches) == []
+
+
 def test_a_model_that_does_not_fit_the_tiers_is_refused_and_the_others_are_there(tmp_path: Path) -> None:
     write_model(tmp_path / "models" / "small")
     large = tmp_path / "models" / "large"
