@@ -473,6 +473,12 @@ impl Pool {
         self.owners[slot.0 >> self.chunk].slot_pages.load(Ordering::Relaxed) as usize * SMALLEST_SLOT
     }
 
+    /// Which span a taken slot is of, by its first chunk.
+    pub(crate) fn span_of(&self, slot: Slot) -> usize {
+        // Relaxed: of an owner that cannot change, since the slot is taken.
+        self.owners[slot.0 >> self.chunk].first_chunk.load(Ordering::Relaxed)
+    }
+
     /// Whether a taken slot is of a class.
     pub(crate) fn is_of(&self, slot: Slot, class: &Class) -> bool {
         // Relaxed: of an owner that cannot change, since the slot is taken.

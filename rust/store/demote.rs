@@ -15,11 +15,12 @@ use super::write::{Encoding, Written};
 use super::{Shared, WritePolicy};
 use crate::block::Geometry;
 use crate::codec::Layout;
-use crate::pool::Slot;
+use crate::pool::{Pool, Slot};
 use crate::ssd::record::{Entry, PAGE, RecordIdentity};
 use crate::ssd::{ModelFile, Phase, Place, Segment};
 use crate::stats::Tier;
 use crate::sync::{Arc, Guard};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 /// A run is at most this long, unless one record is longer.
@@ -83,6 +84,20 @@ enum Next {
     Promote(Promotion),
     /// The block at hand stays in RAM alone.
     Skip,
+}
+
+/// The spans of RAM that a run may hold blocks of: all but one, which another model may need.
+struct Spans {
+    held: BTreeSet<usize>,
+    most: usize,
+}
+
+impl Spans {
+    // Whether a slot of a span may be held.
+    fn take(&mut self, pool: &Pool, slot: Slot) -> bool {
+        let span = pool.span_of(slot);
+        self.held.contains(&span) || self.held.len() < self.most && self.held.insert(span)
+    }
 }
 
 /// A segment's footer, ready to be written.
@@ -222,11 +237,13 @@ impl Shared {
         let room = room.min(file.layout.max_records as usize - segment.entries.len());
         // Blocks of a run are held: no more than an eighth of RAM at a time.
         let most = room.min((RUN_BYTES.min(state.ram_bytes as usize / 8) / bytes).max(1));
+        let mut spans = state.spans_to_write(model);
         let mut blocks: Vec<Block> = Vec::new();
         let mut next = Some(first);
         while let Some((id, ticket)) = next {
             let nodes = &state.nodes;
-            let Some(slot) = nodes[id].ram.filter(|_| blocks.len() < most) else {
+            let fits = |slot: &Slot| blocks.len() < most && spans.take(&state.ram.pool, *slot);
+            let Some(slot) = nodes[id].ram.filter(fits) else {
                 state.requeue_dirty(id, ticket);
                 break;
             };
@@ -253,6 +270,12 @@ impl Shared {
 }
 
 impl State {
+    // What runs of a model may hold.
+    fn spans_to_write(&self, model: u32) -> Spans {
+        let spans = self.models.get(&model).map_or(0, |m| self.ram.pool.spans_of(&m.holding).len());
+        Spans { held: BTreeSet::new(), most: spans.saturating_sub(1).max(1) }
+    }
+
     // A model whose turn it is to have blocks written. With `write_back` that is one of which less than a quarter of
     // what it can reach of RAM is clean or free.
     fn model_to_demote(&self) -> Option<u32> {

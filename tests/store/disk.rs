@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
-use stratakv::{ErrorKind, Model, Store};
+use stratakv::evict::Kind;
+use stratakv::{ErrorKind, Model, Options, Store, WritePolicy};
 
 #[test]
 fn a_failing_disk_costs_hits_and_is_reported_and_nothing_else() {
@@ -448,4 +449,41 @@ fn a_drop_that_the_disk_cannot_note_drops_nothing_and_can_be_tried_again() {
         let store = open(directory.path(), 2 * MIB, MIB);
         assert_eq!(fetch(&store, &register(&store, "m", FINE), &tokens), 0, "{call:?}");
     }
+}
+
+#[test]
+fn a_model_that_has_nothing_finds_room_while_what_others_have_to_give_is_being_written() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let rig = Rig::default();
+    let mut options = options(Some(directory.path()), 4 * MIB, 64 * MIB);
+    options.ssd.as_mut().expect("there is one").segment_bytes = MIB;
+    let options = Options { policy: WritePolicy::WriteThrough, eviction: Kind::Lru, stepped: true, ..options };
+    let store = Arc::new(Store::open_on(options, Arc::new(rig.clone())).expect("the disk is sound"));
+    let full = register(&store, "full", FINE);
+    let mut dice = Dice(3);
+    let mut puts_amid_a_write = 0;
+    for round in 0..12 {
+        let mut old: Vec<u32> = (0..340).map(|n| round * 1000 + n).collect();
+        old.iter().for_each(|&seed| assert_eq!(put(&store, &full, &sequence(seed, 1, &FINE)), 1));
+        // What is new takes places all over RAM.
+        while !old.is_empty() {
+            let seed = old.swap_remove(dice.below(old.len()));
+            drop(hold(&store, &full, &sequence(seed, 1, &FINE)));
+        }
+        store.flush().expect("the disk is well");
+        (500..700).for_each(|n| assert_eq!(put(&store, &full, &sequence(round * 1000 + n, 1, &FINE)), 1));
+        for _ in 0..4 {
+            let other = store.clone();
+            let act = move || {
+                let model = register(&other, "other", FINE);
+                let cached = put(&other, &model, &sequence(0, 1, &FINE));
+                other.unregister(&model).expect("it is registered");
+                cached
+            };
+            let cached = amid(&rig, Call::Write, act, || _ = store.step().expect("it is open"));
+            puts_amid_a_write += usize::from(cached.is_some());
+            assert_ne!(cached, Some(0), "round {round}: {:?}", store.snapshot().ram_held);
+        }
+    }
+    assert!(puts_amid_a_write > 12, "{puts_amid_a_write}");
 }
