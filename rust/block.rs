@@ -180,6 +180,13 @@ impl Geometry {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockHash(pub u128);
 
+impl BlockHash {
+    /// The tenant of a namespace whose seed this is.
+    pub(crate) fn tenant_tag(self) -> u64 {
+        (self.0 >> 64) as u64
+    }
+}
+
 impl std::fmt::Debug for BlockHash {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("BlockHash(..)")
@@ -220,6 +227,14 @@ impl Secret {
     /// Names one model's blocks: model, weights version and geometry.
     pub fn fingerprint(&self, model: &str, weights_version: &str, geometry: &Geometry) -> [u8; 16] {
         first_16(&self.hash_fields(b"model", &[model.as_bytes(), weights_version.as_bytes()], geometry))
+    }
+
+    /// Names a tenant: the upper half of the seeds of all its namespaces. 0: no tenant.
+    pub(crate) fn tenant_tag(&self, tenant: &str) -> u64 {
+        let mut hasher = blake3::Hasher::new_keyed(&self.key);
+        hasher.update(b"tenant").update(tenant.as_bytes());
+        // Another than that of none.
+        if tenant.is_empty() { 0 } else { (first_128(&hasher.finalize()) as u64).max(1) }
     }
 
     /// Encrypts a hash for disk or network.
@@ -281,7 +296,9 @@ impl Hasher {
         tenant: &str,
     ) -> Self {
         let fields = [model, weights_version, adapter, tenant].map(str::as_bytes);
-        let seed = |purpose| BlockHash(first_128(&secret.hash_fields(purpose, &fields, geometry)));
+        let tag = u128::from(secret.tenant_tag(tenant)) << 64;
+        let low = |purpose| first_128(&secret.hash_fields(purpose, &fields, geometry)) & u128::from(u64::MAX);
+        let seed = |purpose| BlockHash(tag | low(purpose));
         let block_tokens = geometry.block_tokens as usize;
         let mut powers = vec![secret.point];
         for _ in 1..block_tokens.div_ceil(4) {

@@ -82,14 +82,12 @@ pub struct Holding {
     model: u32,
     chunks: AtomicUsize,
     slots: AtomicUsize,
-    most_chunks: AtomicUsize,
 }
 
 impl Holding {
     /// Of a model that has nothing yet.
     pub fn new(model: u32) -> Arc<Self> {
-        let (chunks, slots) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        Arc::new(Self { model, chunks, slots, most_chunks: AtomicUsize::new(usize::MAX) })
+        Arc::new(Self { model, chunks: AtomicUsize::new(0), slots: AtomicUsize::new(0) })
     }
 }
 
@@ -100,6 +98,13 @@ pub struct Class {
     slot_bytes: usize,
     // Never zero, and never given twice in a process.
     key: u64,
+}
+
+impl Class {
+    /// Bytes of each.
+    pub(crate) fn slot_bytes(&self) -> usize {
+        self.slot_bytes
+    }
 }
 
 /// What a chunk belongs to. It changes only while no slot there is taken, so whoever holds a slot reads it safely.
@@ -362,9 +367,8 @@ impl Pool {
         if self.free_chunks.load(Ordering::Relaxed) < enough {
             return None;
         }
-        let Holding { chunks: held, slots: held_slots, most_chunks, .. } = &*class.holding;
-        let allowed = most_chunks.load(Ordering::Relaxed).saturating_sub(held.load(Ordering::Relaxed));
-        let best = self.span_chunks(class.slot_bytes)?.min(allowed);
+        let Holding { chunks: held, slots: held_slots, .. } = &*class.holding;
+        let best = self.span_chunks(class.slot_bytes)?;
         // A shorter span is better than none when the arena is nearly full.
         let free_run = |length: usize| books.covered.windows(length).position(|run| run.iter().all(Option::is_none));
         let (first, chunks) = (enough..=best).rev().find_map(|n| Some((free_run(n)?, n)))?;
@@ -449,22 +453,8 @@ impl Pool {
 
     /// Slots that a model has, or could open of a size without anybody leaving.
     pub(crate) fn slots_in_reach(&self, holding: &Holding, slot_bytes: usize) -> usize {
-        let Holding { chunks, slots, most_chunks, .. } = holding;
-        let allowed = most_chunks.load(Ordering::Relaxed).saturating_sub(chunks.load(Ordering::Relaxed));
-        let free = self.free_chunks.load(Ordering::Relaxed).min(allowed);
-        slots.load(Ordering::Relaxed) + (free << self.chunk) / slot_bytes
-    }
-
-    /// Sets the most bytes of spans that a model may hold, one slot of `largest` bytes at least; what it holds beyond
-    /// stays until it is emptied.
-    pub(crate) fn set_budget(&self, holding: &Holding, largest: usize, bytes: u64) {
-        let chunks = usize::try_from(bytes >> self.chunk).unwrap_or(usize::MAX);
-        holding.most_chunks.store(chunks.max(largest.div_ceil(1 << self.chunk)), Ordering::Relaxed);
-    }
-
-    /// Whether a model holds more than its budget.
-    pub(crate) fn over_budget(&self, holding: &Holding) -> bool {
-        holding.chunks.load(Ordering::Relaxed) > holding.most_chunks.load(Ordering::Relaxed)
+        let free = self.free_chunks.load(Ordering::Relaxed);
+        holding.slots.load(Ordering::Relaxed) + (free << self.chunk) / slot_bytes
     }
 
     /// Bytes of a taken slot.
@@ -633,21 +623,6 @@ mod tests {
         let class = pool.class(&Holding::new(0), 737 * 1024 / 4096 * 4096);
         let taken = std::iter::from_fn(|| pool.allocate(&class)).count();
         assert!(taken * class.slot_bytes > (64 << 20) * 15 / 16, "{taken} slots of {}", class.slot_bytes);
-    }
-
-    #[test]
-    fn a_model_opens_no_span_beyond_its_budget() {
-        let pool = Pool::new(64 << 20);
-        let model = Holding::new(0);
-        let classes = [4096, 8192].map(|bytes| pool.class(&model, bytes));
-        pool.set_budget(&model, 8192, 5 << 20);
-        assert!(pool.allocate(&classes[1]).is_some());
-        let slots: Vec<Slot> = std::iter::from_fn(|| pool.allocate(&classes[0])).collect();
-        assert_eq!(slots.len(), 512, "two spans are the most, over both sizes");
-        assert!(slots.iter().all(|&slot| pool.is_of(slot, &classes[0]) && !pool.is_of(slot, &classes[1])));
-        assert!(!pool.over_budget(&model));
-        pool.set_budget(&model, 8192, 0);
-        assert!(pool.over_budget(&model), "one span is the least");
     }
 
     // Each slot has one owner at a time: who has it writes its mark there, and finds it when giving it back.

@@ -29,6 +29,8 @@ pub(crate) struct Ram {
     pub(crate) pool: Pool,
     /// The node in each slot, and one; by the slot's number.
     holders: Vec<NodeId>,
+    /// Who took each slot; by the slot's number.
+    owners: Vec<u32>,
     leaving: BTreeMap<u32, Leaving>,
     eviction: Kind,
     since: Instant,
@@ -36,8 +38,9 @@ pub(crate) struct Ram {
 
 impl Ram {
     pub(crate) fn new(capacity: usize, eviction: Kind) -> Self {
-        let holders = vec![0; capacity.div_ceil(SMALLEST_SLOT)];
-        Self { pool: Pool::new(capacity), holders, leaving: BTreeMap::new(), eviction, since: Instant::now() }
+        let slots = capacity.div_ceil(SMALLEST_SLOT);
+        let (holders, owners, leaving) = (vec![0; slots], vec![0; slots], BTreeMap::new());
+        Self { pool: Pool::new(capacity), holders, owners, leaving, eviction, since: Instant::now() }
     }
 
     /// Time of the retention hints.
@@ -63,6 +66,16 @@ impl Ram {
     /// A model is gone, and all of its blocks.
     pub(crate) fn forget(&mut self, model: u32) {
         self.leaving.remove(&model);
+    }
+
+    /// Notes who took a slot.
+    pub(crate) fn set_owner(&mut self, slot: Slot, owner: u32) {
+        self.owners[slot.number()] = owner;
+    }
+
+    /// Who took a slot that is taken.
+    pub(crate) fn owner(&self, slot: Slot) -> u32 {
+        self.owners[slot.number()]
     }
 
     pub(crate) fn hold(&mut self, slot: Slot, node: NodeId) {

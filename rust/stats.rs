@@ -44,12 +44,22 @@ pub enum Miss {
     Closed,
     /// Reading it takes longer than computing it.
     NotWorthIt,
+    /// A quota did not let it in, or has as many loads under way as it allows.
+    Quota,
 }
 
 impl Miss {
     /// All reasons.
-    pub const ALL: [Self; 7] =
-        [Self::NeverStored, Self::Evicted, Self::Corrupt, Self::Io, Self::Dropped, Self::Closed, Self::NotWorthIt];
+    pub const ALL: [Self; 8] = [
+        Self::NeverStored,
+        Self::Evicted,
+        Self::Corrupt,
+        Self::Io,
+        Self::Dropped,
+        Self::Closed,
+        Self::NotWorthIt,
+        Self::Quota,
+    ];
 
     /// The name used in statistics and explanations.
     pub fn name(self) -> &'static str {
@@ -61,6 +71,7 @@ impl Miss {
             Self::Dropped => "dropped",
             Self::Closed => "closed",
             Self::NotWorthIt => "not_worth_it",
+            Self::Quota => "quota",
         }
     }
 }
@@ -123,6 +134,8 @@ pub struct Counts {
     pub put_bytes: u64,
     /// Blocks of a put that found no room, and were not stored.
     pub put_refused: u64,
+    /// Those of them that a quota did not let in.
+    pub put_over_quota: u64,
     /// Blocks written to SSD.
     pub demoted: u64,
     /// Blocks written there once more, since they were asked for and their segment had to leave.
@@ -170,6 +183,7 @@ impl Counts {
         self.put_blocks += other.put_blocks;
         self.put_bytes += other.put_bytes;
         self.put_refused += other.put_refused;
+        self.put_over_quota += other.put_over_quota;
         self.demoted += other.demoted;
         self.reinserted += other.reinserted;
         self.encoded += other.encoded;
@@ -207,6 +221,11 @@ pub struct Snapshot {
     pub total: Counts,
     /// Registered models by name.
     pub models: Vec<(String, Counts)>,
+    /// Tenants by name, over all models, those of before as well; the first is that of no tenant. With what their slots and
+    /// their records take.
+    pub tenants: Vec<(String, Counts, [u64; 2])>,
+    /// What the slots and the file of each registered model take, by name.
+    pub held: Vec<(String, [u64; 2])>,
     /// Bytes of the RAM tier's arena.
     pub ram_capacity_bytes: u64,
     /// The SSD tier's cap; 0 when there is none.

@@ -15,6 +15,8 @@ mod engines;
 mod kv;
 #[path = "store/power.rs"]
 mod power;
+#[path = "store/quota.rs"]
+mod quota;
 #[path = "store/rig.rs"]
 mod rig;
 #[path = "store/simulation.rs"]
@@ -26,7 +28,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, RwLock};
 use std::{fs, thread};
 use stratakv::stats::{Counts, Miss, Tier};
-use stratakv::{Dtype, Engine, ErrorKind, Lease, Model, Options, Share, SsdOptions, Store, WritePolicy};
+use stratakv::{
+    Dtype, Engine, ErrorKind, Lease, Model, Options, Quota, Share, SsdOptions, Store, TierQuota, WritePolicy,
+};
 
 #[derive(Debug, Clone, Copy)]
 enum Step {
@@ -604,7 +608,7 @@ fn an_arena_of_no_or_of_endless_bytes_is_refused() {
 }
 
 #[test]
-fn a_lowered_ram_budget_is_met_behind_and_blocks_stay_on_the_ssd() {
+fn a_lowered_quota_of_ram_is_met_behind_and_blocks_stay_on_the_ssd() {
     for on_ssd in [false, true] {
         let directory = tempfile::tempdir().expect("a directory");
         let path = on_ssd.then(|| directory.path());
@@ -614,7 +618,11 @@ fn a_lowered_ram_budget_is_met_behind_and_blocks_stay_on_the_ssd() {
         let held = hold(&store, &model, &sequence(3, 15, &COARSE));
         let used = |store: &Store| store.snapshot().models[0].1.tiers[0].used_bytes;
         assert!(used(&store) > 15 * MIB);
-        store.set_ram_budget(&model, Some(4 * MIB)).expect("it is more than one block");
+        let quota = |hard| Quota {
+            tiers: [TierQuota { hard, ..Default::default() }, Default::default()],
+            ..Default::default()
+        };
+        store.set_model_quota(&model, quota(Some(4 * MIB))).expect("it is more than one block");
         let started = std::time::Instant::now();
         while used(&store) > 4 * MIB {
             assert!(started.elapsed().as_secs() < 30, "{} bytes are left", used(&store));
@@ -622,11 +630,14 @@ fn a_lowered_ram_budget_is_met_behind_and_blocks_stay_on_the_ssd() {
         }
         assert_eq!(load(&held, &model, &sequence(3, 15, &COARSE)), 15, "what is held stays");
         let found: usize = (0..8).map(|seed| fetch(&store, &model, &sequence(seed, 15, &COARSE))).sum();
-        assert!(if on_ssd { found == 120 } else { (15..=30).contains(&found) }, "{found} blocks");
+        assert!(if on_ssd { found == 120 } else { (15..=31).contains(&found) }, "{found} blocks");
         assert!(put(&store, &model, &sequence(9, 15, &COARSE)) > 0 && used(&store) <= 4 * MIB);
         assert!(put(&store, &other, &sequence(0, 170, &FINE)) == 170, "the room is free for others");
-        assert_eq!(store.set_ram_budget(&model, Some(MIB / 8)).expect_err("below a block").kind(), ErrorKind::Input);
-        store.set_ram_budget(&model, None).expect("it is registered");
+        assert_eq!(
+            store.set_model_quota(&model, quota(Some(MIB / 8))).expect_err("below a block").kind(),
+            ErrorKind::Input
+        );
+        store.set_model_quota(&model, quota(None)).expect("it is registered");
         assert_eq!(put(&store, &model, &sequence(10, 60, &COARSE)), 60);
     }
 }

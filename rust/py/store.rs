@@ -12,7 +12,7 @@ use crate::sync::Mutex;
 use crate::{Engine, ModelSpec, Options, SsdOptions, WritePolicy};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
-use pyo3::types::{IntoPyDict, PyDict, PyList, PyMemoryView};
+use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyList, PyMemoryView};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -107,6 +107,21 @@ impl Store {
         py.detach(|| self.store.age_curves(factor)).or_raise(py)
     }
 
+    /// Sets what a tenant may have, over all models.
+    fn set_tenant_quota(&self, py: Python<'_>, tenant: &str, quota: QuotaTerms) -> PyResult<()> {
+        py.detach(|| self.store.set_tenant_quota(tenant, quota_of(quota))).or_raise(py)
+    }
+
+    /// What says which quotas are set, as it was kept last in the SSD directory.
+    fn kept_quotas<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        Ok(self.store.kept_quotas().or_raise(py)?.map(|content| PyBytes::new(py, &content)))
+    }
+
+    /// Keeps it.
+    fn keep_quotas(&self, py: Python<'_>, content: &[u8]) -> PyResult<()> {
+        py.detach(|| self.store.keep_quotas(content)).or_raise(py)
+    }
+
     /// What backs the RAM tier: a name, and bytes on huge pages.
     fn ram_pages(&self, py: Python<'_>) -> (&'static str, u64) {
         py.detach(|| self.store.ram_pages()).map_or(("unknown", 0), |pages| (pages.name(), pages.huge))
@@ -119,9 +134,20 @@ impl Store {
         for (name, counts) in &snapshot.models {
             models.set_item(name, counts_dict(py, counts)?)?;
         }
+        let (tenants, held) = (PyDict::new(py), PyDict::new(py));
+        for (name, counts, [ram, ssd]) in &snapshot.tenants {
+            let row = counts_dict(py, counts)?;
+            row.set_item("held", (*ram, *ssd))?;
+            tenants.set_item(name, row)?;
+        }
+        for (name, [ram, ssd]) in &snapshot.held {
+            held.set_item(name, (*ram, *ssd))?;
+        }
         let out = PyDict::new(py);
         out.set_item("total", counts_dict(py, &snapshot.total)?)?;
         out.set_item("models", models)?;
+        out.set_item("tenants", tenants)?;
+        out.set_item("held", held)?;
         out.set_item("ram_capacity_bytes", snapshot.ram_capacity_bytes)?;
         out.set_item("ssd_capacity_bytes", snapshot.ssd_capacity_bytes)?;
         out.set_item("ssd_file_bytes", snapshot.ssd_file_bytes)?;
@@ -155,6 +181,7 @@ fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyD
         ("put_blocks", counts.put_blocks),
         ("put_bytes", counts.put_bytes),
         ("put_refused_blocks", counts.put_refused),
+        ("put_over_quota_blocks", counts.put_over_quota),
         ("demoted_blocks", counts.demoted),
         ("reinserted_blocks", counts.reinserted),
         ("encoded_blocks", counts.encoded),
@@ -264,9 +291,9 @@ impl Model {
         py.detach(|| self.store.curve(&self.model, &blocks)).or_raise(py)
     }
 
-    /// Limits the model's bytes in RAM, or no longer.
-    fn set_ram_budget(&self, py: Python<'_>, budget_bytes: Option<u64>) -> PyResult<()> {
-        py.detach(|| self.store.set_ram_budget(&self.model, budget_bytes)).or_raise(py)
+    /// Sets what the model may have.
+    fn set_quota(&self, py: Python<'_>, quota: QuotaTerms) -> PyResult<()> {
+        py.detach(|| self.store.set_model_quota(&self.model, quota_of(quota))).or_raise(py)
     }
 
     /// Tells how fast the engine computes, in tokens a second.
@@ -313,6 +340,14 @@ impl Model {
 
 /// Name, granularity of keys and of values, clip percentile, whether clipped as calibrated, and raw layers at either end.
 type CodecTerms = (String, Option<String>, Option<String>, Option<f64>, bool, [u32; 2]);
+
+/// Hard and soft limit and reserve of RAM, of SSD; tokens a second; loads at a time.
+type QuotaTerms = ([(Option<u64>, Option<u64>, u64); 2], Option<f64>, Option<u32>);
+
+fn quota_of((tiers, tokens_per_s, loads): QuotaTerms) -> crate::Quota {
+    let tiers = tiers.map(|(hard, soft, reserved)| crate::TierQuota { hard, soft, reserved });
+    crate::Quota { tiers, tokens_per_s, loads }
+}
 
 fn scheme(terms: CodecTerms, geometry: &Geometry) -> crate::Result<Scheme> {
     let (name, keys, values, percentile, calibrated, raw_layers) = terms;

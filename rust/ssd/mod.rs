@@ -11,8 +11,9 @@
 //! but for the blocks in it that were asked for since: those are written again.
 
 pub(crate) mod archive;
-mod epochs;
+pub(crate) mod epochs;
 pub(crate) mod io;
+pub(crate) mod notes;
 pub(crate) mod queue;
 pub(crate) mod record;
 mod recover;
@@ -23,8 +24,8 @@ use crate::block::{BlockHash, Geometry, Secret};
 use crate::codec::Layout;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Arc, Mutex};
-use epochs::CONTROL_BYTES;
 use io::{Access, DirectoryLock, Engine, Io, IoFile};
+use notes::{CONTROL_BYTES, Found, Note};
 use queue::{Inline, Queue};
 use record::{
     CALIBRATION_OFFSET, Calibration, Entry, Form, Id, ModelIdentity, PAGE, SEGMENTS_OFFSET, SegmentIdentity,
@@ -84,8 +85,10 @@ pub(crate) struct Ssd {
     capacity_bytes: u64,
     segment_bytes: u64,
     scratch: Mutex<Vec<Buffer>>,
-    /// Namespaces in the file of epochs.
-    dropped: Mutex<usize>,
+    /// Bytes of what the notes say, in the order of [`Note`].
+    notes: Mutex<[usize; 2]>,
+    /// What the note of quotas said when the directory was opened.
+    quotas: Found,
     lock: Mutex<Option<DirectoryLock>>,
 }
 
@@ -112,6 +115,7 @@ impl Ssd {
         };
         let uuid = Self::identify(&directory, io.as_ref(), &secret)?;
         let epochs = Self::read_epochs(&directory, io.as_ref(), uuid)?;
+        let quotas = Self::read_note(Note::Quotas, &directory, io.as_ref(), uuid)?;
         let ssd = Self {
             io,
             directory,
@@ -119,7 +123,8 @@ impl Ssd {
             capacity_bytes: options.capacity_bytes,
             segment_bytes: options.segment_bytes,
             scratch: Mutex::default(),
-            dropped: Mutex::new(epochs.len()),
+            notes: Mutex::new([epochs::length_of(epochs.len()), quotas.length()]),
+            quotas,
             lock: Mutex::new(Some(lock)),
         };
         let epochs = epochs.into_iter().map(|(first, epoch)| (secret.unseal(first), epoch)).collect();
@@ -171,6 +176,21 @@ impl Ssd {
     /// What it reads and writes with, and why not with something faster.
     pub(crate) fn engine(&self) -> (&'static str, Option<String>) {
         self.io.engine()
+    }
+
+    /// The quotas that were written here last; `None`: there were none.
+    ///
+    /// # Errors
+    /// What was written is damaged.
+    pub(crate) fn quotas(&self) -> Result<Option<&[u8]>> {
+        match &self.quotas {
+            Found::Nothing => Ok(None),
+            Found::Whole(content) => Ok(Some(content)),
+            Found::Damaged => {
+                let path = self.directory.join(Note::Quotas.name());
+                Err(Error::new(ErrorKind::Format, format!("{} is damaged: set the quotas anew", path.display())))
+            }
+        }
     }
 
     pub(crate) fn capacity_bytes(&self) -> u64 {

@@ -11,7 +11,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// Version of every structure here. Other versions are refused, never guessed at.
-pub(crate) const FORMAT_VERSION: u16 = 1;
+pub(crate) const FORMAT_VERSION: u16 = 2;
 /// One page: superblocks and segment headers fill it.
 pub(crate) const PAGE: usize = RECORD_ALIGN;
 /// Where the calibration of a model file is.
@@ -26,6 +26,7 @@ const RECORD_MAGIC: [u8; 4] = *b"SKVR";
 const FOOTER_MAGIC: [u8; 4] = *b"SKVF";
 const CALIBRATION_MAGIC: [u8; 4] = *b"SKVC";
 pub(super) const EPOCHS_MAGIC: [u8; 4] = *b"SKVE";
+pub(super) const QUOTAS_MAGIC: [u8; 4] = *b"SKVQ";
 
 /// Sixteen bytes that name a store, a model or a secret.
 pub(crate) type Id = [u8; 16];

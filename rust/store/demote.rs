@@ -5,9 +5,10 @@
 //! once. With `write_back` the thread keeps a quarter of RAM clean or free, with `write_through` everything. Nothing
 //! waits for it: a block that has to leave RAM before its turn is lost, and counted.
 //!
-//! The same thread takes RAM back from a model whose budget was lowered, once its blocks are on SSD.
+//! The same thread takes back what a model or tenant has beyond a quota that was lowered, once its blocks are on SSD.
 
 use super::nodes::NodeId;
+use super::owners::OwnerId;
 use super::promote::Promotion;
 use super::room::{Leaver, Room};
 use super::state::{ModelState, State, Writing};
@@ -53,6 +54,9 @@ pub(super) struct Block {
     pub(super) layout: Option<Arc<Layout>>,
     pub(super) identity: RecordIdentity,
     ticket: u64,
+    /// Whose it is, and what is booked for it while it is written.
+    owner: OwnerId,
+    bytes: u64,
 }
 
 impl Run {
@@ -154,11 +158,20 @@ impl Shared {
             }
             state.ssd_read_only = None;
         }
+        if let Some((model, leaver)) = state.beyond_file_quota() {
+            drop(state);
+            let made = self.give_way(&leaver);
+            state = self.state.lock();
+            if let Err(error) = made {
+                fail(&mut state, model, &error);
+            }
+            return (state, Pace::Busy);
+        }
         let Some(model) = state.model_to_demote() else {
             self.idle.notify_all();
             // What is still held today may be free later, and nobody calls for that.
             let takers = state.takers();
-            let shrinking = state.models.iter().any(|(&id, m)| state.has_to_give(id, m, &takers));
+            let shrinking = state.models.keys().any(|&id| state.has_to_give(id, &takers));
             return (state, if shrinking { Pace::Nap } else { Pace::Rest });
         };
         match self.next(&mut state, model) {
@@ -252,14 +265,26 @@ impl Shared {
                 next = next_dirty(state, model);
                 continue;
             }
+            let (owner, bytes) = (nodes[id].owner, bytes as u64);
+            if !state.room_for_record(owner, bytes) {
+                // Its tenant may have no more there: it stays in RAM alone, too.
+                state.nodes.release(&[id]);
+                next = next_dirty(state, model);
+                continue;
+            }
+            state.owners.hold_records(owner, bytes, true);
+            let nodes = &state.nodes;
             let identity = RecordIdentity {
                 hash: secret.seal(nodes.hash(id)),
                 parent: secret.seal(nodes.hash_before(id)),
                 depth: nodes.depth(id),
             };
             let layout = nodes[id].layout.clone();
-            blocks.push(Block { node: id, slot, layout, identity, ticket });
+            blocks.push(Block { node: id, slot, layout, identity, ticket, owner, bytes });
             next = next_dirty(state, model);
+        }
+        if blocks.is_empty() && !opening {
+            return None;
         }
         if let Some(segment) = state.segment(model, index) {
             segment.tail += (blocks.len() * bytes) as u64;
@@ -285,16 +310,26 @@ impl State {
             let wanted = self.flushing > 0
                 || self.policy != WritePolicy::WriteBack
                 || model.dirty_blocks * 4 >= slots * 3
-                || self.has_to_give(**id, model, &takers);
+                || self.has_to_give(**id, &takers);
             wanted && !model.dirty.is_empty() && model.disk.is_some()
         };
         self.models.iter().filter(due).max_by_key(|(id, model)| (model.dirty_blocks, **id)).map(|(id, _)| *id)
     }
 
+    // Whether one more record of an owner may be written; a tenant at its limit forgets cold ones for it.
+    fn room_for_record(&mut self, owner: OwnerId, bytes: u64) -> bool {
+        while self.is_over(owner, Tier::Ssd, bytes) {
+            if !self.forget_record_of(self.owners.tenant_id(owner)) {
+                return false;
+            }
+        }
+        true
+    }
+
     /// Whether the thread would find something to do.
     pub(super) fn has_work(&self) -> bool {
         self.model_to_demote().is_some()
-            || self.models.values().any(|m| m.wants.is_some() || self.ram.pool.over_budget(&m.holding))
+            || self.models.iter().any(|(&id, m)| m.wants.is_some() || self.is_above_quota(id))
     }
 
     /// Notes a block that is in RAM only.
@@ -383,6 +418,9 @@ enum Outcome {
 
 fn commit(state: &mut State, run: Run, outcome: Outcome) {
     state.writing = None;
+    for block in &run.blocks {
+        state.owners.hold_records(block.owner, block.bytes, false);
+    }
     match outcome {
         Outcome::Written { records, encode_ns } => {
             let bytes: u64 = records.iter().map(|record| record.bytes).sum();
@@ -398,7 +436,7 @@ fn commit(state: &mut State, run: Run, outcome: Outcome) {
                 if state.nodes.is_linked(block.node) {
                     let entry = Entry { block: block.identity, offset: place.offset, bytes };
                     state.place_on_ssd(block.node, place, entry);
-                    let counts = state.counts(run.model);
+                    let counts = state.counts_of(block.node);
                     counts.not_encodable += u64::from(encoding == Encoding::Impossible);
                     if encoding == Encoding::Done {
                         counts.encoded += 1;

@@ -59,7 +59,7 @@ const TOUCHED: usize = 256;
 pub struct Lease {
     pub(super) shared: Arc<Shared>,
     pub(super) model: Arc<Model>,
-    namespace: Arc<Namespace>,
+    pub(super) namespace: Arc<Namespace>,
     deepest: Option<NodeId>,
     /// Of every whole block that was asked for.
     pub(super) hashes: Vec<BlockHash>,
@@ -88,7 +88,7 @@ impl Store {
         let Sequence { namespace, mut tokens, hashes, .. } = sequence;
         let found = self.shared.find(model, &namespace, &hashes, true)?;
         let blocks = found.map_or(0, |(_, blocks)| blocks);
-        model.matches.count(blocks, hashes.len() - blocks);
+        namespace.matches.count(blocks, hashes.len() - blocks);
         let asked_tokens = tokens.len();
         tokens.truncate(blocks * model.spec.geometry.block_tokens as usize);
         Ok(Lease {
@@ -113,7 +113,7 @@ impl Shared {
         hashes: &[BlockHash],
         asked: bool,
     ) -> Result<Option<(NodeId, usize)>> {
-        let found = match model.matches.ended() || namespace.is_dropped() {
+        let found = match model.ended() || namespace.is_dropped() {
             true => None,
             false => self.trie.longest_prefix(hashes).map_err(|TooManyLeases| {
                 input("a block of these tokens has 2^20 leases, the most there are; release matches that are done with")
@@ -176,7 +176,7 @@ impl Lease {
     /// Why nothing of the match is there any more, if that is so.
     pub(super) fn forgotten(&self) -> Option<Miss> {
         let dropped = || self.namespace.is_dropped().then_some(Miss::Dropped);
-        if self.model.matches.ended() { Some(Miss::Closed) } else { dropped() }
+        if self.model.ended() { Some(Miss::Closed) } else { dropped() }
     }
 
     pub(super) fn blocks(&self) -> usize {

@@ -37,6 +37,22 @@ pub(super) enum Source {
     Gone(Miss),
 }
 
+// What a load is about to do.
+struct Plan {
+    /// One by one, until `settle`.
+    held: Vec<NodeId>,
+    sources: Vec<Source>,
+    /// Whether it counts as under way.
+    counted: bool,
+}
+
+impl Plan {
+    fn nothing(blocks: usize, miss: Miss) -> Self {
+        let sources = (0..blocks).map(|_| Source::Gone(miss)).collect();
+        Self { held: Vec::new(), sources, counted: false }
+    }
+}
+
 // What came of a block: where it came from, and how its record there is encoded.
 type Taken = std::result::Result<(Tier, Option<Arc<Layout>>), Miss>;
 
@@ -64,7 +80,7 @@ impl Lease {
         let geometry = self.model.spec().geometry;
         check_view(&geometry, view, self.tokens.len())?;
         view.check_apart(&geometry, self.tokens.len())?;
-        let (held, sources) = self.plan()?;
+        let Plan { held, sources, counted } = self.plan()?;
         let unread = |source: &Source| match source {
             Source::Gone(miss) => *miss,
             _ => Miss::Closed,
@@ -89,7 +105,7 @@ impl Lease {
             });
         }
         let results: Vec<Taken> = results.into_iter().map(Mutex::into_inner).collect();
-        Ok(self.settle(&geometry, &held, &sources, &results, &spent))
+        Ok(self.settle(&geometry, &held, &sources, &results, &spent, counted))
     }
 
     // The token ids that block `n` must carry.
@@ -100,7 +116,7 @@ impl Lease {
 
     // Where each block lies. Those that are still there are held one by one until `settle`: neither a release in the
     // midst of the load nor room made for a promotion takes them away.
-    fn plan(&self) -> Result<(Vec<NodeId>, Vec<Source>)> {
+    fn plan(&self) -> Result<Plan> {
         let mut state = self.shared.state.lock();
         // Acquire pairs with the swap in `release`.
         if self.released.load(Ordering::Acquire) {
@@ -110,7 +126,10 @@ impl Lease {
         let alive = !state.closed && state.models.contains_key(&self.model.id);
         let matched = &self.hashes[..self.blocks()];
         if !alive {
-            return Ok((Vec::new(), matched.iter().map(|_| Source::Gone(Miss::Closed)).collect()));
+            return Ok(Plan::nothing(matched.len(), Miss::Closed));
+        }
+        if !state.begin_load(self.namespace.owner) {
+            return Ok(Plan::nothing(matched.len(), Miss::Quota));
         }
         let held: Vec<NodeId> = matched.iter().map_while(|&hash| state.nodes.find(hash)).collect();
         let held = state.nodes.lease(&held).to_vec();
@@ -135,7 +154,7 @@ impl Lease {
                                 node.ssd_reads > 1
                             });
                             let promote = match again {
-                                true => state.allocate(self.model.id, place.bytes() as usize, false),
+                                true => state.allocate(self.namespace.owner, place.bytes() as usize, false),
                                 false => None,
                             };
                             Source::Ssd { file, hash, place, epoch, promote }
@@ -148,7 +167,7 @@ impl Lease {
             sources.push(source);
         }
         sources.resize_with(matched.len(), || Source::Gone(lost));
-        Ok((held, sources))
+        Ok(Plan { held, sources, counted: true })
     }
 
     fn copy_from_ram(
@@ -193,10 +212,14 @@ impl Lease {
         sources: &[Source],
         results: &[Taken],
         spent: &Spent,
+        counted: bool,
     ) -> LoadOutcome {
         let good = results.iter().take_while(|r| r.is_ok()).count();
-        let model = self.model.id;
+        let (model, owner) = (self.model.id, self.namespace.owner);
         let mut state = self.shared.state.lock();
+        if counted {
+            state.end_load(owner);
+        }
         for (n, (source, result)) in sources.iter().zip(results).enumerate() {
             // It may have been unlinked meanwhile.
             let linked = held.get(n).copied().filter(|&id| state.nodes.is_linked(id));
@@ -204,15 +227,15 @@ impl Lease {
                 match (linked.filter(|&id| state.nodes[id].ram.is_none()), result) {
                     (Some(id), Ok((_, layout))) => {
                         state.place_in_ram(id, *slot, layout.clone());
-                        state.counts(model).promoted += 1;
+                        state.owners.counts(owner).promoted += 1;
                     }
-                    _ => state.ram.pool.free(*slot),
+                    _ => state.free(*slot),
                 }
             }
             if n > good {
                 continue;
             }
-            let counts = state.counts(model);
+            let counts = state.owners.counts(owner);
             match (source, result) {
                 (Source::Ram(..), _) => counts.asked_tier(Tier::Ram, result.is_ok()),
                 (Source::Ssd { .. }, _) => {
@@ -243,7 +266,7 @@ impl Lease {
             self.shared.work.notify_all();
         }
         let tokens = good * geometry.block_tokens as usize;
-        let counts = state.counts(model);
+        let counts = state.owners.counts(owner);
         counts.loaded_tokens += tokens as u64;
         counts.loaded_bytes += (good * geometry.block_bytes()) as u64;
         // Relaxed: all threads are done.
@@ -258,7 +281,7 @@ impl Lease {
         }
         let places = results[..good].iter().flatten().map(|(tier, _)| *tier).collect();
         let miss = results.get(good).and_then(|r| r.as_ref().err().copied());
-        state.counts(model).not_worth_it += u64::from(miss == Some(Miss::NotWorthIt));
+        state.owners.counts(owner).not_worth_it += u64::from(miss == Some(Miss::NotWorthIt));
         LoadOutcome { tokens, places, miss }
     }
 }

@@ -18,8 +18,10 @@ mod load;
 mod model;
 mod namespace;
 mod nodes;
+mod owners;
 mod promote;
 mod put;
+mod quota;
 mod read;
 mod recover;
 mod room;
@@ -35,6 +37,7 @@ pub use lease::Lease;
 pub use load::LoadOutcome;
 pub use model::{Model, ModelSpec};
 pub use put::PutOutcome;
+pub use quota::{Quota, TierQuota};
 pub use sequence::Sequence;
 pub use view::BlockView;
 
@@ -48,15 +51,16 @@ use crate::pool::Holding;
 use crate::ssd::io::{Engine, FileIo, Io};
 use crate::ssd::record::MAX_NAME_BYTES;
 use crate::ssd::{Ssd, SsdOptions, Stale};
-use crate::stats::{Counts, Snapshot};
+use crate::stats::Snapshot;
 use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
 use crate::trie::Trie;
 use crate::workers::Workers;
 use demote::Pace;
 use lease::Touched;
-use model::Matches;
 use namespace::Epochs;
-use state::{FILE_HEAD_BYTES, ModelState, State};
+use owners::Sums;
+use quota::Account;
+use state::{Disk, FILE_HEAD_BYTES, ModelState, State};
 use std::collections::{BTreeMap, VecDeque};
 use std::thread::JoinHandle;
 use worth::ReadRate;
@@ -256,11 +260,11 @@ impl Store {
                 ),
             ));
         }
-        let matches = Arc::new(Matches::default());
         let record = geometry.record_bytes() as u64;
         let all_bytes = state.ram_bytes + state.ssd_capacity_bytes;
         let id = state.next_model;
         state.next_model += 1;
+        let owner = state.owner(id, record, 0, None);
         // The name is taken from here on; the file is read without the lock.
         state.models.insert(
             id,
@@ -274,8 +278,9 @@ impl Store {
                 refused: false,
                 holding: Holding::new(id),
                 classes: BTreeMap::new(),
-                counts: Counts::default(),
-                matches: matches.clone(),
+                slot_bytes_held: 0,
+                account: Account::default(),
+                owner: owner.0,
                 disk: None,
                 hot: None,
                 cold: None,
@@ -305,7 +310,7 @@ impl Store {
         let epochs = self.shared.epochs.lock().clone();
         let mut state = self.shared.state.lock();
         if state.closed {
-            state.models.remove(&id);
+            state.forget_model(id);
             return Err(Error::new(ErrorKind::Closed, "the store was closed meanwhile; open it again"));
         }
         match recovered {
@@ -319,7 +324,7 @@ impl Store {
                 self.shared.make_room(0);
             }
             Some(Err(e)) => {
-                state.models.remove(&id);
+                state.forget_model(id);
                 // What lies there counts.
                 if let Some(ssd) = &self.shared.ssd {
                     let path = ssd.path_of(fingerprint);
@@ -330,7 +335,7 @@ impl Store {
             }
             None => {}
         }
-        Ok(Arc::new(Model::new(id, spec, &self.shared.secret, &epochs, matches)))
+        Ok(Arc::new(Model::new(id, spec, &self.shared.secret, &epochs, owner)))
     }
 
     /// Forgets a model: its blocks, its share and its file. Its leases stay safe, and load nothing more.
@@ -345,7 +350,7 @@ impl Store {
             let name = &model.spec.name;
             return Err(Error::new(ErrorKind::ModelNotFound, format!("model {name:?} is not registered")));
         }
-        model.matches.end();
+        model.end();
         // Nothing is added to it any more.
         let seeds = state.nodes.seeds_of(model.id);
         drop(state);
@@ -361,38 +366,9 @@ impl Store {
         }
         let mut state = self.shared.state.lock();
         state.stale.extend(left);
-        if let Some(gone) = state.models.remove(&model.id) {
-            state.retired.add(&gone.counts);
-            state.leaving.push(gone.matches);
-        }
-        // What nobody can match with any more counts no further.
-        let ended = state.leaving.extract_if(.., |m| Arc::strong_count(m) == 1).collect::<Vec<_>>();
-        ended.iter().for_each(|matches| matches.add_to(&mut state.retired));
-        state.ram.forget(model.id);
+        state.forget_model(model.id);
         state.ram.pool.settle();
         removed.map(drop)
-    }
-
-    /// Limits the bytes of RAM that a model may hold, from now on, to whole chunks of the arena and one at least; `None`
-    /// ends that. What it holds beyond is written to SSD, where there is one, and evicted, behind this call.
-    ///
-    /// # Errors
-    /// The model is not registered, or the budget is below one block.
-    pub fn set_ram_budget(&self, model: &Model, bytes: Option<u64>) -> Result<()> {
-        let state = self.shared.open_state()?;
-        let (name, record) = (&model.spec.name, model.spec.geometry.record_bytes() as u64);
-        let Some(books) = state.models.get(&model.id) else {
-            return Err(Error::new(ErrorKind::ModelNotFound, format!("model {name:?} is not registered")));
-        };
-        if let Some(bytes) = bytes.filter(|&bytes| bytes < record) {
-            return Err(input(format!(
-                "RAM budget of model {name:?}: {bytes} bytes, expected at least {record}, one block"
-            )));
-        }
-        state.ram.pool.set_budget(&books.holding, record as usize, bytes.unwrap_or(u64::MAX));
-        drop(state);
-        self.shared.work.notify_all();
-        Ok(())
     }
 
     /// Waits until every block put so far was written to SSD, and is durable. Under a cap below the size of RAM the
@@ -481,18 +457,11 @@ impl Store {
         let shared = &self.shared;
         let mut state = shared.state.lock();
         state.catch_up(&shared.touched);
-        let mut total = state.retired;
-        state.leaving.iter().for_each(|matches| matches.add_to(&mut total));
-        let counts = |m: &ModelState| {
-            let mut counts = m.counts;
-            m.matches.add_to(&mut counts);
-            counts
-        };
-        let mut models: Vec<_> = state.models.values().map(|m| (m.name.clone(), counts(m))).collect();
+        let Sums { models: mut sums, tenants, total } = state.owners.sums();
+        let models = state.models.iter();
+        let mut models: Vec<_> = models.map(|(id, m)| (m.name.clone(), sums.remove(id).unwrap_or_default())).collect();
         models.sort_by(|a, b| a.0.cmp(&b.0));
-        for (_, counts) in &models {
-            total.add(counts);
-        }
+        let held = |m: &ModelState| [m.slot_bytes_held, m.disk.as_ref().map_or(0, Disk::file_bytes)];
         let mut files = state.models.values().filter_map(|m| m.disk.as_ref());
         Snapshot {
             total,
@@ -515,7 +484,9 @@ impl Store {
             index_blocks: shared.trie.len() as u64,
             index_bytes: shared.trie.bytes() as u64,
             index_refused: shared.trie.refused(),
+            held: state.models.values().map(|m| (m.name.clone(), held(m))).collect(),
             models,
+            tenants,
         }
     }
 

@@ -1,6 +1,7 @@
 //! A registered model: how its blocks are named, and what its matches count.
 
 use super::namespace::{Epochs, Namespaces};
+use super::owners::OwnerId;
 use crate::block::{Geometry, Hasher, Secret};
 use crate::stats::Counts;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
@@ -22,17 +23,16 @@ pub struct Model {
     pub(super) id: u32,
     pub(super) spec: ModelSpec,
     pub(super) namespaces: Namespaces,
-    pub(super) matches: Arc<Matches>,
+    /// Set when it is unregistered: from then on it matches nothing.
+    gone: AtomicBool,
 }
 
-/// What the matches of a model count, without a lock. Asked is hit and miss together, by definition.
+/// What the matches of an owner count, without a lock. Asked is hit and miss together, by definition.
 #[derive(Debug, Default)]
 pub(crate) struct Matches {
     matches: AtomicU64,
     hit: AtomicU64,
     miss: AtomicU64,
-    /// Set when the model is unregistered: from then on it matches nothing.
-    gone: AtomicBool,
 }
 
 impl Matches {
@@ -42,17 +42,6 @@ impl Matches {
         self.matches.fetch_add(1, Ordering::Relaxed);
         self.hit.fetch_add(hit as u64, Ordering::Relaxed);
         self.miss.fetch_add(miss as u64, Ordering::Relaxed);
-    }
-
-    /// From now on the model matches nothing.
-    pub(super) fn end(&self) {
-        // Release: the blocks are forgotten after this.
-        self.gone.store(true, Ordering::Release);
-    }
-
-    /// Whether the model was unregistered.
-    pub(super) fn ended(&self) -> bool {
-        self.gone.load(Ordering::Acquire)
     }
 
     pub(super) fn add_to(&self, counts: &mut Counts) {
@@ -72,13 +61,31 @@ impl ModelSpec {
 }
 
 impl Model {
-    pub(super) fn new(id: u32, spec: ModelSpec, secret: &Secret, epochs: &Epochs, matches: Arc<Matches>) -> Self {
-        let namespaces = Namespaces::new(spec.hasher(secret, "", ""), epochs);
-        Self { id, spec, namespaces, matches }
+    /// `owner`: of its blocks of no tenant.
+    pub(super) fn new(
+        id: u32,
+        spec: ModelSpec,
+        secret: &Secret,
+        epochs: &Epochs,
+        owner: (OwnerId, Arc<Matches>),
+    ) -> Self {
+        let namespaces = Namespaces::new(spec.hasher(secret, "", ""), epochs, owner);
+        Self { id, spec, namespaces, gone: AtomicBool::new(false) }
     }
 
     /// What the model was registered with.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
+    }
+
+    /// From now on the model matches nothing.
+    pub(super) fn end(&self) {
+        // Release: the blocks are forgotten after this.
+        self.gone.store(true, Ordering::Release);
+    }
+
+    /// Whether the model was unregistered.
+    pub(super) fn ended(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
     }
 }

@@ -7,11 +7,14 @@
 //! drop    epochs file written ─▶ epoch counted up, old names marked ─▶ old blocks forgotten
 //! ```
 
-use super::model::Model;
+use super::model::{Matches, Model};
 use super::nodes::NodeId;
+use super::owners::OwnerId;
 use super::{SOME, Shared, Store};
 use crate::block::{BlockHash, Hasher};
 use crate::error::{Error, ErrorKind, Result};
+use crate::ssd::epochs::length_of;
+use crate::ssd::notes::Note;
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering};
 use arc_swap::ArcSwap;
 use std::collections::{BTreeMap, HashMap};
@@ -23,12 +26,15 @@ const READY: usize = 1024;
 #[derive(Debug)]
 pub(super) struct Namespace {
     pub(super) hasher: Hasher,
+    /// Of its blocks; and what their matches count.
+    pub(super) owner: OwnerId,
+    pub(super) matches: Arc<Matches>,
     dropped: AtomicBool,
 }
 
 impl Namespace {
-    fn new(hasher: Hasher) -> Arc<Self> {
-        Arc::new(Self { hasher, dropped: AtomicBool::new(false) })
+    fn new(hasher: Hasher, (owner, matches): (OwnerId, Arc<Matches>)) -> Arc<Self> {
+        Arc::new(Self { hasher, owner, matches, dropped: AtomicBool::new(false) })
     }
 
     /// Whether the epoch is over.
@@ -60,9 +66,9 @@ impl Epochs {
 
     /// Whether this is the seed of an epoch that is over.
     pub(super) fn is_past(&self, seed: BlockHash) -> bool {
-        // Seeds of one namespace differ in their low half alone.
-        let like = seed.0 & !u128::from(u64::MAX);
-        let epochs = self.0.range(like..=like | u128::from(u64::MAX));
+        // Seeds of one namespace differ in their lowest bits alone: nobody drops one 2^32 times.
+        let like = seed.0 & !u128::from(u32::MAX);
+        let epochs = self.0.range(like..=like | u128::from(u32::MAX));
         epochs.into_iter().any(|(&first, &epoch)| (seed.0 ^ first) < u128::from(epoch))
     }
 }
@@ -76,9 +82,9 @@ pub(super) struct Namespaces {
 }
 
 impl Namespaces {
-    pub(super) fn new(plain: Hasher, epochs: &Epochs) -> Self {
+    pub(super) fn new(plain: Hasher, epochs: &Epochs, owner: (OwnerId, Arc<Matches>)) -> Self {
         let epoch = epochs.of(plain.seed());
-        Self { plain: ArcSwap::new(Namespace::new(plain.in_epoch(epoch))), others: Mutex::default() }
+        Self { plain: ArcSwap::new(Namespace::new(plain.in_epoch(epoch), owner)), others: Mutex::default() }
     }
 }
 
@@ -96,7 +102,7 @@ impl Model {
         }
         let first = self.spec.hasher(&shared.secret, adapter, tenant);
         let epoch = shared.epochs.lock().of(first.seed());
-        let new = Namespace::new(first.in_epoch(epoch));
+        let new = Namespace::new(first.in_epoch(epoch), shared.owner(self, tenant));
         if others.len() >= READY {
             // One that is in use has to learn when it is dropped.
             others.retain(|_, namespace| Arc::strong_count(namespace) > 1);
@@ -112,7 +118,9 @@ impl Model {
         epochs.next(first.seed());
         let next = epochs.of(first.seed());
         let old = if adapter.is_empty() && tenant.is_empty() {
-            Some(self.namespaces.plain.swap(Namespace::new(first.in_epoch(next))))
+            let plain = self.namespaces.plain.load();
+            let owner = (plain.owner, plain.matches.clone());
+            Some(self.namespaces.plain.swap(Namespace::new(first.in_epoch(next), owner)))
         } else {
             others.remove(&(adapter.to_owned(), tenant.to_owned()))
         };
@@ -143,7 +151,8 @@ impl Store {
         epochs.next(first.seed());
         if let Some(ssd) = &shared.ssd {
             let sealed: Vec<_> = epochs.entries().map(|(first, epoch)| (shared.secret.seal(first), epoch)).collect();
-            shared.make_room(ssd.control_bytes_with(sealed.len()) - ssd.control_bytes());
+            let next = ssd.control_bytes_with(Note::Epochs, length_of(sealed.len()));
+            shared.make_room(next - ssd.control_bytes());
             ssd.write_epochs(&sealed)?;
             shared.state.lock().ssd_control_bytes = ssd.control_bytes();
         }

@@ -5,6 +5,8 @@
 //!
 //! What is unlinked while somebody holds it is found no more; its slot waits in limbo until the last lease went.
 
+use super::owners::OwnerId;
+use super::state::tag;
 use crate::block::BlockHash;
 use crate::codec::Layout;
 use crate::evict::Ghosts;
@@ -24,6 +26,9 @@ const SIBLINGS: usize = 64;
 /// One cached block.
 #[derive(Debug, Default)]
 pub(crate) struct Node {
+    pub(crate) owner: OwnerId,
+    /// Its place among the owner's blocks, by tier.
+    pub(super) nth: [u32; 2],
     pub(crate) last_use: u64,
     pub(crate) ram: Option<Slot>,
     /// How the payload in that slot is encoded; `None`: it is as it was put.
@@ -62,6 +67,8 @@ pub(crate) struct Nodes {
     namespaces: HashMap<NodeId, BlockHash>,
     first: HashMap<BlockHash, NodeId>,
     ghosts: Ghosts,
+    /// Blocks that a quota did not let in.
+    refused: Ghosts,
 }
 
 impl std::ops::Index<NodeId> for Nodes {
@@ -86,6 +93,7 @@ impl Nodes {
             namespaces: HashMap::new(),
             first: HashMap::new(),
             ghosts: Ghosts::default(),
+            refused: Ghosts::default(),
         }
     }
 
@@ -169,6 +177,11 @@ impl Nodes {
         Some(at)
     }
 
+    /// A block that ends a path from `id` on, in any tier.
+    pub(super) fn last(&self, id: NodeId) -> NodeId {
+        std::iter::successors(Some(id), |&id| self[id].first_child).last().unwrap_or(id)
+    }
+
     /// The hash that a block's continues: of the block before it, or the seed of its namespace.
     pub(crate) fn hash_before(&self, id: NodeId) -> BlockHash {
         self.parent(id).map_or_else(|| self.namespaces[&id], |parent| self.hash(parent))
@@ -180,7 +193,7 @@ impl Nodes {
         &mut self,
         parent: Option<NodeId>,
         hash: BlockHash,
-        model: u32,
+        (model, owner): (u32, OwnerId),
         seed: BlockHash,
     ) -> Option<NodeId> {
         let id = match self.trie.insert(parent, hash, model) {
@@ -203,7 +216,7 @@ impl Nodes {
         if self.nodes.len() <= id as usize {
             self.nodes.resize_with(id as usize + 1, || None);
         }
-        self.nodes[id as usize] = Some(Node { next, ..Node::default() });
+        self.nodes[id as usize] = Some(Node { owner, next, ..Node::default() });
         if let Some(next) = next {
             self[next].previous = Some(id);
         }
@@ -249,7 +262,7 @@ impl Nodes {
         if let Some(next) = node.next {
             self[next].previous = node.previous;
         }
-        self.ghosts.insert(hash.0 as u64, GHOSTS);
+        self.ghosts.insert(tag(hash), GHOSTS);
         let unlinked = self.trie.unlink(id, true);
         debug_assert!(unlinked, "only who has the lock gives a block children, or unlinks it");
         match node.ram {
@@ -278,7 +291,16 @@ impl Nodes {
     }
 
     pub(crate) fn was_evicted(&self, hash: BlockHash) -> bool {
-        self.ghosts.contains(hash.0 as u64)
+        self.ghosts.contains(tag(hash))
+    }
+
+    /// Remembers that a quota did not let a block in.
+    pub(super) fn refuse(&mut self, hash: BlockHash) {
+        self.refused.insert(tag(hash), GHOSTS);
+    }
+
+    pub(super) fn was_refused(&self, hash: BlockHash) -> bool {
+        self.refused.contains(tag(hash))
     }
 
     /// The blocks of a namespace that continue no other.

@@ -4,6 +4,7 @@
 //! again, from RAM: FIFO with reinsertion, as in CacheLib's block cache (Berg et al., OSDI 2020).
 
 use super::nodes::NodeId;
+use super::quota::Taker;
 use super::state::{Disk, State};
 use super::{Lease, Shared};
 use crate::error::Result;
@@ -13,6 +14,7 @@ use crate::ssd::record::read_record;
 use crate::ssd::{ModelFile, Place};
 use crate::stats::{Miss, Tier};
 use crate::sync::Arc;
+use std::collections::BTreeSet;
 
 /// One byte is written again for so many that are new: in the long run 1.125 are written for each.
 const REINSERTED_SHARE: u64 = 8;
@@ -46,18 +48,25 @@ impl Disk {
 
 impl State {
     /// What of a segment is to be written again: blocks that were asked for since it was written, those first that were so
-    /// last and parents before children, as far as there are bytes to spare.
+    /// last and parents before children, as far as there are bytes to spare; and what is reserved for tenants.
     pub(super) fn warm_blocks(&self, model: u32, index: u32) -> Vec<NodeId> {
         let Some(disk) = self.models.get(&model).and_then(|m| m.disk.as_ref()) else { return Vec::new() };
-        let here = |id: &NodeId| self.nodes[*id].warm && self.nodes[*id].ssd.is_some_and(|p| p.segment == index);
         let blocks = disk.segments[index as usize].blocks.iter().filter_map(|&hash| self.nodes.find(hash));
-        let mut warm: Vec<NodeId> = blocks.filter(here).collect();
+        let here = |id: &NodeId| self.nodes[*id].ssd.is_some_and(|p| p.segment == index);
+        let all: Vec<NodeId> = blocks.filter(here).collect();
+        // What is above a soft quota has no second life.
+        let lent = |id: NodeId| self.has_lent(self.owners.tenant_id(self.nodes[id].owner), Tier::Ssd);
+        let mut warm: Vec<NodeId> = all.iter().copied().filter(|&id| self.nodes[id].warm && !lent(id)).collect();
         warm.sort_by_key(|&id| (std::cmp::Reverse(self.nodes[id].last_use), self.nodes.depth(id)));
         let mut bytes = 0;
         warm.retain(|&id| {
             bytes += self.nodes[id].ssd.map_or(0, |place| place.bytes());
             bytes <= disk.spare_bytes
         });
+        let reserved = self.reserved_of(&all, Tier::Ssd, Taker::Model);
+        if !reserved.is_empty() {
+            warm = warm.into_iter().chain(reserved).collect::<BTreeSet<_>>().into_iter().collect();
+        }
         warm.sort_by_key(|&id| self.nodes.depth(id));
         warm
     }
@@ -83,7 +92,7 @@ impl State {
         for &id in &held {
             let Some(place) = self.nodes[id].ssd else { continue };
             let Some(epoch) = self.segment(model, place.segment).map(|segment| segment.epoch) else { continue };
-            let Some(slot) = self.allocate(model, place.bytes() as usize, false) else { break };
+            let Some(slot) = self.allocate(self.nodes[id].owner, place.bytes() as usize, false) else { break };
             blocks.push(Promoted { id, place, epoch, slot });
         }
         let file = self.models.get(&model).and_then(|m| Some(m.disk.as_ref()?.file.clone()));
@@ -134,7 +143,7 @@ impl Shared {
             match right {
                 Ok(layout) if here && state.nodes[id].ram.is_none() => {
                     state.place_in_ram(id, slot, layout);
-                    state.counts(model).promoted += 1;
+                    state.counts_of(id).promoted += 1;
                     continue;
                 }
                 Err(miss) if here => {
@@ -145,7 +154,7 @@ impl Shared {
                 }
                 _ => {}
             }
-            state.ram.pool.free(slot);
+            state.free(slot);
         }
         state.nodes.release(&held);
     }

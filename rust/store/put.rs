@@ -3,6 +3,7 @@
 use super::lease::Held;
 use super::model::Model;
 use super::namespace::Namespace;
+use super::owners::OwnerId;
 use super::sequence::Sequence;
 use super::state::{State, tag};
 use super::{Shared, Store, WritePolicy, check_view};
@@ -75,10 +76,13 @@ impl Store {
         let mut state = self.shared.open_state()?;
         state.catch_up(&self.shared.touched);
         let layout = state.models.get(&model.id).and_then(|m| m.hot.clone());
-        let slots = state.slots_for(model.id, &geometry, layout.as_deref(), known..hashes.len());
+        let owner = namespace.owner;
+        let granted = state.granted(owner, hashes.len() - known, block_tokens);
+        let slots = state.slots_for(owner, &geometry, layout.as_deref(), known..known + granted);
+        state.spend(owner, slots.len() * block_tokens);
         drop(state);
 
-        let filled = self.shared.fill(model.id, &geometry, view, layout, slots, (known, tokens));
+        let filled = self.shared.fill(owner, &geometry, view, layout, slots, (known, tokens));
 
         let mut state = self.shared.state.lock();
         let (encoded, not_encodable) = (filled.encoded(), filled.not_encodable);
@@ -89,7 +93,15 @@ impl Store {
         {
             state.retain(deepest, retention);
         }
-        let counts = state.counts(model.id);
+        let over_quota = match refused {
+            0 => false,
+            _ => granted < hashes.len() - known || state.is_over(owner, Tier::Ram, geometry.record_bytes() as u64),
+        };
+        if over_quota {
+            state.nodes.refuse(hashes[cached]);
+        }
+        let counts = state.owners.counts(owner);
+        counts.put_over_quota += if over_quota { refused as u64 } else { 0 };
         counts.put_blocks += new_blocks as u64;
         counts.put_bytes += (new_blocks * geometry.block_bytes()) as u64;
         counts.put_refused += refused as u64;
@@ -124,7 +136,7 @@ impl Shared {
     // Fills slots with the blocks of a sequence from one on. What cannot be encoded goes to another slot, as it is.
     fn fill(
         &self,
-        model: u32,
+        owner: OwnerId,
         geometry: &Geometry,
         view: &KvView,
         layout: Option<Arc<Layout>>,
@@ -152,11 +164,11 @@ impl Shared {
         let mut state = self.state.lock();
         let mut plain = Vec::new();
         for n in unfit {
-            state.ram.pool.free(filled.places[n].0);
-            let Some(slot) = state.allocate(model, geometry.record_bytes(), true) else {
+            state.free(filled.places[n].0);
+            let Some(slot) = state.allocate(owner, geometry.record_bytes(), true) else {
                 // Without it nothing after it is found.
                 let lost = filled.places.split_off(n);
-                lost.into_iter().skip(1).for_each(|(slot, _)| state.ram.pool.free(slot));
+                lost.into_iter().skip(1).for_each(|(slot, _)| state.free(slot));
                 break;
             };
             filled.places[n] = (slot, None);
@@ -195,7 +207,7 @@ impl State {
     // block fits, so that there are two sizes and no more.
     fn slots_for(
         &mut self,
-        model: u32,
+        owner: OwnerId,
         geometry: &Geometry,
         layout: Option<&Layout>,
         blocks: Range<usize>,
@@ -204,12 +216,12 @@ impl State {
             |first| layout.map_or_else(|| geometry.record_bytes(), |layout| layout.record_bytes(geometry, first));
         let mut slots = Vec::new();
         if blocks.start == 0 && bytes(true) != bytes(false) {
-            slots = self.allocate_some(model, geometry.record_bytes(), 1, true);
+            slots = self.allocate_some(owner, geometry.record_bytes(), 1, true);
             if slots.is_empty() {
                 return slots;
             }
         }
-        let rest = self.allocate_some(model, bytes(false), blocks.len() - slots.len(), true);
+        let rest = self.allocate_some(owner, bytes(false), blocks.len() - slots.len(), true);
         slots.extend(rest);
         slots
     }
@@ -226,7 +238,7 @@ impl State {
     ) -> (usize, usize) {
         let mut cached = 0;
         let mut attached = parent.is_none_or(|p| self.nodes.is_linked(p)) && self.models.contains_key(&model.id);
-        attached &= !model.matches.ended() && !namespace.is_dropped();
+        attached &= !model.ended() && !namespace.is_dropped();
         // Matches tell what was found; this is what was not.
         let order = &mut self.ram.leaving(model.id).order;
         hashes.iter().rev().for_each(|&hash| order.asked(tag(hash)));
@@ -240,9 +252,9 @@ impl State {
         let (now, seed) = (self.tick(), namespace.hasher.seed());
         let mut placed = Vec::with_capacity(slots.len());
         for (&hash, (slot, layout)) in hashes.iter().zip(slots) {
-            match if attached { self.nodes.insert(parent, hash, model.id, seed) } else { None } {
+            match if attached { self.nodes.insert(parent, hash, (model.id, namespace.owner), seed) } else { None } {
                 Some(id) => placed.push((id, slot, layout)),
-                None => self.ram.pool.free(slot),
+                None => self.free(slot),
             }
             parent = self.nodes.find(hash);
             attached &= parent.is_some();

@@ -50,7 +50,11 @@ impl State {
             if parent.is_none() && (depth > 0 || epochs.is_past(before)) {
                 continue;
             }
-            let Some(id) = self.nodes.insert(parent, hash, model, before) else { continue };
+            let owner = match parent {
+                Some(parent) => self.nodes[parent].owner,
+                None => self.owners.of(model, before.tenant_tag(), most),
+            };
+            let Some(id) = self.nodes.insert(parent, hash, (model, owner), before) else { continue };
             self.alter(id, |node| node.ssd = Some(place));
             if let Some(segment) = self.segment(model, place.segment) {
                 segment.blocks.push(hash);

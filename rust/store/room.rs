@@ -14,6 +14,7 @@
 use super::Shared;
 use super::nodes::NodeId;
 use super::promote::Promotion;
+use super::quota::Taker;
 use super::state::{Disk, FILE_HEAD_BYTES, State};
 use crate::error::{Error, Result};
 use crate::ssd::{MAX_SEGMENTS, ModelFile, Phase, Segment, Ssd};
@@ -47,7 +48,8 @@ impl State {
         let Some(disk) = self.models.get(&model).and_then(|m| m.disk.as_ref()) else { return Room::Nowhere };
         let need = disk.file.layout.segment_bytes;
         let below_share = disk.file_bytes() + need <= self.share(Tier::Ssd, model);
-        let full = disk.segments.iter().all(|s| s.phase != Phase::Empty) && disk.segments.len() as u64 >= MAX_SEGMENTS;
+        let full = self.is_file_full(model)
+            || disk.segments.iter().all(|s| s.phase != Phase::Empty) && disk.segments.len() as u64 >= MAX_SEGMENTS;
         let over = (self.ssd_file_bytes() + need).saturating_sub(self.ssd_capacity_bytes);
         if over == 0 && !full {
             return Room::Here(None);
@@ -59,10 +61,16 @@ impl State {
             let givers: Vec<u32> = givers.map(|(id, _)| id).collect();
             state.segment_of_any(givers)
         };
-        if below_share && let Some(leaver) = self.absent_file(over).or_else(|| others(self, true)) {
+        if below_share
+            && !full
+            && let Some(leaver) = self.absent_file(over).or_else(|| others(self, true))
+        {
             return Room::After(leaver);
         }
-        if !below_share && let Some(leaver) = others(self, false) {
+        if !below_share
+            && !full
+            && let Some(leaver) = others(self, false)
+        {
             return Room::After(leaver);
         }
         // More is counted than there may be, since a disk did not take back what was empty when the store was opened: to
@@ -70,7 +78,7 @@ impl State {
         if self.ssd_file_bytes() > self.ssd_capacity_bytes {
             return self.segment_of_any(vec![model]).map_or(Room::Nowhere, Room::After);
         }
-        if let Some(index) = self.oldest_segment(model) {
+        if let Some(index) = self.oldest_segment(model, false) {
             if let Some(rescue) = self.rescue(model, index) {
                 return Room::Rescue(rescue);
             }
@@ -111,11 +119,17 @@ impl State {
 
     // The oldest segment of the first of these models that can spare one.
     fn segment_of_any(&mut self, models: Vec<u32>) -> Option<Leaver> {
-        let (model, index) = models.into_iter().find_map(|id| Some((id, self.oldest_segment(id)?)))?;
+        let (model, index) = models.into_iter().find_map(|id| Some((id, self.oldest_segment(id, true)?)))?;
         self.clear_segment(model, index);
         let disk = self.models.get_mut(&model)?.disk.as_mut()?;
         disk.segments[index as usize] = Segment { phase: Phase::Leaving, ..Segment::empty() };
         Some(Leaver::Segment(model, disk.file.clone(), index))
+    }
+
+    /// A segment of a model whose file is longer than it may be.
+    pub(super) fn beyond_file_quota(&mut self) -> Option<(u32, Leaver)> {
+        let model = self.above_file_quota()?;
+        Some((model, self.segment_of_any(vec![model])?))
     }
 
     // The oldest file of an unregistered model, made smaller by `need`.
@@ -127,15 +141,26 @@ impl State {
         Some(Leaver::File(stale.path.clone(), keep))
     }
 
-    // The segment written longest ago in which no block is leased, and to which nothing is being written.
-    fn oldest_segment(&self, model: u32) -> Option<u32> {
+    // The segment written longest ago in which no block is leased, and to which nothing is being written. Nothing that is
+    // reserved for a tenant leaves with it. If it leaves as a `whole`, it has none of that; else at most half of it is, and
+    // is in RAM, too, or can be brought there: the other half is what is gained.
+    fn oldest_segment(&self, model: u32, whole: bool) -> Option<u32> {
         let disk = self.models.get(&model)?.disk.as_ref()?;
         let writing = |i: &u32| self.writing.as_ref().is_some_and(|w| w.model == model && w.segments.contains(i));
         let gone = |i: &u32| matches!(disk.segments[*i as usize].phase, Phase::Empty | Phase::Leaving);
         let mut held: Vec<_> = (0..disk.segments.len() as u32).filter(|i| !gone(i) && !writing(i)).collect();
         held.sort_by_key(|&i| disk.segments[i as usize].epoch);
         let blocks = |i: u32| disk.segments[i as usize].blocks.iter().filter_map(|&hash| self.nodes.find(hash));
-        held.into_iter().find(|&i| !self.nodes.are_held(blocks(i), &[]))
+        let segment_bytes = disk.file.layout.segment_bytes;
+        held.into_iter().find(|&i| {
+            let ids: Vec<NodeId> = blocks(i).filter(|&id| self.nodes[id].ssd.is_some_and(|p| p.segment == i)).collect();
+            let reserved = self.reserved_of(&ids, Tier::Ssd, Taker::Model);
+            let bytes: u64 = reserved.iter().filter_map(|&id| self.held(id)[Tier::Ssd as usize]).sum();
+            let rescued =
+                || !disk.segments[i as usize].rescued || reserved.iter().all(|&id| self.nodes[id].ram.is_some());
+            let may_go = reserved.is_empty() || !whole && 2 * bytes <= segment_bytes && rescued();
+            may_go && !self.nodes.are_held(ids, &[])
+        })
     }
 
     // Forgets every block whose bytes lie there.
@@ -146,12 +171,7 @@ impl State {
             if self.nodes[id].ssd.is_none_or(|p| p.segment != index) {
                 continue;
             }
-            self.counts(model).tier(Tier::Ssd).evicted += 1;
-            if self.nodes[id].ram.is_some() {
-                self.alter(id, |node| node.ssd = None);
-            } else {
-                self.drop_subtree(id);
-            }
+            self.leave_ssd(id);
         }
     }
 }
@@ -203,7 +223,7 @@ impl Shared {
                 let mut state = self.state.lock();
                 match leaver {
                     Leaver::Segment(model, ..) => state.counts(model).io_errors += 1,
-                    Leaver::File(..) => state.retired.io_errors += 1,
+                    Leaver::File(..) => state.owners.retired.io_errors += 1,
                 }
                 return;
             }

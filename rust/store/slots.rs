@@ -12,6 +12,8 @@
 //! Invariant: nobody comes below its share for another. So a share that is kept is a guarantee.
 
 use super::nodes::NodeId;
+use super::owners::{OwnerId, TenantId};
+use super::quota::Taker;
 use super::state::{FILE_HEAD_BYTES, ModelState, State};
 use crate::pool::{Class, Place, Run, Slot};
 use crate::ram::Leaving;
@@ -21,24 +23,31 @@ use std::collections::BTreeMap;
 
 /// How many dear blocks are passed over for one victim.
 const PASSES: usize = 16;
+/// How many blocks that are reserved for tenants are passed over for one victim; they are hot then.
+const SPARED: usize = 4096;
 /// Blocks of a span that tell how cold it is.
 const LOOKS: usize = 16;
 
 impl State {
-    /// Takes a slot of so many bytes for a model, making room if need be. `may_lose` allows evicting blocks that are not
+    /// Takes a slot of so many bytes for an owner, making room if need be. `may_lose` allows evicting blocks that are not
     /// on SSD.
-    pub(crate) fn allocate(&mut self, model: u32, bytes: usize, may_lose: bool) -> Option<Slot> {
-        self.allocate_some(model, bytes, 1, may_lose).pop()
+    pub(crate) fn allocate(&mut self, owner: OwnerId, bytes: usize, may_lose: bool) -> Option<Slot> {
+        self.allocate_some(owner, bytes, 1, may_lose).pop()
     }
 
     /// Takes so many slots, neighbours as far as there are, or as many as there can be.
-    pub(crate) fn allocate_some(&mut self, model: u32, bytes: usize, wanted: usize, may_lose: bool) -> Vec<Slot> {
+    pub(crate) fn allocate_some(&mut self, owner: OwnerId, bytes: usize, wanted: usize, may_lose: bool) -> Vec<Slot> {
         let mut slots = Vec::with_capacity(wanted);
+        let Some(model) = self.owners.get(owner).map(|owner| owner.model) else { return slots };
         let Some(class) = self.class(model, bytes) else { return slots };
         while slots.len() < wanted
-            && let Some(run) = self.allocate_run(model, &class, wanted - slots.len(), may_lose)
+            && let Some(most) = self.within_quota(owner, &class, wanted - slots.len(), may_lose)
+            && let Some(run) = self.allocate_run((model, owner), &class, most, may_lose)
         {
-            slots.extend(run);
+            for slot in run {
+                self.take(slot, owner);
+                slots.push(slot);
+            }
         }
         slots
     }
@@ -49,7 +58,13 @@ impl State {
         Some(classes.entry(bytes).or_insert_with(|| self.ram.pool.class(holding, bytes)).clone())
     }
 
-    fn allocate_run(&mut self, model: u32, class: &Arc<Class>, most: usize, may_lose: bool) -> Option<Run> {
+    fn allocate_run(
+        &mut self,
+        (model, owner): (u32, OwnerId),
+        class: &Arc<Class>,
+        most: usize,
+        may_lose: bool,
+    ) -> Option<Run> {
         loop {
             if let Some(run) = self.ram.pool.allocate_run(class, most) {
                 return Some(run);
@@ -58,7 +73,10 @@ impl State {
             if !books.refused {
                 books.wants.get_or_insert_with(|| class.clone());
             }
-            if !self.evict_own(model, class, may_lose) && !self.take_from_others(model, class, may_lose) {
+            if !self.evict_lent(model, class, may_lose)
+                && !self.evict_own(model, owner, class, may_lose)
+                && !self.take_from_others(model, class, may_lose)
+            {
                 return None;
             }
         }
@@ -97,36 +115,71 @@ impl State {
         taker != giver && (below || self.turn(giver) < self.turn(taker))
     }
 
-    fn evict_own(&mut self, model: u32, class: &Class, may_lose: bool) -> bool {
+    // Has a model's coldest block leave, or where its slot is of another size, a whole place.
+    fn evict_own(&mut self, model: u32, taker: OwnerId, class: &Class, may_lose: bool) -> bool {
+        let taker = Taker::Tenant(self.owners.tenant_id(taker));
+        let Some(victim) = self.coldest_of(model, taker, may_lose) else { return false };
+        if self.nodes[victim].ram.is_some_and(|slot| self.ram.pool.is_of(slot, class)) {
+            self.evict_from_ram(victim, self.ssd_in_use());
+            return true;
+        }
+        // A whole place is emptied for slots of this size.
+        let own = |place: &Place| place.iter().all(|span| span.model == model);
+        let places = self.ram.pool.places_for(class).into_iter().filter(own);
+        self.empty_coldest(places.collect(), taker, may_lose)
+    }
+
+    /// Has a model's coldest block leave RAM.
+    pub(super) fn evict_one(&mut self, model: u32, taker: Taker, may_lose: bool) -> bool {
+        let victim = self.coldest_of(model, taker, may_lose);
+        victim.inspect(|&id| self.evict_from_ram(id, self.ssd_in_use())).is_some()
+    }
+
+    /// Empties the coldest place of a model that has more than its quota.
+    pub(super) fn empty_own(&mut self, model: u32, may_lose: bool) -> bool {
+        let places = self.models.get(&model).map_or_else(Vec::new, |m| self.ram.pool.spans_of(&m.holding));
+        self.empty_coldest(places, Taker::Quota, may_lose)
+    }
+
+    // The block of a model that leaves next. What is reserved for a tenant stays, but for its own needs.
+    fn coldest_of(&mut self, model: u32, taker: Taker, may_lose: bool) -> Option<NodeId> {
         let (now, ssd_in_use, selective) = (self.ram.now(), self.ssd_in_use(), self.selective());
-        let nodes = &self.nodes;
+        let record = self.models.get(&model).map_or(0, |m| m.geometry.record_bytes() as u64);
+        let others = self.owners.limited().iter().copied().filter(|&id| taker != Taker::Tenant(id));
+        let reserved: Vec<TenantId> = match taker {
+            Taker::Quota => Vec::new(),
+            _ => others.filter(|&id| self.is_reserved(id, Tier::Ram, record)).collect(),
+        };
+        let (nodes, owners) = (&self.nodes, &self.owners);
+        let stays = |id: NodeId| reserved.contains(&owners.tenant_id(nodes[id].owner));
         let Leaving { order, retained, walk } = self.ram.leaving(model);
         order.set_capacity(order.len());
         let clean = |id: NodeId| nodes[id].is_clean(selective);
         let may_leave = |id: &NodeId| (may_lose || clean(*id)) && !nodes.are_held([*id], &[]);
-        let mut victim = retained.overdue(now, |id| nodes[id].ram_children == 0 && may_leave(&id));
-        for passed in 0..=PASSES {
-            if victim.is_none() {
-                let leaf_of = |id: NodeId| nodes.last_in_ram(id, walk).filter(may_leave);
-                // Without an SSD no block is better to lose than another.
-                victim = order.victim(leaf_of, |id| clean(id) || !ssd_in_use);
-                if let Some(dear) = victim.filter(|&id| passed < PASSES && retained.pass_over(id)) {
-                    nodes.path(dear).for_each(|id| order.touch(id));
-                    victim = None;
-                    continue;
+        let overdue = retained.overdue(now, |id| nodes[id].ram_children == 0 && may_leave(&id) && !stays(id));
+        if overdue.is_some() {
+            return overdue;
+        }
+        let (mut passed, mut spared) = (0, 0);
+        loop {
+            let leaf_of = |id: NodeId| nodes.last_in_ram(id, walk).filter(may_leave);
+            // Without an SSD no block is better to lose than another.
+            let victim = order.victim(leaf_of, |id| clean(id) || !ssd_in_use)?;
+            let again = if stays(victim) {
+                spared += 1;
+                if spared > SPARED {
+                    return None;
                 }
+                true
+            } else {
+                passed += 1;
+                passed <= PASSES && retained.pass_over(victim)
+            };
+            if !again {
+                return Some(victim);
             }
-            break;
+            nodes.path(victim).for_each(|id| order.touch(id));
         }
-        let Some(victim) = victim else { return false };
-        if nodes[victim].ram.is_some_and(|slot| self.ram.pool.is_of(slot, class)) {
-            self.evict_from_ram(victim, ssd_in_use);
-            return true;
-        }
-        // Its slot is of another size: a whole place is emptied for slots of this one.
-        let own = |place: &Place| place.iter().all(|span| span.model == model);
-        let places = self.ram.pool.places_for(class).into_iter().filter(own);
-        self.empty_coldest(places.collect(), may_lose)
     }
 
     // Empties a place of models above their shares at once; those whose turn it is first.
@@ -154,7 +207,7 @@ impl State {
             let turn = place.iter().filter(|span| givers.contains(&span.model)).map(|span| self.turn(span.model)).max();
             by_turn.entry(turn.unwrap_or_default()).or_default().push(place);
         }
-        by_turn.into_values().any(|places| self.empty_coldest(places, may_lose))
+        by_turn.into_values().any(|places| self.empty_coldest(places, Taker::Model, may_lose))
     }
 
     /// Models that found no room, and for what.
@@ -162,9 +215,9 @@ impl State {
         self.models.iter().filter_map(|(&id, model)| Some((id, model.wants.clone()?))).collect()
     }
 
-    /// Whether a model has to give: it holds more than its budget, or what one of these is to get.
-    pub(super) fn has_to_give(&self, id: u32, model: &ModelState, takers: &[(u32, Arc<Class>)]) -> bool {
-        self.ram.pool.over_budget(&model.holding)
+    /// Whether a model has to give: it holds more than its quota, or what one of these is to get.
+    pub(super) fn has_to_give(&self, id: u32, takers: &[(u32, Arc<Class>)]) -> bool {
+        self.is_above_quota(id)
             || takers.iter().any(|(taker, class)| self.above_share(id) > 0 && self.may_take(*taker, class, id))
     }
 
@@ -172,9 +225,7 @@ impl State {
     /// `false`: there is none, or none that can be emptied now.
     pub(super) fn shrink_one(&mut self) -> bool {
         let may_lose = !self.ssd_in_use() || self.ssd_read_only.is_some();
-        let over = self.models.values().filter(|m| self.ram.pool.over_budget(&m.holding));
-        let places: Vec<Place> = over.flat_map(|m| self.ram.pool.spans_of(&m.holding)).collect();
-        let emptied = self.empty_coldest(places, may_lose) || self.grow_one(may_lose);
+        let emptied = self.shrink_to_quota(may_lose) || self.grow_one(may_lose);
         self.ram.pool.settle();
         if emptied {
             // Who can give may be another now.
@@ -201,8 +252,9 @@ impl State {
         false
     }
 
-    // Empties the place that was used longest ago, by the mean of some of its blocks, of those where nothing is held.
-    fn empty_coldest(&mut self, places: Vec<Place>, may_lose: bool) -> bool {
+    // Empties the place that was used longest ago, by the mean of some of its blocks, of those where nothing is held, or
+    // reserved for a tenant other than the taker.
+    fn empty_coldest(&mut self, places: Vec<Place>, taker: Taker, may_lose: bool) -> bool {
         let last_use = |slot: Slot| self.ram.holder(slot).map(|id| self.nodes[id].last_use);
         let mean = |place: &Place| {
             let some = place.iter().flat_map(|span| self.ram.pool.taken(span, LOOKS));
@@ -220,9 +272,10 @@ impl State {
         };
         let mut coldest_first = known.into_iter().filter_map(|(_, place)| blocks(place)).filter(|ids| !ids.is_empty());
         let written = self.writing.as_ref().map_or(&[][..], |writing| &writing.blocks);
-        let Some(leaving) = coldest_first.find(|ids| !self.nodes.are_held(ids.iter().copied(), written)) else {
-            return false;
+        let may_go = |ids: &Vec<NodeId>| {
+            !self.nodes.are_held(ids.iter().copied(), written) && self.reserved_of(ids, Tier::Ram, taker).is_empty()
         };
+        let Some(leaving) = coldest_first.find(may_go) else { return false };
         let hashes: Vec<_> = leaving.into_iter().map(|id| self.nodes.hash(id)).collect();
         for hash in hashes {
             // Dropping one block may have taken others along.

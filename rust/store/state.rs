@@ -7,6 +7,8 @@
 use super::lease::Touched;
 use super::model::Matches;
 use super::nodes::{Node, NodeId, Nodes};
+use super::owners::{OwnerId, Owners};
+use super::quota::Account;
 use super::worth::ReadRate;
 use super::{Options, WritePolicy};
 use crate::block::{BlockHash, Geometry};
@@ -39,9 +41,12 @@ pub(crate) struct ModelState {
     /// What it holds of RAM, and its slots there by their size.
     pub(crate) holding: Arc<Holding>,
     pub(crate) classes: BTreeMap<usize, Arc<Class>>,
-    pub(crate) counts: Counts,
-    /// What its matches count without the lock.
-    pub(crate) matches: Arc<Matches>,
+    /// Bytes of its slots, those that are being filled among them.
+    pub(crate) slot_bytes_held: u64,
+    /// What it may have.
+    pub(crate) account: Account,
+    /// Of what belongs to no block, and of its blocks of no tenant.
+    pub(crate) owner: OwnerId,
     pub(crate) disk: Option<Disk>,
     /// How blocks are encoded that are put, and those that go to SSD as they were put; `None`: not at all.
     pub(crate) hot: Option<Arc<Layout>>,
@@ -111,9 +116,7 @@ pub(crate) struct State {
     pub(crate) policy: WritePolicy,
     pub(crate) models: BTreeMap<u32, ModelState>,
     pub(crate) next_model: u32,
-    /// Counters of models that were unregistered; and of those of which somebody still has a handle.
-    pub(crate) retired: Counts,
-    pub(crate) leaving: Vec<Arc<Matches>>,
+    pub(crate) owners: Owners,
     pub(crate) clock: u64,
     pub(crate) ssd_capacity_bytes: u64,
     /// What the files of no model may take.
@@ -157,8 +160,7 @@ impl State {
             ram_bytes: ram_bytes as u64,
             models: BTreeMap::new(),
             next_model: 0,
-            retired: Counts::default(),
-            leaving: Vec::new(),
+            owners: Owners::default(),
             clock: 0,
             ssd_capacity_bytes: ssd.map_or(0, Ssd::capacity_bytes),
             ssd_control_bytes: ssd.map_or(0, Ssd::control_bytes),
@@ -176,40 +178,115 @@ impl State {
         self.clock
     }
 
+    /// Where a model counts what belongs to no block.
     pub(crate) fn counts(&mut self, model: u32) -> &mut Counts {
-        // A lease may outlive its model; what it still does is counted with the models that are gone.
-        self.models.get_mut(&model).map_or(&mut self.retired, |m| &mut m.counts)
+        let owner = self.models.get(&model).map_or(OwnerId::MAX, |m| m.owner);
+        self.owners.counts(owner)
+    }
+
+    /// Where what happens to a block is counted.
+    pub(crate) fn counts_of(&mut self, id: NodeId) -> &mut Counts {
+        self.owners.counts(self.nodes[id].owner)
+    }
+
+    /// The owner of a model's blocks of a tenant, and what its matches count. `name`: what the tenant is called.
+    pub(super) fn owner(
+        &mut self,
+        model: u32,
+        plain_bytes: u64,
+        tag: u64,
+        name: Option<&str>,
+    ) -> (OwnerId, Arc<Matches>) {
+        let id = self.owners.of(model, tag, plain_bytes);
+        if let Some(name) = name {
+            self.owners.name(self.owners.tenant_id(id), name);
+        }
+        (id, self.owners.get(id).map(|owner| owner.matches.clone()).unwrap_or_default())
+    }
+
+    /// A model is gone, and all of its blocks.
+    pub(super) fn forget_model(&mut self, model: u32) {
+        self.models.remove(&model);
+        self.ram.forget(model);
+        self.owners.leave(model);
     }
 
     /// Changes one node; see the page above.
     pub(crate) fn alter<R>(&mut self, id: NodeId, change: impl FnOnce(&mut Node) -> R) -> R {
-        self.account(id, false);
+        let before = self.held(id);
         let result = change(&mut self.nodes[id]);
-        self.account(id, true);
+        self.book(id, before, self.held(id));
         result
     }
 
-    fn account(&mut self, id: NodeId, add: bool) {
-        let model = self.nodes.model(id);
-        let (in_ram, on_ssd) = (self.nodes[id].ram.is_some(), self.nodes[id].ssd.is_some());
-        let ssd_bytes = self.nodes[id].ssd.map_or(0, |place| place.bytes());
-        let Some(geometry) = self.models.get(&model).map(|m| m.geometry) else { return };
-        let ram_bytes = self.nodes[id].ram.map_or(0, |slot| self.ram.pool.slot_bytes(slot) as u64);
-        let plain = geometry.record_bytes() as u64;
-        let shift = |value: &mut u64, by: u64| *value = if add { *value + by } else { *value - by };
-        if in_ram
-            && !on_ssd
-            && let Some(model) = self.models.get_mut(&model)
-        {
-            shift(&mut model.dirty_blocks, 1);
+    /// Bytes that a block takes, by tier; `None`: it is not there.
+    pub(super) fn held(&self, id: NodeId) -> [Option<u64>; 2] {
+        let node = &self.nodes[id];
+        let slot_bytes = |slot| self.ram.pool.slot_bytes(slot) as u64;
+        [node.ram.map(slot_bytes), node.ssd.map(|place| place.bytes())]
+    }
+
+    // Takes a block out of the sums as it was, and puts it in as it is.
+    fn book(&mut self, id: NodeId, before: [Option<u64>; 2], after: [Option<u64>; 2]) {
+        if before == after {
+            return;
         }
-        let counts = self.counts(model);
-        for (tier, present, bytes) in [(Tier::Ram, in_ram, ram_bytes), (Tier::Ssd, on_ssd, ssd_bytes)] {
-            if present {
-                shift(&mut counts.tier(tier).blocks, 1);
-                shift(&mut counts.tier(tier).used_bytes, bytes);
-                shift(&mut counts.tier(tier).plain_bytes, plain);
+        let (model, owner) = (self.nodes.model(id), self.nodes[id].owner);
+        let is_dirty = |held: [Option<u64>; 2]| u64::from(held[0].is_some() && held[1].is_none());
+        if let Some(model) = self.models.get_mut(&model) {
+            model.dirty_blocks = model.dirty_blocks + is_dirty(after) - is_dirty(before);
+        }
+        for tier in Tier::ALL {
+            let (was, is) = (before[tier as usize], after[tier as usize]);
+            if was == is {
+                continue;
             }
+            if tier == Tier::Ssd {
+                self.owners.hold_records(owner, is.unwrap_or(0), true);
+                self.owners.hold_records(owner, was.unwrap_or(0), false);
+            }
+            let Some(owner) = self.owners.get_mut(owner) else { continue };
+            let (plain, counts) = (owner.plain_bytes, owner.counts.tier(tier));
+            counts.used_bytes = counts.used_bytes + is.unwrap_or(0) - was.unwrap_or(0);
+            let blocks = &mut owner.blocks[tier as usize];
+            match (was, is) {
+                (None, Some(_)) => {
+                    (counts.blocks, counts.plain_bytes) = (counts.blocks + 1, counts.plain_bytes + plain);
+                    self.nodes[id].nth[tier as usize] = blocks.len() as u32;
+                    blocks.push(id);
+                }
+                (Some(_), None) => {
+                    (counts.blocks, counts.plain_bytes) = (counts.blocks - 1, counts.plain_bytes - plain);
+                    let nth = self.nodes[id].nth[tier as usize];
+                    blocks.swap_remove(nth as usize);
+                    if let Some(&moved) = blocks.get(nth as usize) {
+                        self.nodes[moved].nth[tier as usize] = nth;
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Gives a slot back to the arena.
+    pub(super) fn free(&mut self, slot: Slot) {
+        self.book_slot(slot, false);
+        self.ram.pool.free(slot);
+    }
+
+    /// Notes whose a slot is that was taken.
+    pub(super) fn take(&mut self, slot: Slot, owner: OwnerId) {
+        self.ram.set_owner(slot, owner);
+        self.book_slot(slot, true);
+    }
+
+    fn book_slot(&mut self, slot: Slot, taken: bool) {
+        let (owner, bytes) = (self.ram.owner(slot), self.ram.pool.slot_bytes(slot) as u64);
+        self.owners.hold_slots(owner, bytes, taken);
+        let model = self.owners.get(owner).map(|owner| owner.model);
+        if let Some(model) = model.and_then(|model| self.models.get_mut(&model)) {
+            let held = &mut model.slot_bytes_held;
+            *held = if taken { *held + bytes } else { *held - bytes };
         }
     }
 
@@ -239,7 +316,7 @@ impl State {
             }
         }
         for slot in self.nodes.freed() {
-            self.ram.pool.free(slot);
+            self.free(slot);
         }
     }
 
@@ -335,7 +412,7 @@ impl State {
         let model = self.nodes.model(id);
         let clean = self.nodes[id].ssd.is_some();
         let lost = !self.nodes[id].is_clean(self.selective());
-        let counts = self.counts(model);
+        let counts = self.counts_of(id);
         counts.tier(Tier::Ram).evicted += 1;
         counts.demotions_dropped += u64::from(ssd_expected && lost);
         let leaving = self.ram.leaving(model);
@@ -356,7 +433,7 @@ impl State {
             return;
         };
         self.ram.let_go(slot);
-        self.ram.pool.free(slot);
+        self.free(slot);
         if let Some(parent) = self.nodes.parent(id) {
             self.alter(parent, |node| node.ram_children -= 1);
         }
@@ -367,7 +444,7 @@ impl State {
     pub(crate) fn drop_subtree(&mut self, root: NodeId) -> u64 {
         let ids = self.nodes.subtree(root);
         for &id in &ids {
-            self.account(id, false);
+            self.book(id, self.held(id), [None; 2]);
             if let Some(slot) = self.nodes[id].ram {
                 self.ram.let_go(slot);
                 let leaving = self.ram.leaving(self.nodes.model(id));
@@ -378,7 +455,7 @@ impl State {
                 }
             }
             if let Some(slot) = self.nodes.remove(id) {
-                self.ram.pool.free(slot);
+                self.free(slot);
             }
         }
         ids.len() as u64
@@ -401,6 +478,16 @@ impl State {
         self.ssd_control_bytes + models + self.stale.iter().map(|s| s.bytes).sum::<u64>()
     }
 
+    /// Takes a block's record off the SSD; without a copy in RAM the block and all below it are gone.
+    pub(super) fn leave_ssd(&mut self, id: NodeId) {
+        self.counts_of(id).tier(Tier::Ssd).evicted += 1;
+        if self.nodes[id].ram.is_some() {
+            self.alter(id, |node| node.ssd = None);
+        } else {
+            self.drop_subtree(id);
+        }
+    }
+
     /// Notes that a block's record was written.
     pub(crate) fn place_on_ssd(&mut self, id: NodeId, place: Place, entry: Entry) {
         let (model, hash) = (self.nodes.model(id), self.nodes.hash(id));
@@ -408,7 +495,7 @@ impl State {
             (node.ssd, node.warm) = (Some(place), false);
             std::mem::take(&mut node.again)
         });
-        let counts = self.counts(model);
+        let counts = self.counts_of(id);
         counts.demoted += u64::from(!again);
         counts.reinserted += u64::from(again);
         counts.tier(Tier::Ssd).rewritten_bytes += if again { place.bytes() } else { 0 };
@@ -423,6 +510,10 @@ impl State {
 
     /// Why a block is not cached.
     pub(crate) fn miss_reason(&self, hash: BlockHash) -> Miss {
-        if self.nodes.was_evicted(hash) { Miss::Evicted } else { Miss::NeverStored }
+        match (self.nodes.was_refused(hash), self.nodes.was_evicted(hash)) {
+            (true, _) => Miss::Quota,
+            (false, true) => Miss::Evicted,
+            (false, false) => Miss::NeverStored,
+        }
     }
 }

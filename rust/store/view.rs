@@ -37,7 +37,7 @@ impl Lease {
         // Tokens are compared on every way out.
         let size = geometry.block_tokens as usize;
         let right = tokens_of(view.body(), &geometry).eq(self.tokens[n * size..(n + 1) * size].iter().copied());
-        let counts = state.counts(self.model.id);
+        let counts = state.owners.counts(self.namespace.owner);
         counts.asked_tier(Tier::Ram, right);
         if !right {
             counts.asked_tier(Tier::Ssd, false);

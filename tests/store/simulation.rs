@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use stratakv::evict::Kind;
 use stratakv::stats::{Miss, Tier};
-use stratakv::{Archive, FileIo, Geometry, Lease, Model, Options, Store, WritePolicy};
+use stratakv::{Archive, FileIo, Geometry, Lease, Model, Options, Quota, Store, WritePolicy};
 
 const RAM: u64 = 2 * MIB;
 const SHAPES: [(&str, Geometry); 2] = [("a", FINE), ("b", LATENT)];
@@ -47,6 +47,9 @@ struct Simulation {
     failing: bool,
     /// What the books said when the store was opened.
     opened_bytes: u64,
+    /// Quotas that are set, and what was held of each tier at the last look; and whether they limit the SSD as well.
+    quotas: BTreeMap<&'static str, (Quota, [u64; 2])>,
+    ssd_limited: bool,
     log: Vec<String>,
     seen: Seen,
 }
@@ -87,6 +90,7 @@ impl Simulation {
         let store = Arc::new(Store::open_on(options.clone(), Arc::new(rig.clone())).expect("the disk is sound"));
         let models = SHAPES.map(|(name, geometry)| register(&store, name, geometry)).to_vec();
         let (books, log, seen) = (Books::default(), Vec::new(), Seen::default());
+        let ssd_limited = dice.below(3) == 0;
         Self {
             dice,
             directory,
@@ -99,6 +103,8 @@ impl Simulation {
             books,
             failing: false,
             opened_bytes: 0,
+            quotas: BTreeMap::new(),
+            ssd_limited,
             log,
             seen,
         }
@@ -176,10 +182,7 @@ impl Simulation {
             79..86 => self.flush(),
             86..89 => self.drop_namespace(space),
             89..91 => self.unregister(space.0),
-            91..93 => {
-                let budget = [None, Some(RAM / 4), Some(RAM / 2)][self.dice.below(3)];
-                self.store.set_ram_budget(&self.models[space.0], budget).expect("it is registered");
-            }
+            91..93 => self.set_quota(space),
             93..98 => self.set_faults(),
             _ => self.reopen(),
         }
@@ -187,8 +190,55 @@ impl Simulation {
             self.store.step().expect("the store is open");
         }
         self.check();
+        self.check_quotas();
         if self.rig.cut() {
             self.after_the_cut();
+        }
+    }
+
+    // Of a model, or of a tenant over both.
+    fn set_quota(&mut self, (model, tenant): Space) {
+        let mut quota = Quota::default();
+        let some = [None, None, None, Some(0), Some(RAM / 16), Some(RAM / 4), Some(RAM / 2)];
+        let of_model = self.dice.below(2) == 0;
+        for (tier, limit) in quota.tiers.iter_mut().enumerate().take(if self.ssd_limited { 2 } else { 1 }) {
+            limit.hard = some[self.dice.below(some.len())];
+            if of_model {
+                limit.hard = limit.hard.filter(|&hard| tier == 0 || hard > RAM / 8);
+            } else {
+                limit.soft = some[self.dice.below(some.len())];
+                limit.reserved = some[self.dice.below(6)].unwrap_or(0);
+            }
+        }
+        let who = if of_model { SHAPES[model].0 } else { TENANTS[tenant] };
+        if of_model {
+            self.store.set_model_quota(&self.models[model], quota).expect("it is registered");
+        } else {
+            self.store.set_tenant_quota(who, quota).expect("it is open");
+        }
+        self.quotas.insert(who, (quota, self.bytes_of(who)));
+    }
+
+    // What the slots and the records or the file of a model or a tenant take.
+    fn bytes_of(&self, who: &str) -> [u64; 2] {
+        let snapshot = self.store.snapshot();
+        let model = snapshot.held.iter().find(|(name, _)| name == who).map(|(_, bytes)| *bytes);
+        let tenant = snapshot.tenants.iter().find(|(name, ..)| name == who).map(|(.., bytes)| *bytes);
+        model.or(tenant).unwrap_or_default()
+    }
+
+    // What is above a limit only falls.
+    fn check_quotas(&mut self) {
+        for who in self.quotas.keys().copied().collect::<Vec<_>>() {
+            let now = self.bytes_of(who);
+            let Some((quota, before)) = self.quotas.get_mut(who) else { continue };
+            for (tier, (now, before)) in now.into_iter().zip(before).enumerate() {
+                let hard = quota.tiers[tier].hard.unwrap_or(u64::MAX);
+                // The head of a file stays.
+                let least = if SHAPES.iter().any(|(name, _)| *name == who) { 24 << 10 } else { 0 };
+                assert!(now <= hard.max(*before).max(least), "{who:?}: {now} bytes, {before} before, {quota:?}");
+                *before = now;
+            }
         }
     }
 
@@ -196,7 +246,7 @@ impl Simulation {
         let before = self.evicted();
         let flushed = self.store.flush();
         assert!(flushed.is_ok() || self.failing || !self.held.is_empty(), "{flushed:?}");
-        if flushed.is_ok() && !self.rig.cut() && self.evicted() == before {
+        if flushed.is_ok() && !self.rig.cut() && self.evicted() == before && !self.ssd_limited {
             self.books.durable = self.findable();
         }
     }
@@ -224,6 +274,7 @@ impl Simulation {
         }
         let again = self.store.register(spec(name, geometry));
         assert!(again.is_ok() || self.failing, "{again:?}");
+        self.quotas.remove(SHAPES[model].0);
         self.models[model] = again.unwrap_or_else(|_| {
             self.be_sound();
             register(&self.store, name, geometry)
@@ -262,6 +313,10 @@ impl Simulation {
     fn be_sound(&mut self) {
         self.rig.set(None);
         self.failing = false;
+        // A match that another load found unreadable has lost blocks.
+        self.held.retain(|(lease, (model, _), ..)| {
+            lease.places().len() * SHAPES[*model].1.block_tokens as usize == lease.tokens()
+        });
     }
 
     // Ends as a process does that was closed, or killed; and opens what it left.
@@ -310,6 +365,14 @@ impl Simulation {
                 self.be_sound();
                 register(&self.store, name, geometry)
             });
+        }
+        // As the manager sets them again.
+        for (who, (quota, _)) in std::mem::take(&mut self.quotas) {
+            match SHAPES.iter().position(|(name, _)| *name == who) {
+                Some(model) => self.store.set_model_quota(&self.models[model], quota).expect("it is registered"),
+                None => self.store.set_tenant_quota(who, quota).expect("it is open"),
+            }
+            self.quotas.insert(who, (quota, self.bytes_of(who)));
         }
         self.opened_bytes = if was_failing { self.store.snapshot().ssd_file_bytes } else { 0 };
         // What was promised is there, unless reading it failed.
@@ -367,6 +430,12 @@ impl Simulation {
     fn end(mut self) -> Seen {
         self.held.clear();
         self.be_sound();
+        for (who, (_, _)) in std::mem::take(&mut self.quotas) {
+            match SHAPES.iter().position(|(name, _)| *name == who) {
+                Some(model) => self.store.set_model_quota(&self.models[model], Quota::default()).expect("it is there"),
+                None => self.store.set_tenant_quota(who, Quota::default()).expect("it is open"),
+            }
+        }
         self.rig = Rig::default();
         self.reopen();
         let prompts: Vec<_> = self.books.put.keys().copied().collect();
@@ -393,7 +462,9 @@ impl Simulation {
         assert!(records >= held.blocks && bytes >= held.used_bytes, "{records} records, {} in the books", held.blocks);
         self.open();
         let again = self.store.snapshot().total.tiers[Tier::Ssd as usize];
-        let right = again.blocks == held.blocks || self.seen.cuts > 0 && again.blocks > held.blocks;
+        // What a quota had forgotten is found again, and leaves again.
+        let more = self.seen.cuts > 0 || self.ssd_limited;
+        let right = again.blocks == held.blocks || more && again.blocks > held.blocks;
         assert!(right, "{} blocks were held, {} are found again", held.blocks, again.blocks);
         self.seen
     }
