@@ -182,8 +182,8 @@ impl Simulation {
             79..86 => self.flush(),
             86..89 => self.drop_namespace(space),
             89..91 => self.unregister(space.0),
-            91..93 => self.set_quota(space),
-            93..98 => self.set_faults(),
+            91..92 => self.set_quota(space),
+            92..98 => self.set_faults(),
             _ => self.reopen(),
         }
         for _ in 0..self.dice.below(3) {
