@@ -214,6 +214,17 @@ impl Counts {
     }
 }
 
+/// How far a quota is used, or would be if there were one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes of each tier, in the order of [`Tier::ALL`]: those that are being filled or written among them.
+    pub bytes: [u64; 2],
+    /// Tokens that may be stored at once; `None`: there is no such limit.
+    pub tokens_left: Option<u64>,
+    /// Loads under way.
+    pub loads: u32,
+}
+
 /// The store at one instant.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
@@ -221,11 +232,10 @@ pub struct Snapshot {
     pub total: Counts,
     /// Registered models by name.
     pub models: Vec<(String, Counts)>,
-    /// Tenants by name, over all models, those of before as well; the first is that of no tenant. With what their slots and
-    /// their records take.
-    pub tenants: Vec<(String, Counts, [u64; 2])>,
-    /// What the slots and the file of each registered model take, by name.
-    pub held: Vec<(String, [u64; 2])>,
+    /// Tenants by name, over all models, those of before as well; the first is that of no tenant. Of SSD their records count.
+    pub tenants: Vec<(String, Counts, Usage)>,
+    /// Registered models by name. Of SSD their file counts.
+    pub usage: Vec<(String, Usage)>,
     /// Bytes of the RAM tier's arena.
     pub ram_capacity_bytes: u64,
     /// The SSD tier's cap; 0 when there is none.

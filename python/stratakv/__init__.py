@@ -8,8 +8,19 @@ with stratakv.open() as caches:
 """
 
 from stratakv._native import TokenSequence, __version__
-from stratakv.cache import Explanation, Match, ModelCache, Stats, TierStats
-from stratakv.config import Codec, Config, Geometry, ModelsConfig, RamConfig, SsdConfig, StoreConfig
+from stratakv.cache import Explanation, Match, ModelCache, Snapshot, Stats, TierStats
+from stratakv.config import (
+    Codec,
+    Config,
+    Geometry,
+    Limits,
+    ModelsConfig,
+    Quota,
+    QuotasConfig,
+    RamConfig,
+    SsdConfig,
+    StoreConfig,
+)
 from stratakv.errors import (
     ClosedError,
     ConfigError,
@@ -22,9 +33,11 @@ from stratakv.errors import (
     StrataKVError,
 )
 from stratakv.manager import CacheManager, Status, open
+from stratakv.quotas import Admission, Usage
 from stratakv.registry import Discovery, FoundModel, RefusedModel, discover
 
 __all__ = [
+    "Admission",
     "CacheManager",
     "ClosedError",
     "Codec",
@@ -35,13 +48,17 @@ __all__ = [
     "FoundModel",
     "Geometry",
     "InputError",
+    "Limits",
     "Match",
     "ModelCache",
     "ModelExistsError",
     "ModelNotFoundError",
     "ModelsConfig",
+    "Quota",
+    "QuotasConfig",
     "RamConfig",
     "RefusedModel",
+    "Snapshot",
     "SsdConfig",
     "Stats",
     "Status",
@@ -52,6 +69,7 @@ __all__ = [
     "StrataKVError",
     "TierStats",
     "TokenSequence",
+    "Usage",
     "__version__",
     "discover",
     "open",

@@ -14,10 +14,11 @@ import numpy as np
 
 from stratakv import _native
 from stratakv.allocation import STEPS, Claim, divide
-from stratakv.config import Geometry, ModelsConfig
+from stratakv.config import Geometry, ModelsConfig, Quota
+from stratakv.quotas import Tier, bounds
 from stratakv.victims import Heat, order
 
-_TIERS = ("ram", "ssd")
+_TIERS: tuple[Tier, ...] = ("ram", "ssd")
 
 
 class Registered(Protocol):
@@ -34,6 +35,10 @@ class Registered(Protocol):
     @property
     def priority(self) -> int:
         """1 to 10."""
+
+    @property
+    def quota(self) -> Quota:
+        """What it may have."""
 
     @property
     def weights_bytes(self) -> int:
@@ -59,7 +64,7 @@ class Balance:
     def __init__(self, config: ModelsConfig, store: _native.Store, segment_bytes: int) -> None:
         """Of a store whose SSD segments have this size. It has divided nothing yet."""
         self.config = config
-        self.shares: dict[str, dict[str, int]] = {tier: {} for tier in _TIERS}
+        self.shares: dict[Tier, dict[str, int]] = {tier: {} for tier in _TIERS}
         self._store = store
         self._segment_bytes = segment_bytes
         self._loads: dict[str, _Load] = {}
@@ -81,15 +86,19 @@ class Balance:
         room = self._store.divisible()
         n = max(len(models), 1)
         heads = n * room[3]
-        parts = {"ram": (room[0], room[1]), "ssd": (max(room[2] - heads, 0) if room[2] else 0, self._segment_bytes)}
+        parts: dict[Tier, tuple[int, int]] = {
+            "ram": (room[0], room[1]),
+            "ssd": (max(room[2] - heads, 0) if room[2] else 0, self._segment_bytes),
+        }
         held: dict[str, Heat] = {name: self._heat(name, counts[name], now) for name in models}
         for tier, (capacity, step) in parts.items():
             claims = {
-                name: self._claim(name, model, counts[name]["tiers"][tier], capacity, step, n, now)
+                name: self._claim(name, model, tier, counts[name]["tiers"][tier], capacity, step, n, now)
                 for name, model in models.items()
             }
             least = {name: -(-model.model.record_bytes // step) * step for name, model in models.items()}
-            self.shares[tier] = self._divide(tier, capacity, claims, least, step)
+            reserved = {name: bounds(model.quota.limits(tier), 0, None, step)[0] for name, model in models.items()}
+            self.shares[tier] = self._divide(tier, capacity, claims, least, reserved, step)
             if tier == "ram":
                 held = {
                     name: replace(heat, loss=_loss(claims[name], capacity, self.shares[tier][name]))
@@ -103,14 +112,21 @@ class Balance:
         )
 
     def _divide(
-        self, tier: str, capacity: int, claims: Mapping[str, Claim], least: Mapping[str, int], step: int
+        self,
+        tier: Tier,
+        capacity: int,
+        claims: Mapping[str, Claim],
+        least: Mapping[str, int],
+        reserved: Mapping[str, int],
+        step: int,
     ) -> dict[str, int]:
         if sum(claim.floor_bytes for claim in claims.values()) > capacity:
-            # Blocks that are large beside the tier: room for one of each comes before all.
-            claims = {name: replace(claim, floor_bytes=least[name]) for name, claim in claims.items()}
-        if sum(least.values()) > capacity:
-            # Not all can have something at once: they take turns.
-            return dict.fromkeys(claims, 0)
+            # Blocks that are large beside the tier: what is reserved, and room for one of each, come before all.
+            some = {name: max(least[name], reserved[name]) for name in claims}
+            claims = {name: _with_floor(claim, some[name]) for name, claim in claims.items()}
+        if sum(claim.floor_bytes for claim in claims.values()) > capacity:
+            # Not all can have something at once: but for what is reserved, they take turns.
+            return {name: reserved[name] // step * step for name in claims}
         return divide(self.config.strategy, capacity, claims, self.shares[tier], step_bytes=step)
 
     def _look(self, asked: Mapping[str, int], now: float) -> None:
@@ -134,7 +150,15 @@ class Balance:
         return Heat(idle_s=now - load.used_at, blocks=load.blocks, held_bytes=held)
 
     def _claim(
-        self, name: str, model: Registered, tier: Mapping[str, int], capacity: int, step: int, models: int, now: float
+        self,
+        name: str,
+        model: Registered,
+        tier: Tier,
+        counts: Mapping[str, int],
+        capacity: int,
+        step: int,
+        models: int,
+        now: float,
     ) -> Claim:
         config, load, geometry = self.config, self._loads[name], model.geometry
         fair = capacity // models
@@ -145,7 +169,7 @@ class Balance:
             "weights": float(model.weights_bytes),
             "token_bytes": float(geometry.token_bytes),
         }
-        block_bytes = tier["used_bytes"] / tier["blocks"] if tier["blocks"] else record
+        block_bytes = counts["used_bytes"] / counts["blocks"] if counts["blocks"] else record
         # So many whole blocks a step has room for.
         block_bytes = step / (step // block_bytes) if block_bytes <= step else block_bytes
         curve: tuple[float, ...] = ()
@@ -154,9 +178,10 @@ class Balance:
             value = self._block_value(model)
             curve = tuple(hit * value for hit in hits)
         idle = config.idle_s and now - load.used_at >= config.idle_s
+        floor, limit = bounds(model.quota.limits(tier), floor, floor if idle else None, step)
         return Claim(
             floor_bytes=floor,
-            limit_bytes=floor if idle else None,
+            limit_bytes=limit,
             priority=model.priority,
             demand=demand[config.demand],
             curve=curve,
@@ -169,6 +194,12 @@ class Balance:
         if self.config.objective == "tokens" or not model.prefill_tokens_per_s:
             return float(geometry.block_tokens)
         return geometry.block_tokens / model.prefill_tokens_per_s
+
+
+def _with_floor(claim: Claim, floor_bytes: int) -> Claim:
+    """The same, with another floor, as far as its limit allows."""
+    most = floor_bytes if claim.limit_bytes is None else min(floor_bytes, claim.limit_bytes)
+    return replace(claim, floor_bytes=most)
 
 
 def _loss(claim: Claim, capacity: int, share: int) -> float:

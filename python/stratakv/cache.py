@@ -16,8 +16,9 @@ from types import TracebackType
 from typing import Any
 
 from stratakv import _native
-from stratakv.config import Codec, Geometry, parse_bytes
+from stratakv.config import Codec, Geometry
 from stratakv.errors import ClosedError, InputError
+from stratakv.quotas import Admission
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class Stats:
         put_blocks: blocks put that were new.
         put_bytes: payload bytes of those.
         put_refused_blocks: blocks of puts that found no room.
+        put_over_quota_blocks: those of them that a quota did not let in.
         demoted_blocks: blocks written to SSD.
         reinserted_blocks: blocks written there once more: asked for since, and their segment had to leave.
         encoded_blocks: blocks that were encoded, when they were put or on their way to SSD.
@@ -118,6 +120,7 @@ class Stats:
     put_blocks: int
     put_bytes: int
     put_refused_blocks: int
+    put_over_quota_blocks: int
     demoted_blocks: int
     reinserted_blocks: int
     encoded_blocks: int
@@ -168,6 +171,22 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """All counters at one instant: ``total`` is the sum over the tenants, and over the models and those before.
+
+    Attributes:
+        total: all together, models that were unregistered included.
+        models: those registered, by name.
+        tenants: over all models, by name; ``""`` is no tenant, ``tag:...`` one that was found on SSD and has not been
+            seen since. What belongs to no block, as the header of a segment, counts for no tenant.
+    """
+
+    total: Stats
+    models: Mapping[str, Stats]
+    tenants: Mapping[str, Stats]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
     """What a match found, what its load delivered, and why not more.
 
@@ -176,8 +195,8 @@ class Explanation:
         matched_tokens: leading tokens found, whole blocks only.
         loaded_tokens: tokens valid after the last load; ``None`` before one.
         blocks: the tier of each block: after a load where it was read from, before it where it was found.
-        reason: why no more, as ``never_stored``, ``evicted``, ``corrupt``, ``io_error``, ``dropped``, ``closed``
-            or ``not_worth_it``; ``None`` when every whole block was found and loaded.
+        reason: why no more, as ``never_stored``, ``evicted``, ``corrupt``, ``io_error``, ``dropped``, ``closed``,
+            ``not_worth_it`` or ``quota``; ``None`` when every whole block was found and loaded.
     """
 
     asked_tokens: int
@@ -441,21 +460,21 @@ class ModelCache:
             raise InputError(f"ttl_s is {ttl_s!r}, expected seconds from 0 up, or None")
         return self._model.put(tokens, kv, layout, batch, pages, adapter, tenant, priority, ttl_s)
 
-    def set_ram_budget(self, budget: int | str | None) -> None:
-        """Limits what the model holds of RAM from now on, to whole chunks of the arena and one at least.
-
-        What it holds beyond is written to SSD, where there is one, and evicted, behind this call.
+    def admission(self, tokens: int, *, tenant: str = "") -> Admission:
+        """What quotas let a prompt of so many new tokens do now: how much is stored, and whether it may load.
 
         Args:
-            budget: bytes, as ``4 << 30`` or ``"4GiB"``; ``None`` ends the limit.
+            tokens: number of new tokens.
+            tenant: as for `match`.
 
         Raises:
-            ConfigError: a size that makes no sense.
-            InputError: a budget below one block.
+            InputError: a number below 0.
             ModelNotFoundError: the model is not registered.
-            ClosedError: the store is closed.
         """
-        self._model.set_ram_budget(None if budget is None else parse_bytes(budget, "budget"))
+        if type(tokens) is not int or tokens < 0:
+            raise InputError(f"tokens is {tokens!r}, expected an integer from 0")
+        admission: Admission = self._manager.admission(self.name, tokens, tenant)
+        return admission
 
     def set_prefill_rate(self, tokens_per_s: float | None) -> None:
         """Tells how fast the engine computes this model's prompts, so that no load takes longer than computing.

@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from stratakv.errors import ConfigError, InputError
 
@@ -289,6 +289,138 @@ class ModelsConfig:
                 raise ConfigError(f"models.{name} is {value!r}, expected a number {above} to {most:g}")
 
 
+_Kind = TypeVar("_Kind", "Limits", "Quota")
+
+
+def _of(kind: type[_Kind], value: object, where: str) -> _Kind:
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, Mapping):
+        valid = [each.name for each in fields(kind)]
+        if unknown := [key for key in value if key not in valid]:
+            raise InputError(str(_unknown("key", str(unknown[0]), valid, where)))
+        return kind(**value)
+    raise InputError(f"{where} is {value!r}, expected a stratakv.{kind.__name__}, or a table of its fields")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What holds for one tier, in bytes of blocks, headers and padding included.
+
+    Attributes:
+        hard_bytes: never more than this, not for a moment; 0: nothing there. ``None``: no limit.
+        soft_bytes: what is above is lent: it goes first when others need room. ``None``: no such limit.
+        reserved_bytes: as much is not taken for others.
+
+    Raises:
+        InputError: a size that makes no sense, or not ``reserved <= soft <= hard``.
+    """
+
+    hard_bytes: int | str | None = None
+    soft_bytes: int | str | None = None
+    reserved_bytes: int | str = 0
+
+    def __post_init__(self) -> None:
+        """Turns sizes into bytes and checks their order."""
+        for name in ("hard_bytes", "soft_bytes", "reserved_bytes"):
+            value = getattr(self, name)
+            if value is None and name != "reserved_bytes":
+                continue
+            if value != 0 or isinstance(value, bool):
+                try:
+                    value = parse_bytes(value, name)
+                except ConfigError as error:
+                    raise InputError(f"quota: {error}") from error
+            object.__setattr__(self, name, value)
+        reserved, soft, hard = self.reserved_bytes, self.soft_bytes, self.hard_bytes
+        rising = [value for value in (reserved, soft, hard) if value is not None]
+        if rising != sorted(rising):
+            raise InputError(f"quota: reserved {reserved}, soft {soft}, hard {hard} bytes, expected them to rise")
+
+    @classmethod
+    def of(cls, value: object) -> Limits:
+        """Limits, or those of a table of these fields.
+
+        Raises:
+            InputError: it is neither.
+        """
+        return _of(cls, value, "quota: limits of a tier")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quota:
+    """What a model, or a tenant over all models, may have.
+
+    Attributes:
+        ram: of RAM: `Limits`, or a table of their fields.
+        ssd: of the SSD: of a model its whole file counts, in segments; of a tenant its records.
+        tokens_per_s: new tokens that are stored a second; those of one second, or one block, may come at once.
+        loads: loads at a time; one that finds as many under way loads nothing, with the reason ``quota``.
+
+    Raises:
+        InputError: a value of another type, or out of range.
+    """
+
+    ram: Limits | Mapping[str, Any] = Limits()
+    ssd: Limits | Mapping[str, Any] = Limits()
+    tokens_per_s: float | None = None
+    loads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        for name in ("ram", "ssd"):
+            object.__setattr__(self, name, Limits.of(getattr(self, name)))
+        rate, loads = self.tokens_per_s, self.loads
+        number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+        if rate is not None and not (number and 0 < rate < 1e15):
+            raise InputError(f"quota: tokens_per_s is {rate!r}, expected a number above 0, or None")
+        if loads is not None and (type(loads) is not int or not 0 <= loads < 2**32):
+            raise InputError(f"quota: loads is {loads!r}, expected an integer from 0, or None")
+
+    @classmethod
+    def of(cls, value: object) -> Quota:
+        """A quota, or one of a table of these fields.
+
+        Raises:
+            InputError: it is neither.
+        """
+        return _of(cls, value, "quota")
+
+    def limits(self, tier: Literal["ram", "ssd"]) -> Limits:
+        """What holds for one tier."""
+        return Limits.of(getattr(self, tier))
+
+    def terms(self) -> tuple[list[tuple[int | None, int | None, int]], float | None, int | None]:
+        """What the native half takes."""
+        both = (self.limits("ram"), self.limits("ssd"))
+        tiers = [(limits.hard_bytes, limits.soft_bytes, limits.reserved_bytes) for limits in both]
+        return tiers, self.tokens_per_s, self.loads  # type: ignore[return-value]  # sizes are numbers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuotasConfig:
+    """Quotas from the start; `CacheManager.set_quota` changes them while the store runs, and that is kept.
+
+    Attributes:
+        models: by name of the model, registered or not: a `Quota`, or a table of its fields.
+        tenants: by name of the tenant.
+    """
+
+    models: Mapping[str, Quota | Mapping[str, Any]] = field(default_factory=dict)
+    tenants: Mapping[str, Quota | Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks every quota."""
+        for kind in ("models", "tenants"):
+            table = getattr(self, kind)
+            if not isinstance(table, Mapping):
+                raise ConfigError(f"quotas.{kind} is {table!r}, expected a table of quotas by name")
+            try:
+                object.__setattr__(self, kind, {name: Quota.of(quota) for name, quota in table.items()})
+            except InputError as error:
+                raise ConfigError(f"quotas.{kind}: {error}") from error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreConfig:
     """What all tiers share.
@@ -322,12 +454,14 @@ class Config:
         ram: the RAM tier.
         ssd: the SSD tier.
         models: how the tiers are divided between models.
+        quotas: what models and tenants may have.
         store: what all tiers share.
     """
 
     ram: RamConfig = field(default_factory=RamConfig)
     ssd: SsdConfig = field(default_factory=SsdConfig)
     models: ModelsConfig = field(default_factory=ModelsConfig)
+    quotas: QuotasConfig = field(default_factory=QuotasConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
@@ -369,7 +503,13 @@ class Config:
         return cls(**{section: _SECTIONS[section](**table) for section, table in values.items()})
 
 
-_SECTIONS: dict[str, type[Any]] = {"ram": RamConfig, "ssd": SsdConfig, "models": ModelsConfig, "store": StoreConfig}
+_SECTIONS: dict[str, type[Any]] = {
+    "ram": RamConfig,
+    "ssd": SsdConfig,
+    "models": ModelsConfig,
+    "quotas": QuotasConfig,
+    "store": StoreConfig,
+}
 _NUMBERS = ("floor", "interval_s", "half_life_s", "idle_s")
 
 

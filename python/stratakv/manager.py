@@ -5,28 +5,31 @@ Lock order: loading from folders, the manager's table of models, then the native
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from stratakv import _native
 from stratakv.balance import Balance
-from stratakv.cache import Behind, ModelCache, Stats
-from stratakv.config import Codec, Config, Dtype, Geometry
+from stratakv.cache import Behind, ModelCache, Snapshot, Stats
+from stratakv.config import Codec, Config, Dtype, Geometry, Quota
 from stratakv.errors import (
     ClosedError,
     ConfigError,
     InputError,
     ModelExistsError,
     ModelNotFoundError,
+    StoreFormatError,
     StrataKVError,
 )
+from stratakv.quotas import Admission, Tier, Usage, admit, check
 from stratakv.registry import Discovery, RefusedModel, discover
 
 _log = logging.getLogger(__name__)
@@ -43,6 +46,8 @@ class Status:
         ram_huge_bytes: bytes of it on huge pages.
         ram_eviction: the eviction policy that runs at present, by model.
         ram_held: bytes of RAM that each model holds, by model; slots of its own that are free among them.
+        model_usage: what counts for each model's quota, by model.
+        tenant_usage: what counts for each tenant's quota, by tenant, over all models.
         ram_shares: bytes of RAM that each model gets back when it needs them, by model.
         ssd_shares: the same of the SSD.
         ssd_capacity_bytes: cap of the SSD tier; 0 if it is off.
@@ -61,6 +66,8 @@ class Status:
     ram_huge_bytes: int
     ram_eviction: dict[str, str]
     ram_held: dict[str, int]
+    model_usage: dict[str, Usage]
+    tenant_usage: dict[str, Usage]
     ram_shares: dict[str, int]
     ssd_shares: dict[str, int]
     ssd_capacity_bytes: int
@@ -83,6 +90,7 @@ class _Registered:
     weights_version: str
     priority: int
     weights_bytes: int
+    quota: Quota
 
     @property
     def geometry(self) -> Geometry:
@@ -130,6 +138,15 @@ class CacheManager:
         self._loading = threading.Lock()
         self._clock = clock
         self._balance = Balance(config.models, self._store, config.ssd.segment_bytes)  # type: ignore[arg-type]
+        # As they were set while the store ran, now or before; None: the one of the configuration was taken away.
+        self._set_quotas = self._kept_quotas()
+        try:
+            self._check_quotas({})
+            for tenant, quota in self.quotas("tenants").items():
+                self._store.set_tenant_quota(tenant, quota.terms())
+        except BaseException:
+            self._store.close()
+            raise
         self._pid = os.getpid()
         self._closed = False
         self._wake = threading.Event()
@@ -184,6 +201,12 @@ class CacheManager:
             shape = (g.layers, g.planes, g.kv_heads, g.head_dim, g.dtype, g.block_tokens)
             ram, cold = codecs[0] or Codec.of(self.config.ram.codec), codecs[1] or Codec.of(self.config.ssd.codec)
             model = self._store.register(name, weights_version, shape, [ram.terms(), cold.terms()])
+            quota = self.quotas("models").get(name, Quota())
+            try:
+                model.set_quota(quota.terms())
+            except InputError:
+                model.unregister()
+                raise
             cache = ModelCache(self, self._behind, name, geometry, model)
             self._models[name] = _Registered(
                 cache=cache,
@@ -191,6 +214,7 @@ class CacheManager:
                 weights_version=weights_version,
                 priority=priority,
                 weights_bytes=weights_bytes,
+                quota=quota,
             )
             self._rebalance()
             if len(self._models) == 2 and self._balancer is None:
@@ -305,6 +329,97 @@ class CacheManager:
             self._rebalance()
         self._wake.set()
 
+    def set_quota(
+        self,
+        quota: Quota | Mapping[str, Any] | None,
+        *,
+        model: str | None = None,
+        tenant: str | None = None,
+    ) -> None:
+        """Sets what a model, or a tenant over all models, may have, from now on, while it serves.
+
+        What it has beyond leaves behind this call, once it is on SSD where there is one; until then nothing is added.
+        With an SSD tier the change is kept: the next process that opens the directory begins with it, whatever its
+        configuration says.
+
+        Args:
+            quota: a `Quota`, or a table of its fields; ``None`` takes it away.
+            model: name of the model.
+            tenant: name of the tenant.
+
+        Raises:
+            InputError: not just one of model and tenant, a quota that makes no sense, a hard limit below one block (of
+                SSD below one segment), or more reserved than there is.
+            ModelNotFoundError: no such model.
+            StoreError: it holds, but cannot be kept.
+            ClosedError: the store is closed.
+        """
+        if (model is None) == (tenant is None):
+            raise InputError(f"model is {model!r} and tenant is {tenant!r}, expected just one of them")
+        new = Quota() if quota is None else Quota.of(quota)
+        with self._table():
+            if model is not None:
+                entry = self._entry(model)
+                self._check_quotas({"models": {model: new}})
+                entry.model.set_quota(new.terms())
+                self._models[model] = replace(entry, quota=new)
+                self._rebalance()
+            elif tenant is not None:
+                if not isinstance(tenant, str):
+                    raise InputError(f"tenant is {tenant!r}, expected text")
+                self._check_quotas({"tenants": {tenant: new}})
+                self._store.set_tenant_quota(tenant, new.terms())
+            kind, name = ("tenants", tenant) if model is None else ("models", model)
+            self._set_quotas[kind][str(name)] = None if quota is None else new
+            table = {
+                kind: {name: None if quota is None else asdict(quota) for name, quota in quotas.items()}
+                for kind, quotas in self._set_quotas.items()
+            }
+            self._store.keep_quotas(json.dumps(table).encode())
+
+    def quotas(self, kind: Literal["models", "tenants"]) -> dict[str, Quota]:
+        """The quotas that hold, by name; those of models that are not registered as well."""
+        known = {**getattr(self.config.quotas, kind), **self._set_quotas[kind]}
+        return {name: quota for name, quota in known.items() if quota is not None}
+
+    def _kept_quotas(self) -> dict[str, dict[str, Quota | None]]:
+        try:
+            kept = json.loads(self._store.kept_quotas() or b"{}")
+            return {
+                kind: {name: None if quota is None else Quota.of(quota) for name, quota in kept.get(kind, {}).items()}
+                for kind in ("models", "tenants")
+            }
+        except (StoreFormatError, InputError, ValueError, AttributeError) as error:
+            _log.warning("quotas that were set before are not known: %s", error)
+            return {"models": {}, "tenants": {}}
+
+    def _check_quotas(self, changes: Mapping[str, Mapping[str, Quota]]) -> None:
+        """Whether what is reserved can be kept, with these changes."""
+        ram, step, ssd, head = self._store.divisible()
+        kinds: tuple[Literal["models", "tenants"], ...] = ("models", "tenants")
+        for kind in kinds:
+            quotas = {**self.quotas(kind), **changes.get(kind, {})}
+            room: dict[Tier, tuple[int, int]] = {"ram": (ram, step if kind == "models" else 1)}
+            # Without an SSD tier nothing is reserved there.
+            if ssd and kind == "models":
+                room["ssd"] = (max(ssd - head * len(quotas), 0), int(self.config.ssd.segment_bytes))
+            elif ssd:
+                room["ssd"] = (ssd, 1)
+            check(((f"{kind[:-1]} {name!r}", quota) for name, quota in quotas.items()), room)
+
+    def admission(self, model: str, tokens: int, tenant: str = "") -> Admission:
+        """As `ModelCache.admission`."""
+        with self._table():
+            entry = self._entry(model)
+            snapshot = self._store.snapshot()
+            quotas = self.quotas("tenants")
+        block_bytes = entry.model.record_bytes
+        accounts = {f"model {model!r}": (entry.quota, _usage(snapshot["model_usage"][model]))}
+        if tenant in quotas:
+            used = snapshot["tenant_usage"].get(tenant)
+            accounts[f"tenant {tenant!r}"] = (quotas[tenant], _usage(used) if used else Usage())
+        return admit(tokens, entry.geometry.block_tokens, block_bytes, accounts)
+
     def _rebalance(self) -> None:
         self._balance.rebalance(self._models, self._clock())
 
@@ -354,6 +469,14 @@ class CacheManager:
         """Counters of all models together, the unregistered ones included."""
         return Stats.of(self._store.snapshot()["total"])
 
+    def snapshot(self) -> Snapshot:
+        """Counters of all, of each model and of each tenant, at one instant."""
+        counts = self._store.snapshot()
+        models, tenants = (
+            {name: Stats.of(row) for name, row in counts[kind].items()} for kind in ("models", "tenants")
+        )
+        return Snapshot(total=Stats.of(counts["total"]), models=models, tenants=tenants)
+
     def model_stats(self, name: str) -> Stats:
         """Counters of one model.
 
@@ -365,12 +488,25 @@ class CacheManager:
             raise ModelNotFoundError(f"model {name!r} is not registered")
         return Stats.of(models[name])
 
+    def tenant_stats(self, name: str) -> Stats:
+        """Counters of one tenant, over all models; ``""``: of no tenant.
+
+        Raises:
+            InputError: it has not been seen since the store was opened.
+        """
+        tenants = self._store.snapshot()["tenants"]
+        if name not in tenants:
+            raise InputError(f"tenant {name!r} has not been seen since the store was opened")
+        return Stats.of(tenants[name])
+
     def status(self) -> Status:
         """How the tiers run."""
         with self._table():
             snapshot = self._store.snapshot()
             pages, huge = self._store.ram_pages()
             shares = {f"{tier}_shares": dict(shares) for tier, shares in self._balance.shares.items()}
+        for kind in ("model_usage", "tenant_usage"):
+            snapshot[kind] = {name: _usage(row) for name, row in snapshot[kind].items()}
         known = {**snapshot, **shares, "ram_pages": pages, "ram_huge_bytes": huge}
         return Status(**{name: known[name] for name in Status.__slots__})
 
@@ -407,6 +543,11 @@ class CacheManager:
     ) -> None:
         """Closes the store."""
         self.close()
+
+
+def _usage(row: tuple[int, int, int | None, int]) -> Usage:
+    ram_bytes, ssd_bytes, tokens_left, loads = row
+    return Usage(ram_bytes=ram_bytes, ssd_bytes=ssd_bytes, tokens_left=tokens_left, loads=loads)
 
 
 def _set_codecs(cache: ModelCache, ram: Codec | None, cold: Codec | None) -> None:

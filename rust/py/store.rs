@@ -7,7 +7,7 @@ use crate::block::{Dtype, Geometry};
 use crate::codec::{Clip, Codec, Granularity, Percentile, Scheme};
 use crate::error::input;
 use crate::evict::{Kind, Retention};
-use crate::stats::{Counts, Tier};
+use crate::stats::{Counts, Tier, Usage};
 use crate::sync::Mutex;
 use crate::{Engine, ModelSpec, Options, SsdOptions, WritePolicy};
 use pyo3::prelude::*;
@@ -134,20 +134,21 @@ impl Store {
         for (name, counts) in &snapshot.models {
             models.set_item(name, counts_dict(py, counts)?)?;
         }
-        let (tenants, held) = (PyDict::new(py), PyDict::new(py));
-        for (name, counts, [ram, ssd]) in &snapshot.tenants {
-            let row = counts_dict(py, counts)?;
-            row.set_item("held", (*ram, *ssd))?;
-            tenants.set_item(name, row)?;
+        let (tenants, model_usage, tenant_usage) = (PyDict::new(py), PyDict::new(py), PyDict::new(py));
+        let usage = |usage: &Usage| (usage.bytes[0], usage.bytes[1], usage.tokens_left, usage.loads);
+        for (name, counts, used) in &snapshot.tenants {
+            tenants.set_item(name, counts_dict(py, counts)?)?;
+            tenant_usage.set_item(name, usage(used))?;
         }
-        for (name, [ram, ssd]) in &snapshot.held {
-            held.set_item(name, (*ram, *ssd))?;
+        for (name, used) in &snapshot.usage {
+            model_usage.set_item(name, usage(used))?;
         }
         let out = PyDict::new(py);
         out.set_item("total", counts_dict(py, &snapshot.total)?)?;
         out.set_item("models", models)?;
         out.set_item("tenants", tenants)?;
-        out.set_item("held", held)?;
+        out.set_item("model_usage", model_usage)?;
+        out.set_item("tenant_usage", tenant_usage)?;
         out.set_item("ram_capacity_bytes", snapshot.ram_capacity_bytes)?;
         out.set_item("ssd_capacity_bytes", snapshot.ssd_capacity_bytes)?;
         out.set_item("ssd_file_bytes", snapshot.ssd_file_bytes)?;

@@ -457,11 +457,14 @@ impl Store {
         let shared = &self.shared;
         let mut state = shared.state.lock();
         state.catch_up(&shared.touched);
-        let Sums { models: mut sums, tenants, total } = state.owners.sums();
+        let Sums { models: mut sums, tenants, total } = state.owners.sums(state.ram.now());
         let models = state.models.iter();
         let mut models: Vec<_> = models.map(|(id, m)| (m.name.clone(), sums.remove(id).unwrap_or_default())).collect();
         models.sort_by(|a, b| a.0.cmp(&b.0));
-        let held = |m: &ModelState| [m.slot_bytes_held, m.disk.as_ref().map_or(0, Disk::file_bytes)];
+        let usage = |m: &ModelState| {
+            let bytes = [m.slot_bytes_held, m.disk.as_ref().map_or(0, Disk::file_bytes)];
+            m.account.usage(state.ram.now(), bytes)
+        };
         let mut files = state.models.values().filter_map(|m| m.disk.as_ref());
         Snapshot {
             total,
@@ -484,7 +487,7 @@ impl Store {
             index_blocks: shared.trie.len() as u64,
             index_bytes: shared.trie.bytes() as u64,
             index_refused: shared.trie.refused(),
-            held: state.models.values().map(|m| (m.name.clone(), held(m))).collect(),
+            usage: state.models.values().map(|m| (m.name.clone(), usage(m))).collect(),
             models,
             tenants,
         }

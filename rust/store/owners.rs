@@ -13,9 +13,10 @@
 use super::model::Matches;
 use super::nodes::NodeId;
 use super::quota::Account;
-use crate::stats::{Counts, Tier};
+use crate::stats::{Counts, Tier, Usage};
 use crate::sync::Arc;
 use std::collections::HashMap;
+use std::time::Duration;
 
 /// Owners that are kept although they have nothing: the counts of those beyond that go to their model's first.
 const IDLE: usize = 1 << 14;
@@ -65,11 +66,11 @@ pub(crate) struct Tenant {
     retired: Counts,
 }
 
-/// Counts of each model, by its number; of each tenant, by its name, with the bytes of its slots and records; and of all.
+/// Counts of each model, by its number; of each tenant, by its name, with what it uses; and of all.
 #[derive(Debug)]
 pub(crate) struct Sums {
     pub(crate) models: HashMap<u32, Counts>,
-    pub(crate) tenants: Vec<(String, Counts, [u64; 2])>,
+    pub(crate) tenants: Vec<(String, Counts, Usage)>,
     pub(crate) total: Counts,
 }
 
@@ -317,7 +318,7 @@ impl Owners {
     }
 
     /// All counts, at one instant.
-    pub(crate) fn sums(&self) -> Sums {
+    pub(crate) fn sums(&self, now: Duration) -> Sums {
         let (mut models, mut total): (HashMap<u32, Counts>, _) = (HashMap::new(), self.retired);
         let mut tenants = Vec::new();
         for (id, tenant) in self.tenants.iter() {
@@ -335,7 +336,7 @@ impl Owners {
                 }
             }
             let name = tenant.name.clone().unwrap_or_else(|| format!("tag:{:016x}", tenant.tag));
-            tenants.push((name, sum, tenant.bytes));
+            tenants.push((name, sum, tenant.account.usage(now, tenant.bytes)));
         }
         tenants.sort_by(|a, b| a.0.cmp(&b.0));
         Sums { models, tenants, total }

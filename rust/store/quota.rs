@@ -16,7 +16,7 @@ use super::{Model, Shared, Store};
 use crate::error::{Error, ErrorKind, Result, input};
 use crate::pool::Class;
 use crate::ssd::notes::Note;
-use crate::stats::Tier;
+use crate::stats::{Tier, Usage};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -89,6 +89,16 @@ impl Account {
         let left = (left + rate * now.saturating_sub(at).as_secs_f64()).min(most);
         self.bucket = Some((left, now));
         left as usize
+    }
+
+    /// How far it is used, by one that has so many bytes of each tier.
+    pub(super) fn usage(&self, now: Duration, bytes: [u64; 2]) -> Usage {
+        let left = |rate: f64| {
+            let burst = rate * BURST_S;
+            self.bucket
+                .map_or(burst, |(left, at)| (left + rate * now.saturating_sub(at).as_secs_f64()).min(burst.max(left)))
+        };
+        Usage { bytes, tokens_left: self.quota.tokens_per_s.map(|rate| left(rate) as u64), loads: self.loading }
     }
 
     fn spend(&mut self, tokens: usize) {

@@ -36,7 +36,7 @@ fn fetch_of(store: &Store, model: &Arc<Model>, tenant: &str, seed: u32, blocks: 
 
 fn bytes_of(store: &Store, tenant: &str) -> [u64; 2] {
     let tenants = store.snapshot().tenants;
-    tenants.into_iter().find(|(name, ..)| name == tenant).map(|(.., bytes)| bytes).unwrap_or_default()
+    tenants.into_iter().find(|(name, ..)| name == tenant).map(|(.., used)| used.bytes).unwrap_or_default()
 }
 
 fn stepped(path: Option<&std::path::Path>, ram: u64, cap: u64) -> Store {
@@ -82,8 +82,8 @@ fn no_tenant_and_no_model_passes_a_hard_limit_for_a_moment_whatever_threads_do()
                     assert!(now_ram <= in_ram && now_ssd <= on_ssd, "{tenant}: {now_ram} {now_ssd}");
                     most = [now_ram.max(most[0]), now_ssd.max(most[1])];
                 }
-                let held = store.snapshot().held;
-                assert!(held.iter().all(|(name, [slots, _])| name == "a" || *slots <= 3 * MIB), "{held:?}");
+                let used = store.snapshot().usage;
+                assert!(used.iter().all(|(name, used)| name == "a" || used.bytes[0] <= 3 * MIB), "{used:?}");
             }
             most
         });
@@ -117,7 +117,7 @@ fn what_tenants_have_is_what_a_scan_finds_and_is_known_again_after_a_restart() {
         assert!(round == 0 || found == scanned, "{found:?} {scanned:?}");
         for (n, tenant) in tenants.iter().enumerate() {
             // A tenant is called by its name once it was used; what it has is booked before.
-            assert!(round == 0 || *tenant == "" || after_restart[n] == [0, 0]);
+            assert!(round == 0 || tenant.is_empty() || after_restart[n] == [0, 0]);
             assert_eq!(bytes_of(&store, tenant), [0, scanned[n] * FINE.record_bytes() as u64], "{tenant:?}");
         }
         let mut dice = Dice(round);
@@ -129,7 +129,7 @@ fn what_tenants_have_is_what_a_scan_finds_and_is_known_again_after_a_restart() {
             let snapshot = store.snapshot();
             for (n, tier) in snapshot.total.tiers.iter().enumerate() {
                 let booked: u64 = snapshot.tenants.iter().map(|(_, counts, _)| counts.tiers[n].used_bytes).sum();
-                let held: u64 = snapshot.tenants.iter().map(|(.., bytes)| bytes[n]).sum();
+                let held: u64 = snapshot.tenants.iter().map(|(.., used)| used.bytes[n]).sum();
                 assert!(booked == tier.used_bytes && held == booked, "{booked} {held} {}", tier.used_bytes);
             }
             let [by_model, by_tenant] = [
@@ -218,7 +218,7 @@ fn a_lowered_limit_of_the_ssd_is_met_behind() {
     store.set_tenant_quota("x", ssd(tier(Some(50 * record), None, 0))).expect("it is open");
     settle(&store);
     assert_eq!(bytes_of(&store, "x")[1], 50 * record);
-    let file = |store: &Store| store.snapshot().held[0].1[1];
+    let file = |store: &Store| store.snapshot().usage[0].1.bytes[1];
     assert!(file(&store) > 3 * MIB);
     store.set_model_quota(&model, ssd(tier(Some(2 * MIB), None, 0))).expect("it is registered");
     settle(&store);

@@ -222,8 +222,8 @@ impl Simulation {
     // What the slots and the records or the file of a model or a tenant take.
     fn bytes_of(&self, who: &str) -> [u64; 2] {
         let snapshot = self.store.snapshot();
-        let model = snapshot.held.iter().find(|(name, _)| name == who).map(|(_, bytes)| *bytes);
-        let tenant = snapshot.tenants.iter().find(|(name, ..)| name == who).map(|(.., bytes)| *bytes);
+        let model = snapshot.usage.iter().find(|(name, _)| name == who).map(|(_, used)| used.bytes);
+        let tenant = snapshot.tenants.iter().find(|(name, ..)| name == who).map(|(.., used)| used.bytes);
         model.or(tenant).unwrap_or_default()
     }
 

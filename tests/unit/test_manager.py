@@ -243,25 +243,6 @@ def test_swapped_files_of_two_models_serve_no_wrong_byte(tmp_path: Path) -> None
             assert loaded(caches.register(name, geometry()), tokens_of(1, 16))[1].loaded_tokens == 0
 
 
-def test_a_ram_budget_is_met_while_running_and_ends_when_it_is_lifted() -> None:
-    with stratakv.open(config(None, ram="16MiB")) as caches:
-        cache = caches.register("model", geometry())
-        for refused, error in (("lots", stratakv.ConfigError), (1, stratakv.InputError)):
-            with pytest.raises(error, match="budget"):
-                cache.set_ram_budget(refused)
-        cache.set_ram_budget("2MiB")
-        for seed in range(40):
-            put(cache, seed, 1024)
-        assert 0 < cache.stats().tiers["ram"].used_bytes <= 2 << 20
-        cache.set_ram_budget(None)
-        for seed in range(40):
-            put(cache, seed, 1024)
-        assert cache.stats().tiers["ram"].used_bytes > 2 << 20
-        caches.unregister("model")
-        with pytest.raises(stratakv.ModelNotFoundError):
-            cache.set_ram_budget(None)
-
-
 def test_the_index_has_a_budget_refuses_when_it_is_full_and_counts() -> None:
     settings = stratakv.Config(
         ram=stratakv.RamConfig(capacity_bytes="16MiB"),

@@ -10,6 +10,7 @@ import pytest
 import stratakv
 
 DOCUMENTED = [
+    "Admission",
     "CacheManager",
     "ClosedError",
     "Codec",
@@ -20,13 +21,17 @@ DOCUMENTED = [
     "FoundModel",
     "Geometry",
     "InputError",
+    "Limits",
     "Match",
     "ModelCache",
     "ModelExistsError",
     "ModelNotFoundError",
     "ModelsConfig",
+    "Quota",
+    "QuotasConfig",
     "RamConfig",
     "RefusedModel",
+    "Snapshot",
     "SsdConfig",
     "Stats",
     "Status",
@@ -37,6 +42,7 @@ DOCUMENTED = [
     "StrataKVError",
     "TierStats",
     "TokenSequence",
+    "Usage",
     "__version__",
     "discover",
     "open",
