@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import stratakv
-from stratakv import archive, demo
+from stratakv import archive, demo, routing
 
 __all__ = ["main"]
 
@@ -49,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     models.add_argument("folder", help="where to look")
     models.set_defaults(run=_list_models)
+
+    route = commands.add_parser(
+        "route",
+        help="say which replica should serve a prompt, and why",
+        description="Listens to the KV events of the replicas of a file for a while, then routes one prompt.",
+        epilog="Exit status: 0 if there is a replica, 1 if there is none, 2 if it could not run.",
+    )
+    routing.add_arguments(route)
 
     args = parser.parse_args(argv)
     status: int = args.run(args)

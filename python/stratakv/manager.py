@@ -29,6 +29,7 @@ from stratakv.errors import (
     StoreFormatError,
     StrataKVError,
 )
+from stratakv.events import Row
 from stratakv.quotas import Admission, Tier, Usage, admit, check
 from stratakv.registry import Discovery, RefusedModel, discover
 
@@ -406,6 +407,22 @@ class CacheManager:
             elif ssd:
                 room["ssd"] = (ssd, 1)
             check(((f"{kind[:-1]} {name!r}", quota) for name, quota in quotas.items()), room)
+
+    def events(self, since: int | None) -> tuple[bool, list[Row], int]:
+        """Which blocks the tiers got and lost since an earlier look; `stratakv.events.Publisher` publishes them.
+
+        Args:
+            since: where to go on, as the call before this one told; ``None``, or too long ago: with all that is there.
+
+        Returns:
+            Whether what follows is all that is there, and what was known before counts no more; the events, ``(model,
+            block, block before it, tier, whether it was stored)``; and where to go on. Blocks are named by 16 bytes,
+            which a `stratakv.router.Router` that has the store's secret finds again from tokens.
+
+        Raises:
+            ClosedError: the store is closed.
+        """
+        return self._store.events(since)
 
     def admission(self, model: str, tokens: int, tenant: str = "") -> Admission:
         """As `ModelCache.admission`."""

@@ -5,6 +5,7 @@
 
 mod archive;
 mod block;
+mod hasher;
 mod store;
 mod tensor;
 
@@ -50,6 +51,7 @@ impl<T> OrRaise<T> for crate::Result<T> {
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<archive::Archive>()?;
+    module.add_class::<hasher::BlockHasher>()?;
     module.add_class::<store::Store>()?;
     module.add_class::<store::Model>()?;
     module.add_class::<store::Lease>()?;

@@ -107,6 +107,18 @@ impl Store {
         py.detach(|| self.store.age_curves(factor)).or_raise(py)
     }
 
+    /// What happened since event `since`: whether all that is there follows, `(model, hash, parent, tier, stored)`, and
+    /// where to go on.
+    #[pyo3(signature = (since))]
+    fn events<'py>(&self, py: Python<'py>, since: Option<u64>) -> PyResult<(bool, Bound<'py, PyList>, u64)> {
+        let found = py.detach(|| self.store.events(since)).or_raise(py)?;
+        let rows = found.events.iter().map(|event| {
+            let parent = event.parent.map(|parent| PyBytes::new(py, &parent));
+            (&event.model, PyBytes::new(py, &event.hash), parent, event.tier.name(), event.stored)
+        });
+        Ok((found.anew, PyList::new(py, rows.collect::<Vec<_>>())?, found.next))
+    }
+
     /// Sets what a tenant may have, over all models.
     fn set_tenant_quota(&self, py: Python<'_>, tenant: &str, quota: QuotaTerms) -> PyResult<()> {
         py.detach(|| self.store.set_tenant_quota(tenant, quota_of(quota))).or_raise(py)

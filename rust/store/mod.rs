@@ -13,6 +13,7 @@
 mod coding;
 mod demote;
 mod divide;
+mod events;
 mod lease;
 mod load;
 mod model;
@@ -33,6 +34,7 @@ mod worth;
 mod write;
 
 pub use divide::{Divisible, Share};
+pub use events::{Event, Events};
 pub use lease::Lease;
 pub use load::LoadOutcome;
 pub use model::{Model, ModelSpec};

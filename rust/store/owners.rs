@@ -229,6 +229,11 @@ impl Owners {
         self.limited = limited.into_iter().map(|(id, _)| id).collect();
     }
 
+    /// All blocks of a tier.
+    pub(super) fn blocks(&self, tier: Tier) -> impl Iterator<Item = NodeId> + '_ {
+        self.owners.iter().flat_map(move |(_, owner)| owner.blocks[tier as usize].iter().copied())
+    }
+
     /// Owners of a tenant.
     pub(crate) fn owners_of(&self, tenant: TenantId) -> &[OwnerId] {
         self.tenants.get(tenant).map_or(&[], |tenant| &tenant.owners)

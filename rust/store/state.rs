@@ -4,6 +4,7 @@
 //! the sums, applies the change, and puts it back as it then is. So a model's block and byte counts, and the blocks not
 //! yet on SSD, follow from the nodes alone, at every instant.
 
+use super::events::Log;
 use super::lease::Touched;
 use super::model::Matches;
 use super::nodes::{Node, NodeId, Nodes};
@@ -117,6 +118,7 @@ pub(crate) struct State {
     pub(crate) models: BTreeMap<u32, ModelState>,
     pub(crate) next_model: u32,
     pub(crate) owners: Owners,
+    pub(super) log: Log,
     pub(crate) clock: u64,
     pub(crate) ssd_capacity_bytes: u64,
     /// What the files of no model may take.
@@ -161,6 +163,7 @@ impl State {
             models: BTreeMap::new(),
             next_model: 0,
             owners: Owners::default(),
+            log: Log::default(),
             clock: 0,
             ssd_capacity_bytes: ssd.map_or(0, Ssd::capacity_bytes),
             ssd_control_bytes: ssd.map_or(0, Ssd::control_bytes),
@@ -244,6 +247,9 @@ impl State {
             if tier == Tier::Ssd {
                 self.owners.hold_records(owner, is.unwrap_or(0), true);
                 self.owners.hold_records(owner, was.unwrap_or(0), false);
+            }
+            if was.is_some() != is.is_some() {
+                self.log(id, tier, is.is_some());
             }
             let Some(owner) = self.owners.get_mut(owner) else { continue };
             let (plain, counts) = (owner.plain_bytes, owner.counts.tier(tier));
