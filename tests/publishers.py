@@ -34,6 +34,7 @@ class Engine:
         self.publisher, self.replay = context.socket(zmq.PUB), context.socket(zmq.ROUTER)
         self.publisher.bind("tcp://127.0.0.1:*")
         self.replay.bind("tcp://127.0.0.1:*")
+        self.names = tuple(s.getsockopt_string(zmq.LAST_ENDPOINT) for s in (self.publisher, self.replay))
         self.kept: deque[tuple[int, bytes]] = deque(maxlen=kept)
         self.sequence = 0
         self.stop = threading.Event()
@@ -41,7 +42,7 @@ class Engine:
         self.thread.start()
 
     def endpoints(self) -> tuple[str, str]:
-        return tuple(s.getsockopt_string(zmq.LAST_ENDPOINT) for s in (self.publisher, self.replay))
+        return self.names
 
     def send(self, payload: bytes, *, lose: bool = False) -> None:
         self.kept.append((self.sequence, payload))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ _STORED = (
     *("extra_keys", "group_idx", "kv_cache_spec_kind", "kv_cache_spec_sliding_window"),
 )
 _REMOVED = ("block_hashes", "medium", "group_idx")
+# Seconds without an event after which a publisher is asked whether there were some.
+_ASK_S = 1.0
 _END = (-1).to_bytes(8, "big", signed=True)
 
 
@@ -200,22 +203,28 @@ class Subscriber:
         self._timeout_ms = int(1000 * timeout_s)
         # The sequence that comes next; None: nothing has come yet.
         self._next: int | None = None
+        self._asked_at = -_ASK_S
+        # How often something was missing.
         self.gaps = 0
 
     def poll(self, timeout_s: float = 0.0) -> list[Event]:
         """What came: at once if there is something, else within so many seconds. An empty list: nothing did."""
         events: list[Event] = []
         wait_ms = int(1000 * timeout_s)
-        if self._next is None and self._replay is not None:
-            # What was there before this began to listen.
-            events += self._fill(0)
         while self._events.poll(0 if events else wait_ms):
             _, sequence, payload = self._events.recv_multipart()
             events += self._take(int.from_bytes(sequence, "big"), payload)
+        if not events and self._replay is not None and time.monotonic() >= self._asked_at + _ASK_S:
+            # What was there before this began to listen, or was lost when nothing followed it.
+            self._asked_at = time.monotonic()
+            events += self._fill(self._next or 0)
         return events
 
     def _take(self, sequence: int, payload: bytes) -> list[Event]:
         events: list[Event] = []
+        if self._next is None and self._replay is not None:
+            # What was before it is asked for, too.
+            self._next = 0
         if self._next is not None and sequence < self._next:
             if sequence or self._next == 1:
                 # It came with what was asked for.
@@ -297,7 +306,7 @@ class Publisher:
             kept: batches that are kept for those who missed them.
         """
         zmq, msgspec = _libraries()
-        self._source, self._interval_ms, self._zmq = source, int(1000 * interval_s), zmq
+        self._source, self._interval_ms = source, int(1000 * interval_s)
         self._encoder = msgspec.msgpack.Encoder()
         context = zmq.Context.instance()
         self._events = context.socket(zmq.PUB)
@@ -306,22 +315,15 @@ class Publisher:
         self._replay = context.socket(zmq.ROUTER)
         if replay is not None:
             self._replay.bind(replay)
+        # From here on the sockets are the thread's alone. With the ports that were found if none were given.
+        self.endpoint = str(self._events.getsockopt_string(zmq.LAST_ENDPOINT))
+        self.replay_endpoint = str(self._replay.getsockopt_string(zmq.LAST_ENDPOINT))
         self._kept: deque[tuple[int, bytes, bytes]] = deque(maxlen=kept)
         self._sequence = itertools.count()
         self._since: int | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stratakv-events", daemon=True)
         self._thread.start()
-
-    @property
-    def endpoint(self) -> str:
-        """Where it publishes; with the port that was found if none was given."""
-        return str(self._events.getsockopt_string(self._zmq.LAST_ENDPOINT))
-
-    @property
-    def replay_endpoint(self) -> str:
-        """Where it answers."""
-        return str(self._replay.getsockopt_string(self._zmq.LAST_ENDPOINT))
 
     def _run(self) -> None:
         try:

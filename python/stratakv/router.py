@@ -126,7 +126,7 @@ class _Index:
         """Leading blocks of each replica that has some, by its bit and by place: each counts where it costs least."""
         hits: dict[int, list[int]] = {}
         starts: dict[int, int] = {}
-        alive, last, last_soon, current = -1, _NOBODY, 0, [0] * (_SOON + 1)
+        alive, last, last_soon, current = -1, None, 0, [0] * (_SOON + 1)
         get, soon_of = self.entries.get, self.soon.get
         for at, key in enumerate(keys):
             entry, soon = get(key, _NOBODY), soon_of(key, 0)
