@@ -24,9 +24,12 @@ from typing import Any
 
 import numpy as np
 from policy import read
-from rows import OUT, Row, finish, paired, row, run
+from rows import OUT, Row, paired, row, run
 
 import stratakv
+from stratakv import _native
+from stratakv.events import PLACES, Stored
+from stratakv.router import Router
 
 # The folder is no section.
 TRACES = next((Path(name) for name in sys.argv[1:] if Path(name).is_dir()), None)
@@ -282,6 +285,39 @@ def moving() -> list[Row]:
     return [paired("match + load 2 MiB, p99, while 1 GiB changes hands", "us", pairs, "at rest", **more)]
 
 
+def routing() -> list[Row]:
+    """One decision over 64 replicas, of 4,096 tokens: all have the prompt, each has another part of it, none has it."""
+    dice = np.random.default_rng(7)
+    hasher = _native.PrefixIndex(b"secret", "", "", (1, 2, 1, 1, "uint8", 16))
+    rows = []
+    for label, lengths in (
+        ("all have it", [256] * 64),
+        ("each has another part", list(range(4, 260, 4))),
+        ("none has it", [0] * 64),
+    ):
+        router = Router()
+        prompts = [dice.integers(0, 50_000, 4096).astype(np.uint32) for _ in range(200)]
+        for n, blocks in enumerate(lengths):
+            router.add_replica(f"replica-{n}")
+            for number, prompt in enumerate(prompts if blocks else []):
+                names = tuple(range(number << 16, (number << 16) + blocks))
+                tokens = tuple(prompt[: 16 * blocks].tolist())
+                place = PLACES[n % 3]
+                stored = Stored(names=names, parent=None, tokens=tokens, block_tokens=16, place=place)
+                router.apply(f"replica-{n}", [stored])
+        pairs = []
+        for prompt in prompts:
+            started = time.perf_counter()
+            decision = router.route(prompt)
+            middle = time.perf_counter()
+            hasher.hashes(prompt, "", "")
+            pairs.append(((middle - started) * 1e6, (time.perf_counter() - middle) * 1e6))
+            assert decision.replica is not None
+        more = {"must": "value < 200", "goal": "value <= 50"}
+        rows.append(paired(f"route 4,096 tokens over 64 replicas, {label}", "us", pairs, "hashing its blocks", **more))
+    return rows
+
+
 COLOURS = {"llama-1b": "#4477aa", "llama-8b": "#66ccee", "qwen-7b": "#ee6677", "qwen-0.5b": "#ccbb44"}
 # Of the picture: where each panel begins, and its size.
 WIDTH, HEIGHT, LEFT, TOPS = 640, 150, 60, (40, 250)
@@ -353,9 +389,10 @@ def draw(
 def main() -> None:
     """Runs all sections, if a folder of traces is named."""
     if TRACES is None:
-        finish("multimodel", [row("multimodel: skipped, no folder of traces is named: ARGS=DIR", n=0)])
+        print("bench: routing alone, since no folder of traces is named: ARGS=DIR", file=sys.stderr)
+        run("multimodel", routing)
     else:
-        run("multimodel", strategies, moving, picture)
+        run("multimodel", strategies, moving, routing, picture)
 
 
 if __name__ == "__main__":

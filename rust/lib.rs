@@ -16,6 +16,8 @@ pub mod evict;
 mod fused;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+#[cfg(any(feature = "python", test))]
+mod holders;
 pub mod pool;
 mod ram;
 mod ssd;

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, final
 
-__all__ = ["Archive", "BlockHasher", "Lease", "Model", "Store", "TokenSequence", "__version__"]
+__all__ = ["Archive", "Found", "Lease", "Model", "PrefixIndex", "Store", "TokenSequence", "__version__"]
 
 __version__: str
 
@@ -26,13 +26,26 @@ class Archive:
     def verify(self, model: int, segment: int) -> tuple[int, int, list[tuple[int, str]]]: ...
 
 @final
-class BlockHasher:
-    """Names the blocks of a model without a store."""
+class PrefixIndex:
+    """Which replicas have which prefixes of one model."""
 
     def __new__(
         cls, secret: bytes, name: str, weights_version: str, geometry: tuple[int, int, int, int, str, int]
-    ) -> BlockHasher: ...
+    ) -> PrefixIndex: ...
     def hashes(self, tokens: object, adapter: str, tenant: str, after: bytes | None = None) -> list[bytes]: ...
+    def set(self, names: list[bytes], place: int, replica: int, has: bool) -> None: ...
+    def find(self, tokens: object, adapter: str, tenant: str) -> Found: ...
+    def expect(self, found: Found, skip: int, place: int, replica: int, has: bool) -> None: ...
+    def __len__(self) -> int: ...
+
+@final
+class Found:
+    """What replicas have of a prompt."""
+
+    @property
+    def tokens(self) -> int: ...
+    def weighted(self, weights: list[float]) -> dict[int, float]: ...
+    def blocks(self, replica: int) -> list[int]: ...
 
 @final
 class Store:

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -31,9 +31,6 @@ Policy = Literal["cache_aware", "least_loaded"]
 LOAD_COSTS: Mapping[Place, float] = {"gpu": 0.0, "ram": 0.02, "ssd": 0.1, "remote": 0.2}
 # Blocks of a request that was just routed are taken to be there soon, for so long.
 _SOON_S = 5.0
-# An entry of the index: who has a block in each place, as bits.
-_Entry = tuple[int, int, int, int]
-_NOBODY: _Entry = (0, 0, 0, 0)
 # Counted as one more place.
 _SOON = len(PLACES)
 # Tokens that name a session which has no other name.
@@ -59,7 +56,6 @@ class Candidate:
     excluded: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """Where a request goes, and why.
 
@@ -70,10 +66,31 @@ class Decision:
         candidates: all replicas of the model, the chosen one first, then by cost.
     """
 
-    replica: str | None
-    reason: str
-    tokens: int
-    candidates: tuple[Candidate, ...]
+    __slots__ = ("_rows", "reason", "replica", "tokens")
+
+    def __init__(self, replica: str | None, reason: str, tokens: int, rows: list[_Row]) -> None:
+        """Of what is known of each replica; it is put into words when it is asked for."""
+        self.replica, self.reason, self.tokens, self._rows = replica, reason, tokens, rows
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:  # noqa: D102 - see there
+        order = sorted(
+            self._rows, key=lambda row: (row.name != self.replica, row.excluded is not None, row.cost, row.name)
+        )
+        return tuple(
+            Candidate(
+                replica=row.name,
+                hit_tokens={
+                    place: count * row.block_tokens
+                    for place, count in zip((*PLACES, "soon"), row.found.blocks(row.number), strict=True)
+                    if count
+                },
+                load_tokens=row.load_tokens,
+                cost_tokens=row.cost,
+                excluded=row.excluded,
+            )
+            for row in order
+        )
 
     def __str__(self) -> str:
         """The reason, and a line for each replica."""
@@ -88,76 +105,18 @@ class Decision:
         return "\n".join(lines)
 
 
-@dataclass(slots=True)
-class _Index:
-    """Who has which block, of replicas that name blocks alike."""
+class _Row(NamedTuple):
+    """A replica, as a decision sees it."""
 
-    hasher: _native.BlockHasher
+    cost: float
+    load: float
+    name: str
+    variant: str
+    excluded: str | None
+    load_tokens: float
+    number: int
     block_tokens: int
-    entries: dict[bytes, _Entry] = field(default_factory=dict)
-    # Who will have a block soon.
-    soon: dict[bytes, int] = field(default_factory=dict)
-
-    def expect(self, keys: Iterable[bytes], bit: int) -> None:
-        soon = self.soon
-        for key in keys:
-            soon[key] = soon.get(key, 0) | bit
-
-    def expect_no_more(self, keys: Iterable[bytes], bit: int) -> None:
-        soon = self.soon
-        for key in keys:
-            masks = soon.get(key, 0) & ~bit
-            if masks:
-                soon[key] = masks
-            else:
-                soon.pop(key, None)
-
-    def set(self, key: bytes, place: int, bit: int, there: bool) -> None:
-        entry = self.entries.get(key, _NOBODY)
-        masks = list(entry)
-        masks[place] = masks[place] | bit if there else masks[place] & ~bit
-        new: _Entry = tuple(masks)  # type: ignore[assignment]  # it is as long as it was
-        if new == _NOBODY:
-            self.entries.pop(key, None)
-        else:
-            self.entries[key] = new
-
-    def longest(self, keys: list[bytes]) -> dict[int, list[int]]:
-        """Leading blocks of each replica that has some, by its bit and by place: each counts where it costs least."""
-        hits: dict[int, list[int]] = {}
-        starts: dict[int, int] = {}
-        alive, last, last_soon, current = -1, None, 0, [0] * (_SOON + 1)
-        get, soon_of = self.entries.get, self.soon.get
-        for at, key in enumerate(keys):
-            entry, soon = get(key, _NOBODY), soon_of(key, 0)
-            if entry == last and soon == last_soon:
-                continue
-            last, last_soon, taken, before = entry, soon, 0, current
-            alive &= entry[0] | entry[1] | entry[2] | entry[3] | soon
-            current = []
-            for there in (*entry, soon):
-                current.append(there & alive & ~taken)
-                taken |= there
-            for place, now in enumerate(current):
-                _close(before[place] & ~now, place, at, starts, hits)
-            for place, now in enumerate(current):
-                come = now & ~before[place]
-                while come:
-                    bit = come & -come
-                    come ^= bit
-                    starts[bit] = at
-            if not alive:
-                return hits
-        for place in range(_SOON + 1):
-            _close(current[place], place, len(keys), starts, hits)
-        return hits
-
-
-def _close(gone: int, place: int, at: int, starts: dict[int, int], hits: dict[int, list[int]]) -> None:
-    while gone:
-        bit = gone & -gone
-        gone ^= bit
-        hits.setdefault(bit, [0] * (_SOON + 1))[place] += at - starts[bit]
+    found: _native.Found
 
 
 @dataclass(slots=True)
@@ -165,8 +124,9 @@ class _Replica:
     name: str
     model: str
     variant: str
-    index: _Index
-    bit: int
+    index: _native.PrefixIndex
+    block_tokens: int
+    number: int
     prefill_tokens_per_s: float
     # What it calls its blocks, as far as they are indexed; None: it calls them as the index does.
     keys: dict[Name, bytes] | None
@@ -204,16 +164,17 @@ class Router:
             if place not in PLACES or not cost >= 0:
                 raise InputError(f"load_costs: {place!r} is {cost!r}, expected {', '.join(PLACES)}, from 0")
         self.policy: Policy = policy
-        self._costs = [load_costs.get(place, LOAD_COSTS[place]) for place in PLACES]
-        self._costs.append(self._costs[PLACES.index("ram")])
+        saved = [1 - load_costs.get(place, LOAD_COSTS[place]) for place in PLACES]
+        # What a block saves, by place.
+        self._saved = [*saved, saved[PLACES.index("ram")]]
         self._clock = clock
         self._lock = threading.Lock()
         self._secret = os.urandom(32)
-        self._indexes: dict[object, _Index] = {}
+        self._indexes: dict[object, _native.PrefixIndex] = {}
         self._replicas: dict[str, _Replica] = {}
-        self._free_bits: list[int] = []
+        self._free_numbers: list[int] = []
         self._weights: dict[str, float] = {}
-        self._soon: deque[tuple[float, _Replica, list[bytes]]] = deque()
+        self._soon: deque[tuple[float, _Replica, _native.Found, int]] = deque()
 
     def add_replica(
         self,
@@ -253,15 +214,15 @@ class Router:
             if cache_of not in self._indexes:
                 secret, of, version, g = cache_of
                 words = (g.layers, g.planes, g.kv_heads, g.head_dim, g.dtype, g.block_tokens)
-                hasher = _native.BlockHasher(secret, of, version, words)
-                self._indexes[cache_of] = _Index(hasher, g.block_tokens)
-            bit = self._free_bits.pop() if self._free_bits else 1 << len(self._replicas)
+                self._indexes[cache_of] = _native.PrefixIndex(secret, of, version, words)
+            number = self._free_numbers.pop() if self._free_numbers else len(self._replicas)
             self._replicas[name] = _Replica(
                 name=name,
                 model=model,
                 variant=variant,
                 index=self._indexes[cache_of],
-                bit=bit,
+                block_tokens=cache_of[3].block_tokens,
+                number=number,
                 prefill_tokens_per_s=prefill_tokens_per_s,
                 keys=None if cache is not None else {},
             )
@@ -277,7 +238,7 @@ class Router:
             self._forget(replica)
             self._soon = deque(each for each in self._soon if each[1] is not replica)
             del self._replicas[name]
-            self._free_bits.append(replica.bit)
+            self._free_numbers.append(replica.number)
             used = {id(each.index) for each in self._replicas.values()}
             self._indexes = {key: index for key, index in self._indexes.items() if id(index) in used}
 
@@ -369,52 +330,47 @@ class Router:
         Raises:
             InputError: the tokens are no 1-d sequence of non-negative integers.
         """
-        length = len(tokens)  # type: ignore[arg-type]  # what has no length is refused by the hasher
         with self._lock:
             self._expire()
-            replicas = [each for each in self._replicas.values() if each.model == model]
-            keys: dict[int, list[bytes]] = {}
-            hits: dict[int, dict[int, list[int]]] = {}
-            for each in replicas:
-                if id(each.index) not in keys:
-                    found = each.index.hasher.hashes(tokens, adapter, tenant)
-                    keys[id(each.index)], hits[id(each.index)] = found, each.index.longest(found)
-            none = [0] * (_SOON + 1)
-            rows = []
-            for each in replicas:
-                blocks = hits[id(each.index)].get(each.bit, none)
-                size = each.index.block_tokens
-                cost = each.load_tokens + length
-                for place, count in enumerate(blocks):
-                    cost -= count * size * (1 - self._costs[place])
+            of_index: dict[int, tuple[_native.Found, dict[int, float]]] = {}
+            rows: list[_Row] = []
+            length = 0
+            for name, each in self._replicas.items():
+                if each.model != model:
+                    continue
+                if (key := id(each.index)) not in of_index:
+                    found = each.index.find(tokens, adapter, tenant)
+                    of_index[key], length = (found, found.weighted(self._saved)), found.tokens
+                found, saved = of_index[key]
+                load, rate = each.load_tokens, each.prefill_tokens_per_s
+                cost = (load + length - saved.get(each.number, 0.0) * each.block_tokens) / rate
                 excluded = each.unhealthy or each.refuses.get(tenant)
-                rows.append((excluded is not None, cost / each.prefill_tokens_per_s, each, blocks, excluded))
-            variant = (
-                self._variant(rows, session or f"{tenant}/{adapter}/{_begin_of(tokens)}") if self._weights else None
-            )
+                rows.append(
+                    _Row(cost, load / rate, name, each.variant, excluded, load, each.number, each.block_tokens, found)
+                )
+            session_name = session or f"{tenant}/{adapter}/{_begin_of(tokens)}" if self._weights else ""
+            variant = self._variant(rows, session_name) if self._weights else None
             chosen = self._choose(rows, variant)
+            reason = self._reason(rows, chosen, variant, model)
             if chosen is not None:
                 # Those that come next and begin alike find it there.
-                known = sum(hits[id(chosen.index)].get(chosen.bit, none))
-                new = keys[id(chosen.index)][known:]
-                chosen.index.expect(new, chosen.bit)
-                self._soon.append((self._clock() + _SOON_S, chosen, new))
-            return _decision(rows, chosen, length, self._reason(rows, chosen, variant, model))
+                replica, known = self._replicas[chosen.name], sum(chosen.found.blocks(chosen.number))
+                replica.index.expect(chosen.found, known, _SOON, replica.number, True)
+                self._soon.append((self._clock() + _SOON_S, replica, chosen.found, known))
+            return Decision(chosen.name if chosen else None, reason, length, rows)
 
-    def _choose(self, rows: list[_Row], variant: str | None) -> _Replica | None:
-        open_ = [row for row in rows if not row[0]]
-        of_variant = [row for row in open_ if row[2].variant == variant]
-        candidates = of_variant if variant is not None and of_variant else open_
-        if not candidates:
-            return None
+    def _choose(self, rows: list[_Row], variant: str | None) -> _Row | None:
+        candidates = [row for row in rows if row.excluded is None]
+        of_variant = [row for row in candidates if row.variant == variant] if variant is not None else []
+        # A row begins with its cost, its load and its name.
         if self.policy == "least_loaded":
-            return min(candidates, key=lambda row: (row[2].load_tokens / row[2].prefill_tokens_per_s, row[2].name))[2]
-        return min(candidates, key=lambda row: (row[1], row[2].load_tokens, row[2].name))[2]
+            return min(of_variant or candidates, key=lambda row: row[1:3], default=None)
+        return min(of_variant or candidates, key=lambda row: row[:3], default=None)
 
     def _variant(self, rows: list[_Row], key: str) -> str | None:
         """By weighted rendezvous hashing (Schindelhauer and Schomaker, 2005): few sessions move as weights change."""
         best, variant = -math.inf, None
-        there = {row[2].variant for row in rows}
+        there = {row.variant for row in rows}
         for name, weight in self._weights.items():
             if weight > 0 and name in there:
                 digest = hashlib.blake2b(key.encode(), key=name.encode()[:64], digest_size=8).digest()
@@ -424,7 +380,7 @@ class Router:
                     best, variant = score, name
         return variant
 
-    def _reason(self, rows: list[_Row], chosen: _Replica | None, variant: str | None, model: str) -> str:
+    def _reason(self, rows: list[_Row], chosen: _Row | None, variant: str | None, model: str) -> str:
         if not rows:
             return f"no replica serves model {model!r}"
         if chosen is None:
@@ -434,7 +390,7 @@ class Router:
             elsewhere = f", none of which takes it: variant {chosen.variant!r}"
             parts.append(f"variant {variant!r}{'' if chosen.variant == variant else elsewhere}")
         parts.append("the least waits there" if self.policy == "least_loaded" else "it costs least there")
-        excluded = sum(row[0] for row in rows)
+        excluded = sum(row.excluded is not None for row in rows)
         if excluded:
             parts.append(f"{excluded} of {len(rows)} are excluded")
         return "; ".join(parts)
@@ -448,17 +404,16 @@ class Router:
     def _expire(self) -> None:
         now = self._clock()
         while self._soon and self._soon[0][0] <= now:
-            _, replica, keys = self._soon.popleft()
-            replica.index.expect_no_more(keys, replica.bit)
+            _, replica, found, known = self._soon.popleft()
+            replica.index.expect(found, known, _SOON, replica.number, False)
 
     def _forget(self, replica: _Replica) -> None:
-        for key, places in replica.places.items():
-            for place in range(len(PLACES)):
-                if places & 1 << place:
-                    replica.index.set(key, place, replica.bit, False)
-        for _, each, keys in self._soon:
+        for place in range(len(PLACES)):
+            keys = [key for key, places in replica.places.items() if places & 1 << place]
+            replica.index.set(keys, place, replica.number, False)
+        for _, each, found, known in self._soon:
             if each is replica:
-                replica.index.expect_no_more(keys, replica.bit)
+                replica.index.expect(found, known, _SOON, replica.number, False)
         replica.places.clear()
         if replica.keys is not None:
             replica.keys.clear()
@@ -467,19 +422,19 @@ class Router:
         index, place = replica.index, PLACES.index(event.place)
         if replica.keys is None:
             keys = [name for name in event.names if isinstance(name, bytes) and len(name) == 16]
-        elif event.block_tokens != index.block_tokens or not event.tokens:
+        elif event.block_tokens != replica.block_tokens or not event.tokens:
             keys = []
         elif event.parent is not None and event.parent not in replica.keys:
             # What was before it was missed, or is nothing that an index of tokens can name.
             keys = []
         else:
             after = None if event.parent is None else replica.keys[event.parent]
-            keys = index.hasher.hashes(list(event.tokens), event.adapter, event.tenant, after)
+            keys = index.hashes(list(event.tokens), event.adapter, event.tenant, after)
             replica.keys.update(zip(event.names, keys, strict=True))
         replica.unknown_blocks += len(event.names) - len(keys)
         for key in keys:
             replica.places[key] = replica.places.get(key, 0) | 1 << place
-            index.set(key, place, replica.bit, True)
+        index.set(keys, place, replica.number, True)
 
     def _remove(self, replica: _Replica, event: Removed) -> None:
         place = PLACES.index(event.place)
@@ -488,35 +443,12 @@ class Router:
             if not isinstance(key, bytes) or key not in replica.places:
                 continue
             replica.places[key] &= ~(1 << place)
-            replica.index.set(key, place, replica.bit, False)
+            replica.index.set([key], place, replica.number, False)
             if not replica.places[key]:
                 del replica.places[key]
                 if replica.keys is not None:
                     del replica.keys[name]
 
 
-# Whether it is excluded, its cost, the replica, its blocks by place, and why it is excluded.
-_Row = tuple[bool, float, _Replica, list[int], str | None]
-
-
 def _begin_of(tokens: Any) -> str:  # noqa: ANN401 - whatever the hasher takes
     return str(np.asarray(tokens[:_SESSION_TOKENS]).tolist())
-
-
-def _decision(rows: list[_Row], chosen: _Replica | None, length: int, reason: str) -> Decision:
-    order = sorted(rows, key=lambda row: (row[2] is not chosen, row[0], row[1], row[2].name))
-    candidates = []
-    for _, cost, replica, blocks, excluded in order:
-        size = replica.index.block_tokens
-        names = (*PLACES, "soon")
-        candidates.append(
-            Candidate(
-                replica=replica.name,
-                hit_tokens={name: count * size for name, count in zip(names, blocks, strict=True) if count},
-                load_tokens=replica.load_tokens,
-                cost_tokens=cost,
-                excluded=excluded,
-            )
-        )
-    replica_name = None if chosen is None else chosen.name
-    return Decision(replica=replica_name, reason=reason, tokens=length, candidates=tuple(candidates))

@@ -5,7 +5,7 @@
 
 mod archive;
 mod block;
-mod hasher;
+mod index;
 mod store;
 mod tensor;
 
@@ -51,7 +51,8 @@ impl<T> OrRaise<T> for crate::Result<T> {
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<archive::Archive>()?;
-    module.add_class::<hasher::BlockHasher>()?;
+    module.add_class::<index::PrefixIndex>()?;
+    module.add_class::<index::Found>()?;
     module.add_class::<store::Store>()?;
     module.add_class::<store::Model>()?;
     module.add_class::<store::Lease>()?;

@@ -23,7 +23,7 @@ DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Imports point down: a part may use its own floor and those below.
 FLOORS = [
     {"error", "sync"},
-    {"arena", "block", "evict", "pool", "codec", "copy", "fused", "workers", "stats"},
+    {"arena", "block", "evict", "holders", "pool", "codec", "copy", "fused", "workers", "stats"},
     {"trie", "gpu", "ram", "ssd"},
     {"store"},
     {"py", "fuzzing"},
