@@ -278,3 +278,18 @@ fn quotas_are_kept_in_the_directory_and_damage_is_told() {
     assert_eq!(reopened().kept_quotas().expect("nothing is wrong"), Some(b"anew".to_vec()));
     assert_eq!(stepped(None, 4 * MIB, 0).kept_quotas().expect("there is none"), None);
 }
+
+#[test]
+fn tenants_without_end_take_no_memory_without_end_and_the_sums_stay_exact() {
+    let store = stepped(None, 2 * MIB, 0);
+    let model = register(&store, "a", FINE);
+    for tenant in 0..40_000u32 {
+        assert_eq!(put_of(&store, &model, &format!("tenant {tenant}"), 0, 1), 1);
+    }
+    let snapshot = store.snapshot();
+    assert!((1000..=16_386).contains(&snapshot.tenants.len()), "{}", snapshot.tenants.len());
+    let puts: u64 = snapshot.tenants.iter().map(|(_, counts, _)| counts.put_blocks).sum();
+    assert_eq!((puts, snapshot.models[0].1.put_blocks, snapshot.total.put_blocks), (40_000, 40_000, 40_000));
+    let used: u64 = snapshot.tenants.iter().map(|(.., used)| used.bytes[0]).sum();
+    assert_eq!(used, snapshot.total.tiers[0].used_bytes);
+}
