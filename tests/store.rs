@@ -19,6 +19,8 @@ mod power;
 mod quota;
 #[path = "store/rig.rs"]
 mod rig;
+#[path = "store/share.rs"]
+mod share;
 #[path = "store/simulation.rs"]
 mod simulation;
 

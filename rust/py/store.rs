@@ -293,6 +293,37 @@ impl Model {
         Ok(outcome.or_raise(py)?.tokens)
     }
 
+    /// Names the model's records in a tier that nodes share.
+    #[getter]
+    fn fingerprint<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.store.fingerprint(&self.model))
+    }
+
+    /// The record of a block for such a tier, by its name; `None`: it is not in RAM.
+    fn export<'py>(&self, py: Python<'py>, name: [u8; 16]) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let record = py.detach(|| self.store.export(&self.model, name)).or_raise(py)?;
+        Ok(record.map(|record| PyBytes::new(py, &record)))
+    }
+
+    /// Takes in records from there, from block `first` on; returns how many leading blocks are cached now, and why not all.
+    #[pyo3(signature = (tokens, adapter, tenant, first, records))]
+    fn admit(
+        &self,
+        tokens: &Bound<'_, PyAny>,
+        adapter: &str,
+        tenant: &str,
+        first: usize,
+        records: Vec<PyBackedBytes>,
+    ) -> PyResult<(usize, Option<&'static str>)> {
+        let py = tokens.py();
+        let asked = Asked::read(tokens, adapter, tenant)?;
+        let records: Vec<&[u8]> = records.iter().map(|record| &**record).collect();
+        let admitted =
+            py.detach(|| self.store.admit(&self.model, &asked.sequence(self, adapter, tenant), first, &records));
+        let admitted = admitted.or_raise(py)?;
+        Ok((admitted.blocks, admitted.miss.map(|miss| miss.name())))
+    }
+
     /// Bytes of a block that is not encoded, header and padding included.
     #[getter]
     fn record_bytes(&self) -> usize {
@@ -484,6 +515,12 @@ impl Lease {
     #[getter]
     fn places<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         PyList::new(py, self.lease.places().iter().map(|t| t.name()))
+    }
+
+    /// Names of all whole blocks that were asked for, 16 bytes each.
+    #[getter]
+    fn names<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        PyList::new(py, self.lease.names().iter().map(|name| PyBytes::new(py, name)))
     }
 
     /// Why the match is not longer.

@@ -27,6 +27,7 @@ mod read;
 mod recover;
 mod room;
 mod sequence;
+mod share;
 mod slots;
 mod state;
 mod view;
@@ -41,6 +42,7 @@ pub use model::{Model, ModelSpec};
 pub use put::PutOutcome;
 pub use quota::{Quota, TierQuota};
 pub use sequence::Sequence;
+pub use share::Admitted;
 pub use view::BlockView;
 
 use crate::arena::{Arena, Pages};

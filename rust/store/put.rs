@@ -228,7 +228,7 @@ impl State {
 
     // Makes blocks findable whose bytes are complete; gives the slots of those back that others have put meanwhile.
     // Returns how many of the blocks are cached now, and how many of them are new.
-    fn publish(
+    pub(super) fn publish(
         &mut self,
         model: &Model,
         namespace: &Namespace,

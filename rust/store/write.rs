@@ -95,7 +95,7 @@ impl Shared {
 
 // The record of a block in its encoded form, in `room`; `body` is what follows the header in its slot. `None`: it cannot
 // be encoded.
-fn encode<'a>(
+pub(super) fn encode<'a>(
     body: &[u8],
     geometry: &Geometry,
     layout: &Layout,

@@ -82,6 +82,11 @@ impl Kv {
         kv
     }
 
+    /// Makes all values the same.
+    pub(crate) fn fill(&mut self, value: f32) {
+        self.bytes.chunks_mut(4).for_each(|bytes| bytes.copy_from_slice(&value.to_le_bytes()));
+    }
+
     /// Whether the leading tokens are the same.
     pub(crate) fn begins_as(&self, other: &Self, tokens: usize) -> bool {
         let row = self.geometry.row_bytes();

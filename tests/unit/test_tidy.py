@@ -51,6 +51,7 @@ UNSAFE_ALLOWED = {
     "store/write.rs",  # A slot's bytes while the SSD reads them.
     "store/load.rs",  # A slot's bytes while a copy reads or writes them.
     "store/put.rs",  # The same, for put.
+    "store/share.rs",  # The same, for records that nodes share.
     "store/view.rs",  # The same, for a view.
     "py/block.rs",  # Filling a buffer of the interpreter.
     "py/tensor.rs",  # Buffers and DLPack capsules.

@@ -1,0 +1,186 @@
+//! Records that leave the process, for a tier that nodes share, and records that come from there.
+//!
+//! ```text
+//! block in RAM ─▶ record of no segment | keyed digest ─▶ shared tier ─▶ checked in full ─▶ slot, findable as after a put
+//! ```
+//! A shared record is as one on SSD, with the secret's check value for the store, epoch 0, and 32 bytes behind it: the
+//! keyed BLAKE3 of all before, so that nobody without the secret can make one. Nothing that comes from there is trusted:
+//! digest, checksums, geometry, names and token ids must agree, or it is a miss.
+
+use super::lease::Held;
+use super::write::encode;
+use super::{Model, Sequence, Shared, Store};
+use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES, Sealed};
+use crate::codec::Layout;
+use crate::error::Result;
+use crate::pool::Slot;
+use crate::ssd::record::{Form, RecordIdentity, SegmentIdentity, read_record, record_head, tokens_of};
+use crate::stats::Miss;
+use crate::sync::Arc;
+
+/// Bytes of the digest.
+const DIGEST_BYTES: usize = 32;
+
+/// What became of records that came from a shared tier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Admitted {
+    /// Leading blocks of the sequence that are cached now.
+    pub blocks: usize,
+    /// Why not all of what was given; `None`: all is.
+    pub miss: Option<Miss>,
+}
+
+impl Store {
+    /// What names a model's records in a shared tier: equal for equal models of stores with the same secret.
+    pub fn fingerprint(&self, model: &Model) -> Sealed {
+        let spec = &model.spec;
+        self.shared.secret.fingerprint(&spec.name, &spec.weights_version, &spec.geometry)
+    }
+
+    /// The record of a block for a shared tier, encoded as blocks are that go to SSD; `None`: it is not in RAM.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn export(&self, model: &Model, name: Sealed) -> Result<Option<Vec<u8>>> {
+        let shared = &self.shared;
+        let state = shared.open_state()?;
+        let Some(id) = state.nodes.find(shared.secret.unseal(name)).filter(|&id| state.nodes.model(id) == model.id)
+        else {
+            return Ok(None);
+        };
+        let (Some(slot), 1) = (state.nodes[id].ram, state.nodes.lease(&[id]).len()) else { return Ok(None) };
+        // Its bytes stay until this goes.
+        let _held = Held { trie: &shared.trie, id: Some(id) };
+        let (hash, before, depth) = (state.nodes.hash(id), state.nodes.hash_before(id), state.nodes.depth(id));
+        let layout = state.nodes[id].layout.clone();
+        let cold = state.models.get(&model.id).and_then(|m| m.cold.clone());
+        drop(state);
+        let (geometry, identity) = (&model.spec.geometry, shared.shared_identity(model));
+        let block = RecordIdentity { hash: shared.secret.seal(hash), parent: shared.secret.seal(before), depth };
+        let form = layout.as_ref().map_or_else(|| Form::plain(geometry), |layout| Form::encoded(layout, depth));
+        let body_bytes = geometry.payload_offset() + form.payload_bytes - RECORD_HEADER_BYTES;
+        // SAFETY: the slot is held and published: what follows its header stays as it is.
+        let body = unsafe { std::slice::from_raw_parts(shared.arena.at(slot).add(RECORD_HEADER_BYTES), body_bytes) };
+        let mut record = vec![0; geometry.record_bytes() + DIGEST_BYTES];
+        let encoded = match (&layout, &cold) {
+            (None, Some(cold)) => encode(body, geometry, cold, &identity, &block, &mut record).map(<[u8]>::len),
+            _ => None,
+        };
+        let length = encoded.unwrap_or_else(|| {
+            record[..RECORD_HEADER_BYTES].copy_from_slice(&record_head(body, geometry, &form, &identity, &block));
+            record[RECORD_HEADER_BYTES..][..body.len()].copy_from_slice(body);
+            let length = geometry.record_bytes_of(form.payload_bytes);
+            record[RECORD_HEADER_BYTES + body.len()..length].fill(0);
+            length
+        });
+        let digest = shared.secret.digest(&record[..length]);
+        record.truncate(length);
+        record.extend_from_slice(&digest);
+        Ok(Some(record))
+    }
+
+    /// Takes in records of a sequence from a shared tier, which follow the blocks that are cached from block `first` on;
+    /// they are findable as after a put. A record that is not what it should be ends it.
+    ///
+    /// # Errors
+    /// The store is closed, or the sequence is of another model.
+    pub fn admit(&self, model: &Model, sequence: &Sequence, first: usize, records: &[&[u8]]) -> Result<Admitted> {
+        let shared = &self.shared;
+        shared.check_open()?;
+        sequence.check_model(model)?;
+        let Sequence { namespace, tokens, hashes, .. } = sequence;
+        let geometry = &model.spec.geometry;
+        let found = shared.find(model, namespace, hashes, false)?;
+        let known = found.map_or(0, |(_, blocks)| blocks);
+        let parent = Held { trie: &shared.trie, id: found.map(|(id, _)| id) };
+        if known < first {
+            return Ok(Admitted { blocks: known, miss: Some(Miss::Evicted) });
+        }
+        let wanted = &hashes[known.min(hashes.len())..(first + records.len()).min(hashes.len()).max(known)];
+        let mut miss = None;
+        let mut right: Vec<(&[u8], Option<Arc<Layout>>)> = Vec::new();
+        for (n, &hash) in wanted.iter().enumerate() {
+            let at = known + n;
+            let before = at.checked_sub(1).map_or(namespace.hasher.seed(), |before| hashes[before]);
+            let size = geometry.block_tokens as usize;
+            let expected = &tokens[at * size..(at + 1) * size];
+            match shared.checked(model, records[at - first], hash, before, at, expected) {
+                Some(record) => right.push(record),
+                None => {
+                    miss = Some(Miss::Corrupt);
+                    break;
+                }
+            }
+        }
+        let mut state = shared.open_state()?;
+        state.catch_up(&shared.touched);
+        let mut slots: Vec<Slot> = Vec::new();
+        for (record, _) in &right {
+            let Some(slot) = state.allocate(namespace.owner, record.len(), true) else {
+                miss = miss.or(Some(Miss::Evicted));
+                break;
+            };
+            slots.push(slot);
+        }
+        drop(state);
+        for (&slot, (record, _)) in slots.iter().zip(&right) {
+            // SAFETY: the slot was taken for this record's length, and is not published: this thread alone has it.
+            unsafe { std::ptr::copy_nonoverlapping(record.as_ptr(), shared.arena.at(slot), record.len()) };
+        }
+        let mut state = shared.state.lock();
+        let placed = slots.into_iter().zip(right).map(|(slot, (_, layout))| (slot, layout)).collect();
+        let (published, new) = state.publish(model, namespace, parent.id, wanted, placed);
+        state.owners.counts(namespace.owner).promoted += new as u64;
+        state.owners.counts(namespace.owner).corrupt += u64::from(miss == Some(Miss::Corrupt));
+        let work = state.has_work();
+        drop(state);
+        if work {
+            shared.work.notify_all();
+        }
+        Ok(Admitted { blocks: known + published, miss })
+    }
+}
+
+impl Shared {
+    fn shared_identity(&self, model: &Model) -> SegmentIdentity {
+        let spec = &model.spec;
+        let fingerprint = self.secret.fingerprint(&spec.name, &spec.weights_version, &spec.geometry);
+        SegmentIdentity { uuid: self.secret.check_value(), fingerprint, epoch: 0 }
+    }
+
+    // A record without its digest, if it is that of this block; and how it is encoded.
+    fn checked<'a>(
+        &self,
+        model: &Model,
+        bytes: &'a [u8],
+        hash: BlockHash,
+        before: BlockHash,
+        depth: usize,
+        expected: &[u32],
+    ) -> Option<(&'a [u8], Option<Arc<Layout>>)> {
+        let geometry: &Geometry = &model.spec.geometry;
+        let (record, digest) = bytes.split_at_checked(bytes.len().checked_sub(DIGEST_BYTES)?)?;
+        let (block, form) = read_record(record, geometry, &self.shared_identity(model))?;
+        let right = self.secret.is_digest(record, digest)
+            && record.len() == geometry.record_bytes_of(form.payload_bytes)
+            && block.hash == self.secret.seal(hash)
+            && block.parent == self.secret.seal(before)
+            && block.depth as usize == depth
+            && tokens_of(&record[RECORD_HEADER_BYTES..], geometry).eq(expected.iter().copied());
+        let layout = match &form.scheme {
+            None => None,
+            Some(scheme) => {
+                let layout = Layout::new(*scheme, geometry).ok()?;
+                Some(Arc::new(Some(layout).filter(|layout| Form::encoded(layout, block.depth) == form)?))
+            }
+        };
+        right.then_some((record, layout))
+    }
+}
+
+impl super::Lease {
+    /// Names of all whole blocks that were asked for, to everyone who has the store's secret.
+    pub fn names(&self) -> Vec<Sealed> {
+        self.hashes.iter().map(|&hash| self.shared.secret.seal(hash)).collect()
+    }
+}

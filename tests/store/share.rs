@@ -1,0 +1,102 @@
+//! Records that nodes share: what one exports the other admits, and nothing else.
+
+use super::kv::*;
+use std::sync::Arc;
+use stratakv::codec::{Codec, Scheme};
+use stratakv::stats::{Miss, Tier};
+use stratakv::{Geometry, Model, Options, Store};
+
+fn node(secret: &str) -> Store {
+    Store::open(Options { secret: Some(secret.into()), ..options(None, 4 * MIB, 0) }).expect("it opens")
+}
+
+fn exported(store: &Store, model: &Arc<Model>, tokens: &[u32]) -> Vec<Vec<u8>> {
+    let names = hold(store, model, tokens).names();
+    names.into_iter().map_while(|name| store.export(model, name).expect("it is open")).collect()
+}
+
+fn admit(store: &Store, model: &Model, tokens: &[u32], first: usize, records: &[Vec<u8>]) -> (usize, Option<Miss>) {
+    let sequence = store.sequence(model, "", "", tokens.to_vec());
+    let records: Vec<&[u8]> = records.iter().map(Vec::as_slice).collect();
+    let admitted = store.admit(model, &sequence, first, &records).expect("it is open");
+    (admitted.blocks, admitted.miss)
+}
+
+#[test]
+fn what_one_node_exports_another_admits_and_loads() {
+    for geometry in [FINE, LATENT] {
+        let (one, two) = (node("shared"), node("shared"));
+        let (from, to) = (register(&one, "m", geometry), register(&two, "m", geometry));
+        let tokens = sequence(1, 6, &geometry);
+        put(&one, &from, &tokens);
+        let records = exported(&one, &from, &tokens);
+        assert_eq!(records.len(), 6);
+        assert_eq!(admit(&two, &to, &tokens, 0, &records[..2]), (2, None));
+        assert_eq!(
+            admit(&two, &to, &tokens, 4, &records[4..]),
+            (2, Some(Miss::Evicted)),
+            "what is between is not there"
+        );
+        assert_eq!(admit(&two, &to, &tokens, 0, &records), (6, None), "some are there already");
+        assert_eq!(fetch(&two, &to, &tokens), 6);
+        assert_eq!((two.snapshot().total.promoted, two.snapshot().total.corrupt), (6, 0));
+        assert_eq!(one.fingerprint(&from), two.fingerprint(&to));
+        assert_eq!(one.export(&from, [7; 16]).expect("it is open"), None);
+    }
+}
+
+#[test]
+fn what_is_encoded_on_the_way_is_so_at_the_other_end() {
+    let (one, two) = (node("shared"), node("shared"));
+    let geometry = Geometry { dtype: stratakv::Dtype::Fp32, ..FINE };
+    let (from, to) = (register(&one, "m", geometry), register(&two, "m", geometry));
+    one.set_codec(&from, Tier::Ssd, Scheme::new(Codec::Fp16, &geometry)).expect("it fits");
+    let tokens = sequence(1, 4, &geometry);
+    // Values that halves hold exactly.
+    let mut kv = Kv::blank(geometry, tokens.len());
+    kv.fill(1.5f32);
+    assert_eq!(one.put(&from, &tokens, "", "", &kv.view()).expect("right arguments").new_blocks, 4);
+    let records = exported(&one, &from, &tokens);
+    assert!(records.iter().all(|record| record.len() < geometry.record_bytes()));
+    assert_eq!(admit(&two, &to, &tokens, 0, &records), (4, None));
+    let mut got = Kv::blank(geometry, tokens.len());
+    let outcome = hold(&two, &to, &tokens).load(&got.view()).expect("right arguments");
+    assert!(outcome.tokens == tokens.len() && got.begins_as(&kv, tokens.len()));
+}
+
+#[test]
+fn what_is_not_the_record_that_was_asked_for_is_a_miss() {
+    let (one, two) = (node("shared"), node("shared"));
+    let (from, to) = (register(&one, "m", FINE), register(&two, "m", FINE));
+    let (tokens, others) = (sequence(1, 3, &FINE), sequence(2, 3, &FINE));
+    put(&one, &from, &tokens);
+    put(&one, &from, &others);
+    let (records, foreign) = (exported(&one, &from, &tokens), exported(&one, &from, &others));
+    let refused = |records: &[Vec<u8>]| {
+        assert_eq!(admit(&two, &to, &tokens, 0, records), (0, Some(Miss::Corrupt)));
+        assert_eq!(two.snapshot().index_blocks, 0);
+    };
+    let mut dice = Dice(1);
+    for _ in 0..400 {
+        let mut flipped = records[0].clone();
+        let at = dice.below(flipped.len());
+        flipped[at] ^= 1 << dice.below(8);
+        refused(&[flipped]);
+    }
+    for length in [0, 31, 32, 255, 4096, records[0].len() - 1] {
+        refused(&[records[0][..length].to_vec()]);
+    }
+    refused(&[[&records[0][..], &[0]].concat()]);
+    refused(&[records[1].clone()]);
+    refused(&foreign);
+    let (stranger, other) = (node("another secret"), node("shared"));
+    let theirs = register(&stranger, "m", FINE);
+    put(&stranger, &theirs, &tokens);
+    refused(&exported(&stranger, &theirs, &tokens));
+    let namesake = register(&other, "n", FINE);
+    put(&other, &namesake, &tokens);
+    refused(&exported(&other, &namesake, &tokens));
+    // What is right before the first that is not stays.
+    assert_eq!(admit(&two, &to, &tokens, 0, &[records[0].clone(), foreign[1].clone()]), (1, Some(Miss::Corrupt)));
+    assert_eq!(fetch(&two, &to, &tokens), 1);
+}
