@@ -12,6 +12,7 @@ from stratakv.cache import Explanation, Match, ModelCache, Snapshot, Stats, Tier
 from stratakv.config import (
     Codec,
     Config,
+    DragonflyConfig,
     Geometry,
     Limits,
     ModelsConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Discovery",
+    "DragonflyConfig",
     "Explanation",
     "FoundModel",
     "Geometry",

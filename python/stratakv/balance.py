@@ -126,7 +126,11 @@ class Balance:
             claims = {name: _with_floor(claim, some[name]) for name, claim in claims.items()}
         if sum(claim.floor_bytes for claim in claims.values()) > capacity:
             # Not all can have something at once: but for what is reserved, they take turns.
-            return {name: reserved[name] // step * step for name in claims}
+            shares, left = {}, capacity // step * step
+            for name in claims:
+                shares[name] = min(reserved[name] // step * step, left)
+                left -= shares[name]
+            return shares
         return divide(self.config.strategy, capacity, claims, self.shares[tier], step_bytes=step)
 
     def _look(self, asked: Mapping[str, int], now: float) -> None:

@@ -19,6 +19,7 @@ from stratakv import _native
 from stratakv.config import Codec, Geometry
 from stratakv.errors import ClosedError, InputError
 from stratakv.quotas import Admission
+from stratakv.tiers.dragonfly import Dragonfly
 
 _log = logging.getLogger(__name__)
 
@@ -196,7 +197,8 @@ class Explanation:
         loaded_tokens: tokens valid after the last load; ``None`` before one.
         blocks: the tier of each block: after a load where it was read from, before it where it was found.
         reason: why no more, as ``never_stored``, ``evicted``, ``corrupt``, ``io_error``, ``dropped``, ``closed``,
-            ``not_worth_it`` or ``quota``; ``None`` when every whole block was found and loaded.
+            ``not_worth_it`` or ``quota``, or of the tier that nodes share ``timeout`` or ``error``; ``None`` when every
+            whole block was found and loaded.
     """
 
     asked_tokens: int
@@ -245,22 +247,63 @@ class Behind:
             self._thread.shutdown(cancel_futures=True)
 
 
+class Remote:
+    """What of a match lies in the tier that nodes share, behind what is here."""
+
+    __slots__ = ("asked", "fetched", "model", "names", "reason", "tier")
+
+    def __init__(
+        self, tier: Dragonfly, model: _native.Model, asked: tuple[object, str, str], lease: _native.Lease
+    ) -> None:
+        """Asks the tier which of the blocks that are not here it has."""
+        self.tier, self.model, self.asked = tier, model, asked
+        missing = lease.names[lease.blocks :]
+        count, self.reason = tier.leading(model.fingerprint, missing) if missing else (0, None)
+        self.names = missing[:count]
+        # Which blocks of the match came from there.
+        self.fetched = range(0)
+
+    def fetch(self, lease: _native.Lease) -> _native.Lease:
+        """Brings them to RAM; the match as it is then."""
+        first = lease.blocks
+        records, reason = self.tier.fetch(self.model.fingerprint, self.names, self.model.record_bytes)
+        blocks, wrong = self.model.admit(self.asked, "", "", first, records)
+        came = max(blocks - first, 0)
+        self.tier.booked(len(self.names), came, sum(map(len, records[:came])))
+        self.reason, self.fetched = wrong or reason, range(first, first + came)
+        self.names = []
+        if not came:
+            return lease
+        longer = lease.extended(self.model, self.asked, "", "")
+        lease.release()
+        return longer
+
+
 class Match:
-    """The longest cached prefix of some tokens, leased until exit or `release`."""
+    """The longest cached prefix of some tokens, leased until exit or `release`.
 
-    __slots__ = ("_behind", "_lease", "_loaded", "_tell")
+    What of it lies in the tier that nodes share is not leased: a load gets it, or says why not.
+    """
 
-    def __init__(self, lease: _native.Lease, behind: Behind, tell: Callable[[], None]) -> None:
+    __slots__ = ("_behind", "_lease", "_loaded", "_remote", "_tell")
+
+    def __init__(
+        self, lease: _native.Lease, behind: Behind, tell: Callable[[], None], remote: Remote | None = None
+    ) -> None:
         """Wraps a native lease; `behind` does what may wait, `tell` is called where the SSD is slow."""
         self._lease = lease
         self._behind = behind
         self._tell = tell
+        self._remote = remote
         self._loaded: tuple[int, list[str], str | None] | None = None
 
     @property
     def tokens(self) -> int:
         """Matched tokens: whole blocks."""
-        return self._lease.tokens
+        lease, remote = self._lease, self._remote
+        if remote is None or not remote.names:
+            return lease.tokens
+        return lease.tokens + len(remote.names) * lease.block_tokens
 
     def load(self, kv: object, *, layout: str = "BHND", batch: int = 0, pages: object = None) -> int:
         """Copies the matched blocks into tensors: token i of the match to token i of the tensors.
@@ -279,10 +322,18 @@ class Match:
             InputError: the tensors do not fit the model, or have no room for the match.
             ClosedError: the match was released.
         """
-        self._loaded = self._lease.load(kv, layout, batch, pages)
-        if self._loaded[2] == "not_worth_it":
+        remote, cut = self._remote, None
+        if remote is not None and remote.names:
+            expected = self.tokens
+            self._lease = remote.fetch(self._lease)
+            cut = remote.reason if self._lease.tokens < expected else None
+        tokens, places, reason = self._lease.load(kv, layout, batch, pages)
+        if remote is not None:
+            places = ["dragonfly" if n in remote.fetched else place for n, place in enumerate(places)]
+        self._loaded = (tokens, places, reason or cut)
+        if reason == "not_worth_it":
             self._tell()
-        return self._loaded[0]
+        return tokens
 
     def prefetch(self) -> Future[int]:
         """Has blocks that are on SSD alone read into RAM, behind this call, so that a later load finds them there.
@@ -296,8 +347,8 @@ class Match:
         Raises:
             ClosedError: the store was closed.
         """
-        lease, tokens = self._lease, self._lease.tokens // max(self._lease.blocks, 1)
-        return self._behind(lambda: lease.prefetch() * tokens)
+        lease = self._lease
+        return self._behind(lambda: lease.prefetch() * lease.block_tokens)
 
     def view(self, block: int) -> memoryview | None:
         """One block where it lies in RAM, without a copy.
@@ -321,14 +372,19 @@ class Match:
 
     def explain(self) -> Explanation:
         """What was found, what was loaded, and why not more."""
-        lease = self._lease
+        lease, remote = self._lease, self._remote
         loaded, places, reason = self._loaded or (None, lease.places, None)
+        waiting = remote.names if remote is not None else []
+        missing = remote.reason if remote is not None else None
+        if lease.blocks + len(waiting) < len(lease.names):
+            # Where a tier could not be asked, that is what is known.
+            missing = missing or lease.miss
         return Explanation(
             asked_tokens=lease.asked_tokens,
-            matched_tokens=lease.tokens,
+            matched_tokens=self.tokens,
             loaded_tokens=loaded,
-            blocks=tuple(places),
-            reason=reason or lease.miss,
+            blocks=(*places, *["dragonfly"] * len(waiting)),
+            reason=reason or missing,
         )
 
     def release(self) -> None:
@@ -384,7 +440,15 @@ class ModelCache:
             InputError: the tokens are no 1-d sequence of non-negative integers.
             ClosedError: the store is closed.
         """
-        return Match(self._model.match_prefix(tokens, adapter, tenant), self._behind, self._say_that_ssd_is_slow)
+        tier: Dragonfly | None = self._manager.dragonfly
+        if tier is None:
+            return Match(self._model.match_prefix(tokens, adapter, tenant), self._behind, self._say_that_ssd_is_slow)
+        # What a load asks for later is what was asked for now.
+        own = isinstance(tokens, _native.TokenSequence) and not adapter and not tenant
+        asked = tokens if own else self.sequence(tokens, adapter=adapter, tenant=tenant)
+        lease = self._model.match_prefix(asked, "", "")
+        remote = Remote(tier, self._model, asked, lease)  # type: ignore[arg-type]  # it is a sequence in both cases
+        return Match(lease, self._behind, self._say_that_ssd_is_slow, remote)
 
     def sequence(
         self,

@@ -12,7 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -289,6 +289,7 @@ class ModelsConfig:
                 raise ConfigError(f"models.{name} is {value!r}, expected a number {above} to {most:g}")
 
 
+_TIERS: tuple[Literal["ram", "ssd"], ...] = ("ram", "ssd")
 _Kind = TypeVar("_Kind", "Limits", "Quota")
 
 
@@ -390,6 +391,11 @@ class Quota:
         """What holds for one tier."""
         return Limits.of(getattr(self, tier))
 
+    def without_reserves(self) -> Quota:
+        """The same, with nothing reserved."""
+        ram, ssd = (replace(self.limits(tier), reserved_bytes=0) for tier in _TIERS)
+        return replace(self, ram=ram, ssd=ssd)
+
     def terms(self) -> tuple[list[tuple[int | None, int | None, int]], float | None, int | None]:
         """What the native half takes."""
         both = (self.limits("ram"), self.limits("ssd"))
@@ -419,6 +425,50 @@ class QuotasConfig:
                 object.__setattr__(self, kind, {name: Quota.of(quota) for name, quota in table.items()})
             except InputError as error:
                 raise ConfigError(f"quotas.{kind}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DragonflyConfig:
+    """The tier that nodes share: DragonflyDB, Valkey or Redis, one node or a cluster.
+
+    Nodes that share have the same ``store.secret``: it names and seals what they write.
+
+    Attributes:
+        url: as ``redis://host:6379/0``, ``rediss://...`` with TLS or ``unix:///path``; ``None``: there is no such tier.
+        cluster: whether it is a cluster, or Dragonfly in cluster mode.
+        username: of an ACL user, if not in the URL.
+        password: of that user, if not in the URL.
+        ca_file: certificates by which TLS is verified; ``None``: the system's.
+        deadline_s: seconds that a call may take; then it is a miss.
+        ttl_s: seconds after which a block expires there; ``None``: the server decides what leaves.
+        required: whether a server that does not answer when the store is opened is an error.
+    """
+
+    url: str | None = field(default=None, repr=False)
+    cluster: bool = False
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    ca_file: str | os.PathLike[str] | None = None
+    deadline_s: float = 0.25
+    ttl_s: float | None = None
+    required: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        for name in ("url", "username", "password"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigError(f"dragonfly.{name} is no text")
+        scheme = (self.url or "redis:").partition(":")[0]
+        if scheme not in ("redis", "rediss", "unix"):
+            raise ConfigError(f"dragonfly.url begins with {scheme!r}, expected redis://, rediss:// or unix://")
+        for name in ("cluster", "required"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"dragonfly.{name} is {getattr(self, name)!r}, expected true or false")
+        for name in ("deadline_s", "ttl_s"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and 0.001 <= value <= 1e9) and not (name == "ttl_s" and value is None):
+                raise ConfigError(f"dragonfly.{name} is {value!r}, expected seconds from 0.001")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -455,6 +505,7 @@ class Config:
         ssd: the SSD tier.
         models: how the tiers are divided between models.
         quotas: what models and tenants may have.
+        dragonfly: the tier that nodes share.
         store: what all tiers share.
     """
 
@@ -462,6 +513,7 @@ class Config:
     ssd: SsdConfig = field(default_factory=SsdConfig)
     models: ModelsConfig = field(default_factory=ModelsConfig)
     quotas: QuotasConfig = field(default_factory=QuotasConfig)
+    dragonfly: DragonflyConfig = field(default_factory=DragonflyConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
@@ -469,6 +521,8 @@ class Config:
         for name, kind in _SECTIONS.items():
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected a {kind.__name__}")
+        if self.dragonfly.url is not None and self.store.secret is None:
+            raise ConfigError("dragonfly.url is set and store.secret is not: nodes that share need the same secret")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
@@ -508,9 +562,11 @@ _SECTIONS: dict[str, type[Any]] = {
     "ssd": SsdConfig,
     "models": ModelsConfig,
     "quotas": QuotasConfig,
+    "dragonfly": DragonflyConfig,
     "store": StoreConfig,
 }
-_NUMBERS = ("floor", "interval_s", "half_life_s", "idle_s")
+_NUMBERS = ("floor", "interval_s", "half_life_s", "idle_s", "deadline_s", "ttl_s")
+_FLAGS = ("enabled", "cluster", "required")
 
 
 def _codec(name: str, value: object) -> Codec:
@@ -534,19 +590,19 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _from_text(section: str, key: str, text: str) -> object:
-    if (section, key) == ("ssd", "enabled"):
+    if section in ("ssd", "dragonfly") and key in _FLAGS:
         if text.lower() not in ("true", "false", "1", "0"):
-            raise ConfigError(f"STRATAKV_SSD_ENABLED is {text!r}, expected true or false")
+            raise ConfigError(f"STRATAKV_{section.upper()}_{key.upper()} is {text!r}, expected true or false")
         return text.lower() in ("true", "1")
     if (section, key) == ("store", "threads"):
         if not text.isdecimal():
             raise ConfigError(f"STRATAKV_STORE_THREADS is {text!r}, expected an integer from 0 to 1024")
         return int(text)
-    if section == "models" and key in _NUMBERS:
+    if section in ("models", "dragonfly") and key in _NUMBERS:
         try:
             return float(text)
         except ValueError:
-            raise ConfigError(f"STRATAKV_MODELS_{key.upper()} is {text!r}, expected a number") from None
+            raise ConfigError(f"STRATAKV_{section.upper()}_{key.upper()} is {text!r}, expected a number") from None
     return text
 
 

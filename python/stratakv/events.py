@@ -189,20 +189,24 @@ class Subscriber:
         Args:
             endpoint: of the publisher, as ``tcp://127.0.0.1:5557``.
             replay: where it is asked for what was missed; ``None``: it cannot be asked.
-            topic: only what is published under topics that begin so.
+            topic: only what is published under topics that begin so, or under none.
             timeout_s: seconds that an answer may take.
         """
         zmq, _ = _libraries()
         self._zmq = zmq
         self._context = zmq.Context.instance()
         self._events = self._context.socket(zmq.SUB)
-        self._events.setsockopt(zmq.SUBSCRIBE, topic.encode())
+        # Numbers run over all topics: all are received, so that none is missing.
+        self._events.setsockopt(zmq.SUBSCRIBE, b"")
+        self._topic = topic.encode()
         self._events.setsockopt(zmq.RCVHWM, 100_000)
         self._events.connect(endpoint)
         self._replay = replay
         self._timeout_ms = int(1000 * timeout_s)
         # The sequence that comes next; None: nothing has come yet.
         self._next: int | None = None
+        # The last one that was published while this listened.
+        self._last: int | None = None
         self._asked_at = -_ASK_S
         # How often something was missing.
         self.gaps = 0
@@ -212,38 +216,43 @@ class Subscriber:
         events: list[Event] = []
         wait_ms = int(1000 * timeout_s)
         while self._events.poll(0 if events else wait_ms):
-            _, sequence, payload = self._events.recv_multipart()
-            events += self._take(int.from_bytes(sequence, "big"), payload)
+            topic, sequence, payload = self._events.recv_multipart()
+            events += self._take(topic, int.from_bytes(sequence, "big"), payload)
         if not events and self._replay is not None and time.monotonic() >= self._asked_at + _ASK_S:
             # What was there before this began to listen, or was lost when nothing followed it.
             self._asked_at = time.monotonic()
             events += self._fill(self._next or 0)
         return events
 
-    def _take(self, sequence: int, payload: bytes) -> list[Event]:
+    def _take(self, topic: bytes, sequence: int, payload: bytes) -> list[Event]:
         events: list[Event] = []
-        if self._next is None and self._replay is not None:
-            # What was before it is asked for, too.
-            self._next = 0
-        if self._next is not None and sequence < self._next:
-            if sequence or self._next == 1:
-                # It came with what was asked for.
-                return []
-            # The publisher began anew.
-            self._next, events = 0, [Cleared()]
-        elif self._next is not None and sequence > self._next:
+        # With whom to ask, what was before the first is asked for, too.
+        begin = 0 if self._replay is not None else sequence
+        if self._last is not None and sequence <= self._last:
+            # A publisher's numbers rise: it began anew.
+            self._next, events = begin, [Cleared()]
+        elif self._next is None:
+            self._next = begin
+        self._last = sequence
+        if sequence > self._next:
             self.gaps += 1
-            events = self._fill(self._next)
-            if self._next is not None and sequence < self._next:
-                return events
-            if self._next != sequence:
-                events += [Cleared()]
+            events += self._fill(self._next)
+            if sequence > self._next:
+                events.append(Cleared())
+        if sequence < self._next:
+            # It came with what was asked for.
+            return events
         self._next = sequence + 1
+        return events + self._decode(topic, payload)
+
+    def _decode(self, topic: bytes, payload: bytes) -> list[Event]:
+        if topic and not topic.startswith(self._topic):
+            return []
         try:
-            return events + decode(payload)
+            return decode(payload)
         except InputError as error:
             _log.warning("a batch of KV events was left out: %s", error)
-            return [*events, Cleared()]
+            return [Cleared()]
 
     def _fill(self, first: int) -> list[Event]:
         """Asks for what followed from a sequence on."""
@@ -253,10 +262,11 @@ class Subscriber:
         events: list[Event] = []
         with self._context.socket(zmq.DEALER) as socket:
             socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.RCVHWM, 0)
             socket.connect(self._replay)
             socket.send_multipart([b"", first.to_bytes(8, "big")])
             while socket.poll(self._timeout_ms):
-                *_, sequence, payload = socket.recv_multipart()
+                *_, topic, sequence, payload = socket.recv_multipart()
                 if sequence == _END:
                     break
                 number = int.from_bytes(sequence, "big")
@@ -266,7 +276,7 @@ class Subscriber:
                 if number > expected:
                     events.append(Cleared())
                 self._next = number + 1
-                events += decode(payload)
+                events += self._decode(topic, payload)
         return events
 
     def close(self) -> None:
@@ -313,6 +323,8 @@ class Publisher:
         self._events.setsockopt(zmq.SNDHWM, 100_000)
         self._events.bind(endpoint)
         self._replay = context.socket(zmq.ROUTER)
+        # Else it drops what somebody who asks does not take at once.
+        self._replay.setsockopt(zmq.SNDHWM, 0)
         if replay is not None:
             self._replay.bind(replay)
         # From here on the sockets are the thread's alone. With the ports that were found if none were given.
@@ -341,6 +353,8 @@ class Publisher:
         anew, rows, self._since = self._source.events(self._since)
         if anew:
             self._send(b"", [{"type": "AllBlocksCleared"}])
+            # In longer batches.
+            rows.sort(key=lambda row: row[0])
         for topic, batch in _batches(rows):
             self._send(topic, batch)
 
@@ -357,7 +371,9 @@ class Publisher:
             # More than is kept: all that is there, for everyone.
             self._since = None
             self._publish()
-            first = max(number for number, _, payload in self._kept if b"AllBlocksCleared" in payload)
+            anew = (number for number, _, payload in self._kept if b"AllBlocksCleared" in payload)
+            # Where that is more than is kept, who asked sees the gap.
+            first = max(anew, default=self._kept[0][0])
         for number, topic, payload in self._kept:
             if number >= first:
                 self._replay.send_multipart([who, b"", topic, number.to_bytes(8, "big"), payload])

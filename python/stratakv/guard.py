@@ -1,6 +1,6 @@
 """What stands between a request and a server that may be slow, lying or gone.
 
-    closed ── too many failures in a row ──▶ open ── its pause is over ──▶ half-open ── the one probe ──▶ closed
+    closed ── half of the last calls failed ──▶ open ── its pause is over ──▶ half-open ── the one probe ──▶ closed
                                                ▲                                │ failed: a longer pause      on success
                                                └────────────────────────────────┘
 
@@ -92,7 +92,7 @@ class Guard:
         Args:
             name: what log lines call the server.
             deadline_s: seconds that a call may take.
-            failures: so many in a row open the breaker.
+            failures: so many of the last twice as many calls open the breaker.
             pause_s: seconds until the first probe; twice as many after each that fails.
             most_pause_s: up to so many.
             clock: seconds.
@@ -112,7 +112,8 @@ class Guard:
         self.name, self.deadline_s = name, deadline_s
         self._failures, self._first_pause_s, self._most_pause_s, self._clock = failures, pause_s, most_pause_s, clock
         self._lock = threading.Lock()
-        self._in_a_row = 0
+        # Of the last calls, whether each failed.
+        self._last: deque[bool] = deque(maxlen=2 * int(failures))
         self._pause_s = pause_s
         # When the next probe may be made, while the breaker is not closed; and whether one is under way.
         self._probe_at: float | None = None
@@ -129,18 +130,20 @@ class Guard:
         Returns:
             Its result, and why there is none.
         """
-        if not self._begin():
+        begun = self._begin()
+        if begun is None:
             return None, "open"
+        probe = begun == "probe"
         deadline = Deadline(self.deadline_s, self._clock)
         try:
             result = work(deadline)
         except Exception as error:
             late = deadline.is_over() or isinstance(error, TimeoutError)
-            self._failed(error, late=late)
+            self._failed(error, late=late, probe=probe)
             return None, "timeout" if late else "error"
         except BaseException:
             # The process ends, not the server.
-            self._forget()
+            self._forget(probe=probe)
             raise
         self._succeeded()
         return result, None
@@ -161,45 +164,49 @@ class Guard:
             return "closed"
         return "half_open" if self._probing or self._clock() >= self._probe_at else "open"
 
-    def _begin(self) -> bool:
+    def _begin(self) -> Literal["call", "probe"] | None:
         with self._lock:
             self._counts["asked"] += 1
             if self._probe_at is None:
-                return True
+                return "call"
             if self._probing or self._clock() < self._probe_at:
                 self._counts["refused"] += 1
-                return False
+                return None
             self._probing = True
-            return True
+            return "probe"
 
     def _succeeded(self) -> None:
         with self._lock:
             self._counts["answered"] += 1
-            self._in_a_row, self._pause_s = 0, self._first_pause_s
             was_open, self._probe_at, self._probing = self._probe_at is not None, None, False
+            if was_open:
+                self._last.clear()
+                self._pause_s = self._first_pause_s
+            self._last.append(False)
         if was_open:
             _log.warning("%s answers again", self.name)
 
-    def _failed(self, error: Exception, *, late: bool) -> None:
+    def _failed(self, error: Exception, *, late: bool, probe: bool) -> None:
         with self._lock:
             self._counts["timeouts" if late else "errors"] += 1
             # The kind alone: a message may hold an address with a password.
             self._last_error = type(error).__name__
-            self._in_a_row += 1
-            if self._probing:
-                self._pause_s = min(2 * self._pause_s, self._most_pause_s)
-            elif self._in_a_row < self._failures or self._probe_at is not None:
+            self._last.append(True)
+            if probe:
+                self._pause_s, self._probing = min(2 * self._pause_s, self._most_pause_s), False
+            elif sum(self._last) < self._failures or self._probe_at is not None:
                 return
             opened = self._probe_at is None
             self._counts["opened"] += opened
-            self._probe_at, self._probing = self._clock() + self._pause_s, False
+            self._probe_at = self._clock() + self._pause_s
         if opened:
             _log.warning("%s does not answer (%s): it is asked again later", self.name, self._last_error)
 
-    def _forget(self) -> None:
+    def _forget(self, *, probe: bool) -> None:
         with self._lock:
             self._counts["errors"] += 1
-            self._probing = False
+            if probe:
+                self._probing = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,7 @@ from stratakv.errors import (
 from stratakv.events import Row
 from stratakv.quotas import Admission, Tier, Usage, admit, check
 from stratakv.registry import Discovery, RefusedModel, discover
+from stratakv.tiers.dragonfly import Dragonfly, DragonflyStats, Feeder
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Status:
         ssd_io: ``direct``, ``buffered`` or ``off``.
         ssd_engine: what reads and writes: ``io_uring``, ``pread`` or ``off``.
         ssd_read_only: why the SSD takes no writes at present; ``None`` if it does.
+        dragonfly: what was asked of the tier that nodes share, and how it is; ``None``: there is none.
         index_blocks: blocks in the index.
         index_bytes: memory that the index takes when it is full.
         index_refused_blocks: blocks that were not stored because it was full.
@@ -76,6 +78,7 @@ class Status:
     ssd_io: str
     ssd_engine: str
     ssd_read_only: str | None
+    dragonfly: DragonflyStats | None
     index_blocks: int
     index_bytes: int
     index_refused_blocks: int
@@ -132,6 +135,9 @@ class CacheManager:
         if refused is not None:
             _log.warning("io_uring is refused here (%s): the SSD tier reads and writes with a few threads", refused)
         self._behind = Behind()
+        # The tier that nodes share, if there is one.
+        self.dragonfly: Dragonfly | None = None
+        self._feeder: Feeder | None = None
         self._lock = threading.Lock()
         self._models: dict[str, _Registered] = {}
         # Models that came from a folder: which, and what their files looked like.
@@ -142,9 +148,12 @@ class CacheManager:
         # As they were set while the store ran, now or before; None: the one of the configuration was taken away.
         self._set_quotas = self._kept_quotas()
         try:
-            self._check_quotas({})
+            self._check_kept_quotas()
             for tenant, quota in self.quotas("tenants").items():
                 self._store.set_tenant_quota(tenant, quota.terms())
+            if config.dragonfly.url is not None:
+                self.dragonfly = Dragonfly(config.dragonfly)
+                self._feeder = Feeder(self.dragonfly, self._store.events, self._exports)
         except BaseException:
             self._store.close()
             raise
@@ -201,13 +210,8 @@ class CacheManager:
             g = geometry
             shape = (g.layers, g.planes, g.kv_heads, g.head_dim, g.dtype, g.block_tokens)
             ram, cold = codecs[0] or Codec.of(self.config.ram.codec), codecs[1] or Codec.of(self.config.ssd.codec)
-            model = self._store.register(name, weights_version, shape, [ram.terms(), cold.terms()])
             quota = self.quotas("models").get(name, Quota())
-            try:
-                model.set_quota(quota.terms())
-            except InputError:
-                model.unregister()
-                raise
+            model = self._store.register(name, weights_version, shape, [ram.terms(), cold.terms()], quota.terms())
             cache = ModelCache(self, self._behind, name, geometry, model)
             self._models[name] = _Registered(
                 cache=cache,
@@ -345,7 +349,7 @@ class CacheManager:
 
         Args:
             quota: a `Quota`, or a table of its fields; ``None`` takes it away.
-            model: name of the model.
+            model: name of the model; of one that is not registered, if it has a quota already.
             tenant: name of the tenant.
 
         Raises:
@@ -360,11 +364,12 @@ class CacheManager:
         new = Quota() if quota is None else Quota.of(quota)
         with self._table():
             if model is not None:
-                entry = self._entry(model)
+                if model not in self._models and model not in self.quotas("models"):
+                    self._entry(model)
                 self._check_quotas({"models": {model: new}})
-                entry.model.set_quota(new.terms())
-                self._models[model] = replace(entry, quota=new)
-                self._rebalance()
+                if model in self._models:
+                    self._models[model].model.set_quota(new.terms())
+                    self._models[model] = replace(self._models[model], quota=new)
             elif tenant is not None:
                 if not isinstance(tenant, str):
                     raise InputError(f"tenant is {tenant!r}, expected text")
@@ -376,7 +381,10 @@ class CacheManager:
                 kind: {name: None if quota is None else asdict(quota) for name, quota in quotas.items()}
                 for kind, quotas in self._set_quotas.items()
             }
-            self._store.keep_quotas(json.dumps(table).encode())
+            try:
+                self._store.keep_quotas(json.dumps(table).encode())
+            finally:
+                self._rebalance()
 
     def quotas(self, kind: Literal["models", "tenants"]) -> dict[str, Quota]:
         """The quotas that hold, by name; those of models that are not registered as well."""
@@ -394,6 +402,20 @@ class CacheManager:
             _log.warning("quotas that were set before are not known: %s", error)
             return {"models": {}, "tenants": {}}
 
+    def _check_kept_quotas(self) -> None:
+        """Whether what is reserved can be kept; what was set in larger tiers than these is not in the way."""
+        try:
+            self._check_quotas({})
+        except InputError as error:
+            kept = [quota for quotas in self._set_quotas.values() for quota in quotas.values() if quota is not None]
+            if not kept:
+                raise
+            _log.warning("what was reserved before is not, until it is set again: %s", error)
+            for quotas in self._set_quotas.values():
+                for name, quota in quotas.items():
+                    quotas[name] = None if quota is None else quota.without_reserves()
+            self._check_quotas({})
+
     def _check_quotas(self, changes: Mapping[str, Mapping[str, Quota]]) -> None:
         """Whether what is reserved can be kept, with these changes."""
         ram, step, ssd, head = self._store.divisible()
@@ -403,7 +425,8 @@ class CacheManager:
             room: dict[Tier, tuple[int, int]] = {"ram": (ram, step if kind == "models" else 1)}
             # Without an SSD tier nothing is reserved there.
             if ssd and kind == "models":
-                room["ssd"] = (max(ssd - head * len(quotas), 0), int(self.config.ssd.segment_bytes))
+                models = len({*quotas, *self._models})
+                room["ssd"] = (max(ssd - head * models, 0), int(self.config.ssd.segment_bytes))
             elif ssd:
                 room["ssd"] = (ssd, 1)
             check(((f"{kind[:-1]} {name!r}", quota) for name, quota in quotas.items()), room)
@@ -436,6 +459,10 @@ class CacheManager:
             used = snapshot["tenant_usage"].get(tenant)
             accounts[f"tenant {tenant!r}"] = (quotas[tenant], _usage(used) if used else Usage())
         return admit(tokens, entry.geometry.block_tokens, block_bytes, accounts)
+
+    def _exports(self) -> dict[str, _native.Model]:
+        with self._table():
+            return {name: entry.model for name, entry in self._models.items()}
 
     def _rebalance(self) -> None:
         self._balance.rebalance(self._models, self._clock())
@@ -524,7 +551,8 @@ class CacheManager:
             shares = {f"{tier}_shares": dict(shares) for tier, shares in self._balance.shares.items()}
         for kind in ("model_usage", "tenant_usage"):
             snapshot[kind] = {name: _usage(row) for name, row in snapshot[kind].items()}
-        known = {**snapshot, **shares, "ram_pages": pages, "ram_huge_bytes": huge}
+        shared = None if self.dragonfly is None else self.dragonfly.stats()
+        known = {**snapshot, **shares, "dragonfly": shared, "ram_pages": pages, "ram_huge_bytes": huge}
         return Status(**{name: known[name] for name in Status.__slots__})
 
     def flush(self) -> None:
@@ -536,6 +564,8 @@ class CacheManager:
             StoreError: the SSD takes no writes, or not all of them.
         """
         self._store.flush()
+        if self._feeder is not None:
+            self._feeder.look()
 
     def close(self) -> None:
         """Writes what is not on SSD yet, and gives the directory free; again does nothing.
@@ -549,6 +579,10 @@ class CacheManager:
             self._balancer.join()
             self._balancer = None
         self._behind.close()
+        if self.dragonfly is not None and self._feeder is not None and self._pid == os.getpid():
+            self._feeder.close()
+            self.dragonfly.close()
+            self._feeder = None
         self._store.close()
 
     def __enter__(self) -> CacheManager:

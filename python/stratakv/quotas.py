@@ -71,7 +71,7 @@ def admit(tokens: int, block_tokens: int, block_bytes: int, accounts: Mapping[st
         if hard is not None:
             most = int(hard) // block_bytes
             limits.append((most, f"{who}: hard limit of {hard} bytes of ram, {most} blocks"))
-        if usage.tokens_left is not None:
+        if quota.tokens_per_s is not None and usage.tokens_left is not None:
             most = usage.tokens_left // block_tokens
             limits.append((most, f"{who}: {quota.tokens_per_s:g} tokens a second, {usage.tokens_left} left now"))
         for most, sentence in limits:

@@ -52,7 +52,7 @@ impl Store {
 
     /// Registers a model; geometry is `(layers, planes, kv_heads, head_dim, dtype, block_tokens)`.
     /// Both codecs must fit it; `Model.set_codec` sets them.
-    #[pyo3(signature = (name, weights_version, geometry, codecs))]
+    #[pyo3(signature = (name, weights_version, geometry, codecs, quota))]
     fn register(
         &self,
         py: Python<'_>,
@@ -60,6 +60,7 @@ impl Store {
         weights_version: String,
         geometry: (u32, u32, u32, u32, String, u32),
         codecs: [CodecTerms; 2],
+        quota: QuotaTerms,
     ) -> PyResult<Model> {
         let (layers, planes, kv_heads, head_dim, dtype, block_tokens) = geometry;
         let dtype = Dtype::parse(&dtype).or_raise(py)?;
@@ -68,7 +69,7 @@ impl Store {
             scheme(terms, &geometry).and_then(|scheme| crate::Store::layout(&geometry, scheme)).or_raise(py)?;
         }
         let spec = ModelSpec { name, weights_version, geometry };
-        let model = py.detach(|| self.store.register(spec)).or_raise(py)?;
+        let model = py.detach(|| self.store.register_with(spec, quota_of(quota))).or_raise(py)?;
         Ok(Model { store: self.store.clone(), model })
     }
 
@@ -505,6 +506,12 @@ impl Lease {
         self.lease.tokens() / self.lease.geometry().block_tokens as usize
     }
 
+    /// Tokens of a block.
+    #[getter]
+    fn block_tokens(&self) -> usize {
+        self.lease.geometry().block_tokens as usize
+    }
+
     /// Tokens asked for.
     #[getter]
     fn asked_tokens(&self) -> usize {
@@ -515,6 +522,15 @@ impl Lease {
     #[getter]
     fn places<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         PyList::new(py, self.lease.places().iter().map(|t| t.name()))
+    }
+
+    /// The same match as it is now, of the same tokens.
+    #[pyo3(signature = (model, tokens, adapter, tenant))]
+    fn extended(&self, model: &Model, tokens: &Bound<'_, PyAny>, adapter: &str, tenant: &str) -> PyResult<Self> {
+        let py = tokens.py();
+        let asked = Asked::read(tokens, adapter, tenant)?;
+        let lease = py.detach(|| self.lease.extended(&asked.sequence(model, adapter, tenant)));
+        Ok(Self { lease: lease.or_raise(py)? })
     }
 
     /// Names of all whole blocks that were asked for, 16 bytes each.

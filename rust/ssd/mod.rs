@@ -193,6 +193,11 @@ impl Ssd {
         }
     }
 
+    /// Bytes of a segment in a file that is new.
+    pub(crate) fn segment_bytes(&self) -> u64 {
+        self.segment_bytes
+    }
+
     pub(crate) fn capacity_bytes(&self) -> u64 {
         self.capacity_bytes
     }

@@ -171,7 +171,7 @@ impl Shared {
             self.idle.notify_all();
             // What is still held today may be free later, and nobody calls for that.
             let takers = state.takers();
-            let shrinking = state.models.keys().any(|&id| state.has_to_give(id, &takers));
+            let shrinking = state.models.keys().any(|&id| state.has_to_give(id, &takers)) || state.is_ssd_above_quota();
             return (state, if shrinking { Pace::Nap } else { Pace::Rest });
         };
         match self.next(&mut state, model) {
@@ -319,6 +319,9 @@ impl State {
     // Whether one more record of an owner may be written; a tenant at its limit forgets cold ones for it.
     fn room_for_record(&mut self, owner: OwnerId, bytes: u64) -> bool {
         while self.is_over(owner, Tier::Ssd, bytes) {
+            if self.never_fits(owner, Tier::Ssd, bytes) {
+                return false;
+            }
             if !self.forget_record_of(self.owners.tenant_id(owner)) {
                 return false;
             }

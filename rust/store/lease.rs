@@ -60,12 +60,12 @@ pub struct Lease {
     pub(super) shared: Arc<Shared>,
     pub(super) model: Arc<Model>,
     pub(super) namespace: Arc<Namespace>,
-    deepest: Option<NodeId>,
+    pub(super) deepest: Option<NodeId>,
     /// Of every whole block that was asked for.
     pub(super) hashes: Vec<BlockHash>,
     /// Of the blocks that were found.
     pub(super) tokens: Vec<u32>,
-    asked_tokens: usize,
+    pub(super) asked_tokens: usize,
     pub(super) released: AtomicBool,
 }
 

@@ -241,6 +241,14 @@ impl Store {
     /// A geometry or name that makes no sense, a tier smaller than one block, a name that is taken, or a file of
     /// another format version.
     pub fn register(&self, spec: ModelSpec) -> Result<Arc<Model>> {
+        self.register_with(spec, Quota::default())
+    }
+
+    /// As [`register`](Self::register), with a quota from the start.
+    ///
+    /// # Errors
+    /// As there, or as [`set_model_quota`](Self::set_model_quota); then its file is as it was.
+    pub fn register_with(&self, spec: ModelSpec, quota: Quota) -> Result<Arc<Model>> {
         let ModelSpec { name, weights_version, geometry } = &spec;
         geometry.validate()?;
         if name.is_empty() || name.len() > MAX_NAME_BYTES || weights_version.len() > MAX_NAME_BYTES {
@@ -248,6 +256,7 @@ impl Store {
                 "model name {name:?}: expected 1 to {MAX_NAME_BYTES} bytes, as for its version"
             )));
         }
+        quota.check(name, geometry, self.shared.ssd.as_ref().map(Ssd::segment_bytes))?;
         let fingerprint = self.shared.secret.fingerprint(name, weights_version, geometry);
         let _registration = self.shared.registration.lock();
         let mut state = self.shared.open_state()?;
@@ -283,7 +292,7 @@ impl Store {
                 holding: Holding::new(id),
                 classes: BTreeMap::new(),
                 slot_bytes_held: 0,
-                account: Account::default(),
+                account: Account::new(quota),
                 owner: owner.0,
                 disk: None,
                 hot: None,
@@ -461,13 +470,13 @@ impl Store {
         let shared = &self.shared;
         let mut state = shared.state.lock();
         state.catch_up(&shared.touched);
-        let Sums { models: mut sums, tenants, total } = state.owners.sums(state.ram.now());
+        let Sums { models: mut sums, tenants, total } = state.owners.sums(state.ram.now(), state.block_tokens());
         let models = state.models.iter();
         let mut models: Vec<_> = models.map(|(id, m)| (m.name.clone(), sums.remove(id).unwrap_or_default())).collect();
         models.sort_by(|a, b| a.0.cmp(&b.0));
         let usage = |m: &ModelState| {
             let bytes = [m.slot_bytes_held, m.disk.as_ref().map_or(0, Disk::file_bytes)];
-            m.account.usage(state.ram.now(), bytes)
+            m.account.usage(state.ram.now(), bytes, m.geometry.block_tokens)
         };
         let mut files = state.models.values().filter_map(|m| m.disk.as_ref());
         Snapshot {

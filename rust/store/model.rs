@@ -44,6 +44,12 @@ impl Matches {
         self.miss.fetch_add(miss as u64, Ordering::Relaxed);
     }
 
+    /// So many blocks of a match that was counted were found after all.
+    pub(super) fn found(&self, blocks: usize) {
+        self.hit.fetch_add(blocks as u64, Ordering::Relaxed);
+        self.miss.fetch_sub(blocks as u64, Ordering::Relaxed);
+    }
+
     pub(super) fn add_to(&self, counts: &mut Counts) {
         let (hit, miss) = (self.hit.load(Ordering::Relaxed), self.miss.load(Ordering::Relaxed));
         counts.matches += self.matches.load(Ordering::Relaxed);

@@ -130,6 +130,8 @@ pub(crate) struct Owners {
     /// Tenants that have a quota; and whether one has a reserve, by tier.
     limited: Vec<TenantId>,
     reserving: [bool; 2],
+    /// With so many owners those that have nothing are looked for.
+    sweep_at: usize,
     chance: u64,
 }
 
@@ -145,6 +147,7 @@ impl Default for Owners {
             retired: Counts::default(),
             limited: Vec::new(),
             reserving: [false; 2],
+            sweep_at: IDLE,
             chance: 0x9e37_79b9_7f4a_7c15,
         }
     }
@@ -156,8 +159,10 @@ impl Owners {
         if let Some(&known) = self.by_key.get(&(model, tag)) {
             return known;
         }
-        if self.by_key.len() >= IDLE {
+        if self.by_key.len() >= self.sweep_at {
             self.forget_idle();
+            // Where all are in use, looking at them once more is not worth it soon.
+            self.sweep_at = IDLE.max(2 * self.by_key.len());
         }
         let tenant = self.tenant_of(tag);
         let id = self.owners.insert(Owner {
@@ -302,11 +307,11 @@ impl Owners {
             }
             let Some(tenant) = self.tenants.get_mut(owner.tenant) else { continue };
             tenant.owners.retain(|&of| of != id);
-            let unused = tenant.owners.is_empty() && !tenant.account.is_set() && tenant.retired == Counts::default();
-            if unused && owner.tenant > 0 {
-                let tag = tenant.tag;
+            let known = self.by_tag.len() < IDLE && tenant.retired != Counts::default();
+            if tenant.owners.is_empty() && !tenant.account.is_set() && !known && owner.tenant > 0 {
+                self.retired.add(&tenant.retired);
+                self.by_tag.remove(&tenant.tag);
                 self.tenants.remove(owner.tenant);
-                self.by_tag.remove(&tag);
             }
         }
     }
@@ -322,8 +327,8 @@ impl Owners {
         Some((owner.model, self.tenants.get(owner.tenant)?.tag))
     }
 
-    /// All counts, at one instant.
-    pub(crate) fn sums(&self, now: Duration) -> Sums {
+    /// All counts, at one instant; of models whose longest blocks have so many tokens.
+    pub(crate) fn sums(&self, now: Duration, block_tokens: u32) -> Sums {
         let (mut models, mut total): (HashMap<u32, Counts>, _) = (HashMap::new(), self.retired);
         let mut tenants = Vec::new();
         for (id, tenant) in self.tenants.iter() {
@@ -341,7 +346,7 @@ impl Owners {
                 }
             }
             let name = tenant.name.clone().unwrap_or_else(|| format!("tag:{:016x}", tenant.tag));
-            tenants.push((name, sum, tenant.account.usage(now, tenant.bytes)));
+            tenants.push((name, sum, tenant.account.usage(now, tenant.bytes, block_tokens)));
         }
         tenants.sort_by(|a, b| a.0.cmp(&b.0));
         Sums { models, tenants, total }

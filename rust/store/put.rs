@@ -215,6 +215,9 @@ impl State {
         let bytes =
             |first| layout.map_or_else(|| geometry.record_bytes(), |layout| layout.record_bytes(geometry, first));
         let mut slots = Vec::new();
+        if blocks.is_empty() {
+            return slots;
+        }
         if blocks.start == 0 && bytes(true) != bytes(false) {
             slots = self.allocate_some(owner, geometry.record_bytes(), 1, true);
             if slots.is_empty() {

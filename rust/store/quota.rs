@@ -11,8 +11,9 @@
 
 use super::nodes::NodeId;
 use super::owners::{OwnerId, TenantId};
-use super::state::{FILE_HEAD_BYTES, State};
+use super::state::{Disk, FILE_HEAD_BYTES, ModelState, State};
 use super::{Model, Shared, Store};
+use crate::block::Geometry;
 use crate::error::{Error, ErrorKind, Result, input};
 use crate::pool::Class;
 use crate::ssd::notes::Note;
@@ -69,7 +70,28 @@ pub(super) enum Taker {
     Quota,
 }
 
+impl Quota {
+    /// Whether a model can have it: room for one block, or one segment, or none.
+    pub(super) fn check(&self, name: &str, geometry: &Geometry, segment_bytes: Option<u64>) -> Result<()> {
+        let record = geometry.record_bytes() as u64;
+        let file = segment_bytes.map_or(record, |segment| FILE_HEAD_BYTES + segment);
+        for (tier, least, of) in [(Tier::Ram, record, "block"), (Tier::Ssd, file, "segment")] {
+            if let Some(hard) = self.tiers[tier as usize].hard.filter(|&hard| hard > 0 && hard < least) {
+                let tier = tier.name();
+                return Err(input(format!(
+                    "quota of model {name:?}: {hard} bytes of {tier}, expected 0 or at least {least}, one {of}"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Account {
+    pub(super) fn new(quota: Quota) -> Self {
+        Self { quota, ..Self::default() }
+    }
+
     pub(super) fn is_set(&self) -> bool {
         self.quota != Quota::default()
     }
@@ -91,10 +113,10 @@ impl Account {
         left as usize
     }
 
-    /// How far it is used, by one that has so many bytes of each tier.
-    pub(super) fn usage(&self, now: Duration, bytes: [u64; 2]) -> Usage {
+    /// How far it is used, by one that has so many bytes of each tier, in blocks of so many tokens.
+    pub(super) fn usage(&self, now: Duration, bytes: [u64; 2], block_tokens: u32) -> Usage {
         let left = |rate: f64| {
-            let burst = rate * BURST_S;
+            let burst = (rate * BURST_S).max(f64::from(block_tokens));
             self.bucket
                 .map_or(burst, |(left, at)| (left + rate * now.saturating_sub(at).as_secs_f64()).min(burst.max(left)))
         };
@@ -124,16 +146,7 @@ impl Store {
         let Some(books) = state.models.get_mut(&model.id) else {
             return Err(Error::new(ErrorKind::ModelNotFound, format!("model {name:?} is not registered")));
         };
-        let record = model.spec.geometry.record_bytes() as u64;
-        let file = books.disk.as_ref().map_or(record, |disk| FILE_HEAD_BYTES + disk.file.layout.segment_bytes);
-        for (tier, least, of) in [(Tier::Ram, record, "block"), (Tier::Ssd, file, "segment")] {
-            if let Some(hard) = quota.tiers[tier as usize].hard.filter(|&hard| hard > 0 && hard < least) {
-                let tier = tier.name();
-                return Err(input(format!(
-                    "quota of model {name:?}: {hard} bytes of {tier}, expected 0 or at least {least}, one {of}"
-                )));
-            }
-        }
+        quota.check(name, &books.geometry, books.disk.as_ref().map(|disk| disk.file.layout.segment_bytes))?;
         books.account.set(quota);
         drop(state);
         self.shared.work.notify_all();
@@ -206,6 +219,11 @@ impl State {
         self.limits(owner, tier).iter().any(|&(hard, held)| hard.is_some_and(|hard| held + bytes > hard))
     }
 
+    /// Whether a hard limit of the owner is below so many bytes: making room is of no use.
+    pub(super) fn never_fits(&self, owner: OwnerId, tier: Tier, bytes: u64) -> bool {
+        self.limits(owner, tier).iter().any(|&(hard, _)| hard.is_some_and(|hard| hard < bytes))
+    }
+
     /// How many slots of a class the owner may take, up to `most`; it makes room of its own for one. `None`: for none.
     pub(super) fn within_quota(&mut self, owner: OwnerId, class: &Class, most: usize, may_lose: bool) -> Option<usize> {
         let bytes = class.slot_bytes() as u64;
@@ -219,12 +237,11 @@ impl State {
             }
             let books = self.owners.get(owner)?;
             let (tenant, model) = (books.tenant, books.model);
-            // What could never fit makes no room.
-            if limits.iter().any(|&(hard, _)| hard.is_some_and(|hard| hard < bytes)) {
+            if self.never_fits(owner, Tier::Ram, bytes) {
                 return None;
             }
             let made = match of_tenant {
-                0 => self.evict_of_tenant(tenant, None, may_lose),
+                0 => self.evict_of_tenant(tenant, None, Taker::Tenant(tenant), may_lose),
                 _ => self.evict_one(model, Taker::Tenant(tenant), may_lose),
             };
             if !made {
@@ -304,12 +321,19 @@ impl State {
     pub(super) fn evict_lent(&mut self, model: u32, class: &Class, may_lose: bool) -> bool {
         let lent: Vec<TenantId> =
             self.owners.limited().iter().copied().filter(|&id| self.has_lent(id, Tier::Ram)).collect();
-        lent.into_iter().any(|tenant| self.evict_of_tenant(tenant, Some((model, class)), may_lose))
+        lent.into_iter().any(|tenant| self.evict_of_tenant(tenant, Some((model, class)), Taker::Model, may_lose))
     }
 
     /// Has a cold block of a tenant leave RAM: the coldest of a sample. `within`: of a model and a class.
-    pub(super) fn evict_of_tenant(&mut self, tenant: TenantId, within: Option<(u32, &Class)>, may_lose: bool) -> bool {
-        let (ssd_in_use, selective) = (self.ssd_in_use(), self.selective());
+    pub(super) fn evict_of_tenant(
+        &mut self,
+        tenant: TenantId,
+        within: Option<(u32, &Class)>,
+        taker: Taker,
+        may_lose: bool,
+    ) -> bool {
+        // For a limit, what does not wait to be written leaves, too: it will not be.
+        let (ssd_in_use, selective) = (self.ssd_in_use(), self.selective() || taker == Taker::Quota);
         let leaf = |state: &Self, id: NodeId| {
             let leaf = state.nodes.last_in_ram(id, &mut None)?;
             let fits = within
@@ -395,7 +419,7 @@ impl State {
             let Some(tenant) = self.owners.tenant(id) else { return false };
             let [ram, ssd] = [Tier::Ram as usize, Tier::Ssd as usize];
             let (quota, bytes) = (tenant.account.quota.tiers, tenant.bytes);
-            over(quota[ram].hard, bytes[ram]) > 0 && self.evict_of_tenant(id, None, may_lose)
+            over(quota[ram].hard, bytes[ram]) > 0 && self.evict_of_tenant(id, None, Taker::Quota, may_lose)
                 || over(quota[ssd].hard, bytes[ssd]) > 0 && self.forget_record_of(id)
         })
     }
@@ -413,13 +437,24 @@ impl State {
             })
     }
 
-    /// A model whose file is longer than it may be.
-    pub(super) fn above_file_quota(&self) -> Option<u32> {
-        self.models.iter().find_map(|(&id, m)| {
-            let (disk, hard) = (m.disk.as_ref()?, m.account.quota.tiers[Tier::Ssd as usize].hard?);
+    /// Models whose files are longer than they may be.
+    pub(super) fn above_file_quota(&self) -> Vec<u32> {
+        let above = |m: &ModelState| {
+            let hard = m.account.quota.tiers[Tier::Ssd as usize].hard;
             // The head stays.
-            (disk.file_bytes() > hard.max(FILE_HEAD_BYTES)).then_some(id)
-        })
+            let file = m.disk.as_ref().map_or(0, Disk::file_bytes);
+            hard.is_some_and(|hard| file > hard.max(FILE_HEAD_BYTES))
+        };
+        self.models.iter().filter(|(_, m)| above(m)).map(|(&id, _)| id).collect()
+    }
+
+    /// Whether something has more of the SSD than it may, since its quota was lowered.
+    pub(super) fn is_ssd_above_quota(&self) -> bool {
+        let above = |id: &TenantId| {
+            let tenant = self.owners.tenant(*id);
+            tenant.is_some_and(|t| t.account.quota.tiers[1].hard.is_some_and(|hard| t.bytes[1] > hard))
+        };
+        !self.above_file_quota().is_empty() || self.owners.limited().iter().any(above)
     }
 
     /// Whether one segment more would make a model's file longer than it may be.
@@ -436,6 +471,10 @@ impl Shared {
     /// The owner of a model's blocks of a tenant.
     pub(super) fn owner(&self, model: &Model, tenant: &str) -> (OwnerId, crate::sync::Arc<super::model::Matches>) {
         let tag = self.secret.tenant_tag(tenant);
+        if self.pid != std::process::id() {
+            // A thread that a fork left behind may have the lock for ever. Who asks on is told so.
+            return (OwnerId::MAX, crate::sync::Arc::default());
+        }
         let mut state = self.state.lock();
         state.owner(model.id, model.spec.geometry.record_bytes() as u64, tag, Some(tenant))
     }

@@ -59,7 +59,7 @@ impl State {
             let givers = state.payers_on_ssd().into_iter();
             let givers = givers.filter(|&(id, spare)| id != model && spare && before(id));
             let givers: Vec<u32> = givers.map(|(id, _)| id).collect();
-            state.segment_of_any(givers)
+            state.segment_of_any(givers, Taker::Model)
         };
         if below_share
             && !full
@@ -76,9 +76,9 @@ impl State {
         // More is counted than there may be, since a disk did not take back what was empty when the store was opened: to
         // fill that would pass the cap.
         if self.ssd_file_bytes() > self.ssd_capacity_bytes {
-            return self.segment_of_any(vec![model]).map_or(Room::Nowhere, Room::After);
+            return self.segment_of_any(vec![model], Taker::Model).map_or(Room::Nowhere, Room::After);
         }
-        if let Some(index) = self.oldest_segment(model, false) {
+        if let Some(index) = self.oldest_segment(model, None) {
             if let Some(rescue) = self.rescue(model, index) {
                 return Room::Rescue(rescue);
             }
@@ -88,6 +88,10 @@ impl State {
             let warm: Vec<NodeId> = warm.into_iter().filter(|&id| self.nodes.is_linked(id)).collect();
             warm.into_iter().rev().for_each(|id| self.enqueue_again(id));
             return Room::Here(Some(index));
+        }
+        if full {
+            // What others give is of no use.
+            return Room::Nowhere;
         }
         others(self, true).or_else(|| self.absent_file(over)).map_or(Room::Nowhere, Room::After)
     }
@@ -118,8 +122,8 @@ impl State {
     }
 
     // The oldest segment of the first of these models that can spare one.
-    fn segment_of_any(&mut self, models: Vec<u32>) -> Option<Leaver> {
-        let (model, index) = models.into_iter().find_map(|id| Some((id, self.oldest_segment(id, true)?)))?;
+    fn segment_of_any(&mut self, models: Vec<u32>, taker: Taker) -> Option<Leaver> {
+        let (model, index) = models.into_iter().find_map(|id| Some((id, self.oldest_segment(id, Some(taker))?)))?;
         self.clear_segment(model, index);
         let disk = self.models.get_mut(&model)?.disk.as_mut()?;
         disk.segments[index as usize] = Segment { phase: Phase::Leaving, ..Segment::empty() };
@@ -128,8 +132,7 @@ impl State {
 
     /// A segment of a model whose file is longer than it may be.
     pub(super) fn beyond_file_quota(&mut self) -> Option<(u32, Leaver)> {
-        let model = self.above_file_quota()?;
-        Some((model, self.segment_of_any(vec![model])?))
+        self.above_file_quota().into_iter().find_map(|id| Some((id, self.segment_of_any(vec![id], Taker::Quota)?)))
     }
 
     // The oldest file of an unregistered model, made smaller by `need`.
@@ -142,9 +145,9 @@ impl State {
     }
 
     // The segment written longest ago in which no block is leased, and to which nothing is being written. Nothing that is
-    // reserved for a tenant leaves with it. If it leaves as a `whole`, it has none of that; else at most half of it is, and
+    // reserved for a tenant leaves with it. If it leaves for a `taker`, it has none of that; else at most half of it is, and
     // is in RAM, too, or can be brought there: the other half is what is gained.
-    fn oldest_segment(&self, model: u32, whole: bool) -> Option<u32> {
+    fn oldest_segment(&self, model: u32, taker: Option<Taker>) -> Option<u32> {
         let disk = self.models.get(&model)?.disk.as_ref()?;
         let writing = |i: &u32| self.writing.as_ref().is_some_and(|w| w.model == model && w.segments.contains(i));
         let gone = |i: &u32| matches!(disk.segments[*i as usize].phase, Phase::Empty | Phase::Leaving);
@@ -154,11 +157,11 @@ impl State {
         let segment_bytes = disk.file.layout.segment_bytes;
         held.into_iter().find(|&i| {
             let ids: Vec<NodeId> = blocks(i).filter(|&id| self.nodes[id].ssd.is_some_and(|p| p.segment == i)).collect();
-            let reserved = self.reserved_of(&ids, Tier::Ssd, Taker::Model);
+            let reserved = self.reserved_of(&ids, Tier::Ssd, taker.unwrap_or(Taker::Model));
             let bytes: u64 = reserved.iter().filter_map(|&id| self.held(id)[Tier::Ssd as usize]).sum();
             let rescued =
                 || !disk.segments[i as usize].rescued || reserved.iter().all(|&id| self.nodes[id].ram.is_some());
-            let may_go = reserved.is_empty() || !whole && 2 * bytes <= segment_bytes && rescued();
+            let may_go = reserved.is_empty() || taker.is_none() && 2 * bytes <= segment_bytes && rescued();
             may_go && !self.nodes.are_held(ids, &[])
         })
     }
@@ -217,7 +220,9 @@ impl Shared {
                 return;
             }
             let models = state.payers_on_ssd().into_iter().map(|(id, _)| id).collect();
-            let Some(leaver) = state.segment_of_any(models).or_else(|| state.absent_file(over)) else { return };
+            let Some(leaver) = state.segment_of_any(models, Taker::Model).or_else(|| state.absent_file(over)) else {
+                return;
+            };
             drop(state);
             if self.give_back(&leaver).is_err() {
                 let mut state = self.state.lock();

@@ -12,11 +12,11 @@ use super::write::encode;
 use super::{Model, Sequence, Shared, Store};
 use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES, Sealed};
 use crate::codec::Layout;
-use crate::error::Result;
+use crate::error::{Result, input};
 use crate::pool::Slot;
 use crate::ssd::record::{Form, RecordIdentity, SegmentIdentity, read_record, record_head, tokens_of};
 use crate::stats::Miss;
-use crate::sync::Arc;
+use crate::sync::{Arc, AtomicBool};
 
 /// Bytes of the digest.
 const DIGEST_BYTES: usize = 32;
@@ -179,6 +179,34 @@ impl Shared {
 }
 
 impl super::Lease {
+    /// The same match as it is now, of the same tokens: longer, where blocks were admitted since. What it found more counts
+    /// as found from the start.
+    ///
+    /// # Errors
+    /// The store is closed, or the sequence is another.
+    pub fn extended(&self, sequence: &Sequence) -> Result<Self> {
+        let shared = &self.shared;
+        shared.check_open()?;
+        sequence.check_model(&self.model)?;
+        if sequence.hashes.get(..self.hashes.len()) != Some(&self.hashes[..]) {
+            return Err(input("the sequence is another than that of the match"));
+        }
+        let found = shared.find(&self.model, &self.namespace, &self.hashes, false)?;
+        let blocks = found.map_or(0, |(_, blocks)| blocks);
+        self.namespace.matches.found(blocks.saturating_sub(self.blocks()));
+        let tokens = sequence.tokens[..blocks * self.model.spec.geometry.block_tokens as usize].to_vec();
+        Ok(Self {
+            shared: shared.clone(),
+            model: self.model.clone(),
+            namespace: self.namespace.clone(),
+            deepest: found.map(|(id, _)| id),
+            hashes: self.hashes.clone(),
+            tokens,
+            asked_tokens: self.asked_tokens,
+            released: AtomicBool::new(false),
+        })
+    }
+
     /// Names of all whole blocks that were asked for, to everyone who has the store's secret.
     pub fn names(&self) -> Vec<Sealed> {
         self.hashes.iter().map(|&hash| self.shared.secret.seal(hash)).collect()

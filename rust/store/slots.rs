@@ -143,7 +143,9 @@ impl State {
 
     // The block of a model that leaves next. What is reserved for a tenant stays, but for its own needs.
     fn coldest_of(&mut self, model: u32, taker: Taker, may_lose: bool) -> Option<NodeId> {
-        let (now, ssd_in_use, selective) = (self.ram.now(), self.ssd_in_use(), self.selective());
+        // For a limit, what does not wait to be written leaves, too: it will not be.
+        let selective = self.selective() || taker == Taker::Quota;
+        let (now, ssd_in_use) = (self.ram.now(), self.ssd_in_use());
         let record = self.models.get(&model).map_or(0, |m| m.geometry.record_bytes() as u64);
         let others = self.owners.limited().iter().copied().filter(|&id| taker != Taker::Tenant(id));
         let reserved: Vec<TenantId> = match taker {

@@ -181,6 +181,11 @@ impl State {
         self.clock
     }
 
+    /// Tokens of the longest blocks.
+    pub(super) fn block_tokens(&self) -> u32 {
+        self.models.values().map(|m| m.geometry.block_tokens).max().unwrap_or(0)
+    }
+
     /// Where a model counts what belongs to no block.
     pub(crate) fn counts(&mut self, model: u32) -> &mut Counts {
         let owner = self.models.get(&model).map_or(OwnerId::MAX, |m| m.owner);

@@ -75,9 +75,11 @@ def test_3_unregistering_frees_everything_and_its_matches_stay_safe(tmp_path: Pa
 
 
 def test_4_each_strategy_divides_the_tiers_by_its_rule_and_changes_while_serving() -> None:
+    # Long blocks, of which many are sampled.
+    shape = geometry(layers=1, kv_heads=1, block_tokens=256)
     with stratakv.open(config(None, ram="32MiB")) as caches:
         for name, priority, weights in (("a", 1, 100), ("b", 3, 300)):
-            caches.register(name, SMALL, priority=priority, weights_bytes=weights)
+            caches.register(name, shape, priority=priority, weights_bytes=weights)
         caches.set_models(strategy="fair")
         assert caches.status().ram_shares == {"a": 16 * MIB, "b": 16 * MIB}
         caches.set_models(strategy="priority", floor=0.0)
@@ -85,9 +87,9 @@ def test_4_each_strategy_divides_the_tiers_by_its_rule_and_changes_while_serving
         caches.set_models(strategy="proportional", demand="weights")
         assert caches.status().ram_shares == {"a": 8 * MIB, "b": 24 * MIB}
         # A loop that a larger share would hit.
-        for _, seed in itertools.product(range(4), range(150)):
-            if found(caches["a"], seed) < 64:
-                put(caches["a"], seed)
+        for _, seed in itertools.product(range(4), range(320)):
+            if found(caches["a"], seed, 1024) < 1024:
+                put(caches["a"], seed, 1024)
         caches.set_models(strategy="dynamic", idle_s=0)
         for _ in range(8):
             caches.rebalance()
@@ -152,7 +154,7 @@ def test_8_the_numbers_of_the_models_sum_up_to_those_of_all_at_every_instant() -
 
 
 def test_9_what_every_model_had_is_there_again_after_a_restart(tmp_path: Path) -> None:
-    with stratakv.open(config(tmp_path)) as caches:
+    with stratakv.open(config(tmp_path, ram="16MiB")) as caches:
         for name, shape in (("a", SMALL), ("b", LARGE)):
             fill(caches.register(name, shape), range(12))
     with stratakv.open(config(tmp_path)) as caches:

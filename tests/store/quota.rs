@@ -4,7 +4,8 @@ use super::kv::*;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use stratakv::stats::Miss;
+use stratakv::codec::{Codec, Scheme};
+use stratakv::stats::{Miss, Tier};
 use stratakv::{Model, Options, Quota, Store, TierQuota, WritePolicy};
 
 fn tier(hard: Option<u64>, soft: Option<u64>, reserved: u64) -> TierQuota {
@@ -88,6 +89,11 @@ fn no_tenant_and_no_model_passes_a_hard_limit_for_a_moment_whatever_threads_do()
             most
         });
         writers.into_iter().for_each(|writer| writer.join().expect("no panic"));
+        // However slow the disk was.
+        for seed in 50_000..50_030 {
+            put_of(&store, &models[0], "x", seed, 4);
+            store.flush().expect("the disk is well");
+        }
         done.store(true, Ordering::Relaxed);
         let most = watcher.join().expect("no panic");
         assert!(most[0] >= 18 * record && most[1] >= 50 * record, "{most:?}");
@@ -292,4 +298,72 @@ fn tenants_without_end_take_no_memory_without_end_and_the_sums_stay_exact() {
     assert_eq!((puts, snapshot.models[0].1.put_blocks, snapshot.total.put_blocks), (40_000, 40_000, 40_000));
     let used: u64 = snapshot.tenants.iter().map(|(.., used)| used.bytes[0]).sum();
     assert_eq!(used, snapshot.total.tiers[0].used_bytes);
+}
+
+#[test]
+fn a_rate_that_is_used_up_stores_nothing_whatever_the_codec() {
+    let store = stepped(None, 4 * MIB, 0);
+    let geometry = shape(2, 2, 2, 64, stratakv::Dtype::Fp32, 16);
+    let model = register(&store, "a", geometry);
+    // Its first block is longer than the others.
+    store.set_codec(&model, Tier::Ram, Scheme::new(Codec::Int4, &geometry)).expect("it fits");
+    store.set_tenant_quota("x", Quota { tokens_per_s: Some(1e-9), ..Quota::default() }).expect("it is open");
+    assert_eq!(put_of(&store, &model, "x", 0, 3), 1);
+    let held = bytes_of(&store, "x");
+    (1..20).for_each(|seed| assert_eq!(put_of(&store, &model, "x", seed, 3), 0));
+    assert_eq!(bytes_of(&store, "x"), held);
+}
+
+#[test]
+fn a_model_that_may_have_no_file_keeps_nobody_waiting_and_takes_nothing_from_others() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = stepped(Some(directory.path()), 4 * MIB, 16 * MIB);
+    let absent = register(&store, "absent", FINE);
+    (0..60).for_each(|seed| assert_eq!(put_of(&store, &absent, "", seed, 4), 4));
+    store.close().expect("the disk is well");
+    let store = Arc::new(stepped(Some(directory.path()), 4 * MIB, 16 * MIB));
+    let none = Quota { tiers: [TierQuota::default(), tier(Some(0), None, 0)], ..Quota::default() };
+    let model = store.register_with(spec("none", FINE), none).expect("it fits");
+    let other = register(&store, "other", FINE);
+    (0..60).for_each(|seed| assert_eq!(put_of(&store, &other, "", seed, 4), 4));
+    store.flush().expect("the disk is well");
+    let before = store.snapshot().usage[1].1.bytes[1];
+    (0..20).for_each(|seed| assert_eq!(put_of(&store, &model, "", seed, 4), 4));
+    let flushing = store.clone();
+    in_time(move || flushing.flush()).expect("there is nothing that may be written");
+    let usage = store.snapshot().usage;
+    assert_eq!((usage[0].0.as_str(), usage[1].1.bytes[1]), ("none", before));
+    assert_eq!(fetch_of(&store, &model, "", 3, 4).0, 4, "it is in RAM");
+}
+
+#[test]
+fn a_lowered_limit_is_met_though_the_ssd_takes_nothing_of_the_tenant() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = stepped(Some(directory.path()), 4 * MIB, 16 * MIB);
+    let model = register(&store, "a", FINE);
+    let record = FINE.record_bytes() as u64;
+    let quota = |in_ram| Quota { tiers: [tier(in_ram, None, 0), tier(Some(0), None, 0)], ..Quota::default() };
+    store.set_tenant_quota("x", quota(None)).expect("it is open");
+    (0..20).for_each(|seed| assert_eq!(put_of(&store, &model, "x", seed, 4), 4));
+    store.flush().expect("the disk is well");
+    assert_eq!(bytes_of(&store, "x"), [80 * record, 0]);
+    store.set_tenant_quota("x", quota(Some(10 * record))).expect("it is open");
+    settle(&store);
+    assert_eq!(bytes_of(&store, "x"), [10 * record, 0]);
+}
+
+#[test]
+fn a_record_that_could_never_fit_costs_a_tenant_no_other() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = stepped(Some(directory.path()), 8 * MIB, 16 * MIB);
+    let (fine, coarse) = (register(&store, "fine", FINE), register(&store, "coarse", COARSE));
+    let limit = 6 * FINE.record_bytes() as u64;
+    assert!(limit < COARSE.record_bytes() as u64);
+    store.set_tenant_quota("x", ssd(tier(Some(limit), None, 0))).expect("it is open");
+    assert_eq!(put_of(&store, &fine, "x", 0, 6), 6);
+    store.flush().expect("the disk is well");
+    assert_eq!(bytes_of(&store, "x")[1], limit);
+    assert_eq!(put_of(&store, &coarse, "x", 1, 3), 3);
+    store.flush().expect("the disk is well");
+    assert_eq!(bytes_of(&store, "x")[1], limit, "nothing was forgotten for nothing");
 }

@@ -103,6 +103,65 @@ def test_what_is_not_to_be_had_any_more_is_forgotten() -> None:
         engine.close()
 
 
+def test_a_publisher_that_began_anew_is_noticed_though_its_first_batches_were_lost() -> None:
+    engine = Engine()
+    try:
+        with Subscriber(*engine.endpoints()) as subscriber:
+            for number in range(10):
+                engine.send(batch(stored([number], None, [number, 0])))
+            receive(subscriber, lambda events: len(events) >= 10)
+            engine.send(batch(stored([10], None, [10, 0])))
+            receive(subscriber, lambda events: len(events) >= 1)
+            engine.sequence = 0
+            engine.kept.clear()
+            engine.send(batch(stored([50], None, [5, 0])), lose=True)
+            engine.send(batch(stored([51], None, [5, 1])), lose=True)
+            engine.send(batch(stored([52], None, [5, 2])))
+            events = receive(subscriber, lambda events: len(events) >= 4)
+            assert events[0] == Cleared()
+            assert [event.names for event in events if isinstance(event, Stored)] == [(50,), (51,), (52,)]
+    finally:
+        engine.close()
+
+
+def test_what_cannot_be_read_costs_what_was_known_and_nothing_else() -> None:
+    engine = Engine()
+    try:
+        engine.send(batch(stored([1], None, [1, 0])), lose=True)
+        engine.send(b"no batch", lose=True)
+        engine.send(batch(stored([2], None, [2, 0])), lose=True)
+        with Subscriber(*engine.endpoints()) as subscriber:
+            events = receive(subscriber, lambda events: len(events) >= 3)
+            assert events[1] == Cleared()
+            assert [event.names for event in events if isinstance(event, Stored)] == [(1,), (2,)]
+    finally:
+        engine.close()
+
+
+def test_one_topic_is_heard_without_gaps_beside_another(tmp_path: Path) -> None:
+    with stratakv.open(config(tmp_path, secret="shared", ram="4MiB")) as caches:
+        a, b = caches.register("a", SHAPE), caches.register("b", SHAPE)
+        with (
+            Publisher(caches, "tcp://127.0.0.1:*", "tcp://127.0.0.1:*", interval_s=0.01) as publisher,
+            Subscriber(publisher.endpoint, publisher.replay_endpoint, topic="a") as subscriber,
+        ):
+            names: set[object] = set()
+
+            def heard() -> int:
+                for event in subscriber.poll(0.05):
+                    names.update(getattr(event, "names", ()))
+                return len(names)
+
+            for seed in range(8):
+                put(a, seed)
+                put(b, seed)
+            for _ in range(400):
+                if heard() == 64:
+                    break
+            assert heard() == 64
+            assert names == {name for seed in range(8) for name in a.match(tokens_of(seed, 64))._lease.names}
+
+
 def put(cache: stratakv.ModelCache, seed: int, count: int = 64) -> None:
     tokens = tokens_of(seed, count)
     cache.put(tokens, kv_of(tokens, SHAPE), layout="LKHND")

@@ -33,14 +33,15 @@ def guard(clock: Clock, **more: float) -> Guard:
     return Guard("server", clock=clock, **({"deadline_s": 0.5, "failures": 3, "pause_s": 1.0} | more))
 
 
-def test_too_many_failures_in_a_row_open_it_and_one_probe_closes_it() -> None:
+def test_it_opens_when_half_of_the_last_calls_failed_and_one_probe_closes_it() -> None:
     clock = Clock()
     it = guard(clock)
-    for _ in range(2):
-        assert it.call(fails) == (None, "error")
-    assert it.call(answers) == ("answer", None), "two are not three in a row"
-    for _ in range(3):
-        assert it.call(fails) == (None, "error")
+    for call in (fails, answers, answers, fails, answers, answers, answers, fails):
+        it.call(call)
+    assert it.state == "closed", "three failures, but not of six calls"
+    # A server that answers what is small and fails what is not.
+    for call in (answers, fails, answers, fails):
+        it.call(call)
     assert it.state == "open"
     assert it.call(answers) == (None, "open")
     clock.now += 1.0
@@ -86,6 +87,32 @@ def test_what_fails_after_its_deadline_took_too_long() -> None:
 
     assert it.call(slow) == (None, "timeout")
     assert it.call(library) == (None, "timeout")
+
+
+def test_a_call_that_began_before_the_pause_is_no_probe() -> None:
+    clock = Clock()
+    it = guard(clock, failures=1)
+
+    def straggler(_: Deadline) -> None:
+        it.call(fails)
+        clock.now += 1.0
+
+        def probe(_: Deadline) -> str:
+            raise_late()
+            return "well"
+
+        def raise_late() -> None:
+            assert it.state == "half_open"
+
+        assert it.call(probe) == ("well", None)
+        it.call(fails)
+        clock.now += 0.5
+        raise ConnectionError
+
+    it.call(straggler)
+    assert it.state == "open"
+    clock.now += 0.51
+    assert it.call(answers) == ("answer", None), "the pause is no longer for it"
 
 
 def test_the_end_of_the_process_is_no_failure_of_the_server() -> None:
@@ -162,7 +189,7 @@ def test_a_batch_is_tried_again_and_then_dropped_and_an_open_breaker_drops_at_on
 
     def write(items: list[int], _: Deadline) -> None:
         calls.append(items)
-        if len(calls) in (1, 2, 4, 5, 6):
+        if len(calls) in (1, 2, 4):
             raise ConnectionError
 
     queue: WriteBehind[int] = WriteBehind(
@@ -176,11 +203,28 @@ def test_a_batch_is_tried_again_and_then_dropped_and_an_open_breaker_drops_at_on
     queue.put(3)
     assert queue.drain(10)
     stats = queue.stats()
-    assert (stats.written, stats.dropped, stats.retried, len(calls)) == (1, 2, 4, 6)
+    assert (stats.written, stats.dropped, stats.retried, len(calls)) == (1, 2, 3, 4)
     clock.now += 1.0
     queue.put(4)
     assert queue.drain(10)
     assert queue.stats().written == 2, "it recovers without help"
+    assert queue.close(10)
+
+
+def test_a_batch_that_fails_as_often_as_it_is_tried_is_dropped() -> None:
+    calls = []
+
+    def write(items: list[int], _: Deadline) -> None:
+        calls.append(items)
+        raise ConnectionError
+
+    queue: WriteBehind[int] = WriteBehind(
+        guard(Clock(), failures=100), write, batch=5, capacity=9, tries=4, wait=never_closing
+    )
+    queue.put(1)
+    assert queue.drain(10)
+    stats = queue.stats()
+    assert (stats.written, stats.dropped, stats.retried, len(calls)) == (0, 1, 3, 4)
     assert queue.close(10)
 
 

@@ -17,6 +17,7 @@ DOCUMENTED = [
     "Config",
     "ConfigError",
     "Discovery",
+    "DragonflyConfig",
     "Explanation",
     "FoundModel",
     "Geometry",

@@ -227,6 +227,46 @@ def test_a_quota_that_makes_no_sense_is_refused_and_changes_nothing(
             caches.set_quota({"loads": 1}, model="other")
 
 
+def test_a_configured_quota_that_does_not_fit_refuses_the_model_and_costs_it_nothing(tmp_path: Path) -> None:
+    with stratakv.open(config(tmp_path)) as caches:
+        put(caches.register("model", SHAPE), 1)
+    for limits in ({"ssd": {"hard_bytes": 100_000}}, {"ram": {"hard_bytes": 100}}):
+        wrong = stratakv.QuotasConfig(models={"model": limits})
+        with stratakv.open(replace(config(tmp_path), quotas=wrong)) as caches:
+            with pytest.raises(stratakv.InputError, match="expected 0 or at least"):
+                caches.register("model", SHAPE)
+            assert list(caches) == []
+    with stratakv.open(config(tmp_path)) as caches:
+        assert assert_right(caches.register("model", SHAPE), tokens_of(1, 64)).loaded_tokens == 64
+
+
+def test_what_was_reserved_in_a_larger_tier_keeps_no_smaller_one_from_opening(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with stratakv.open(config(tmp_path, ram="32MiB")) as caches:
+        caches.register("model", SHAPE)
+        caches.set_quota({"ram": {"reserved_bytes": "20MiB", "hard_bytes": "30MiB"}}, model="model")
+    with stratakv.open(config(tmp_path, ram="4MiB")) as caches:
+        assert "what was reserved before is not" in caplog.text
+        assert caches.quotas("models")["model"].limits("ram") == stratakv.Limits(hard_bytes=30 * MIB)
+        caches.register("model", SHAPE)
+        caches.unregister("model")
+        # Of a model that is gone it can be taken away, too.
+        caches.set_quota(None, model="model")
+        assert caches.quotas("models") == {}
+        with pytest.raises(stratakv.ModelNotFoundError):
+            caches.set_quota(None, model="model")
+
+
+def test_a_rate_below_one_block_a_second_lets_a_block_through_now_and_then() -> None:
+    with stratakv.open(config(None)) as caches:
+        cache = caches.register("model", SHAPE)
+        caches.set_quota({"tokens_per_s": 0.001}, tenant="t")
+        assert cache.admission(64, tenant="t").tokens == 8
+        assert put(cache, 1, 64, tenant="t") == 8
+        assert cache.admission(64, tenant="t").tokens == 0
+
+
 def test_quotas_come_from_the_configuration_file(tmp_path: Path) -> None:
     file = tmp_path / "stratakv.toml"
     file.write_text('[quotas.models.m.ram]\nhard_bytes = "1GiB"\n[quotas.tenants."a b"]\nloads = 3\n')

@@ -1,0 +1,130 @@
+"""What tests share of servers: real ones that they start on free ports, and a proxy that fails as networks do."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Redis:
+    """A server of the Redis protocol, without persistence."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        binary = shutil.which("redis-server") or shutil.which("valkey-server")
+        if binary is None:
+            pytest.skip("redis-server is not installed (apt-get install redis-server)")
+        self.folder, self.port, self.options, self.binary = folder, free_port(), options, binary
+        self.start()
+
+    def start(self) -> None:
+        command = [
+            self.binary,
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--dir",
+            str(self.folder),
+        ]
+        self.process = subprocess.Popen([*command, *self.options], stdout=subprocess.DEVNULL)
+        wait_for_port(self.port)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+
+def wait_for_port(port: int) -> None:
+    for _ in range(500):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"nothing listens at port {port}")
+
+
+@contextlib.contextmanager
+def redis(folder: Path, *options: str) -> Iterator[Redis]:
+    server = Redis(folder, *options)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+class Proxy:
+    """Passes bytes on to a port, or fails as networks do: ``blackhole``, ``reset``, ``refuse``, ``truncate``."""
+
+    def __init__(self, port: int) -> None:
+        self.upstream, self.mode = port, "pass"
+        # Of each connection, from the server, in mode truncate.
+        self.most_bytes = 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self.listener.getsockname()[1])
+        self.open: list[socket.socket] = []
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                if self.mode == "refuse":
+                    abort(client)
+                    continue
+                server = socket.create_connection(("127.0.0.1", self.upstream))
+                self.open += [client, server]
+                for source, sink, back in ((client, server, False), (server, client, True)):
+                    threading.Thread(target=self.pump, args=(source, sink, back), daemon=True).start()
+
+    def pump(self, source: socket.socket, sink: socket.socket, back: bool) -> None:
+        passed = 0
+        with contextlib.suppress(OSError):
+            while some := source.recv(1 << 16):
+                while self.mode == "blackhole":
+                    time.sleep(0.01)
+                if self.mode == "reset":
+                    break
+                if self.mode == "truncate" and back and passed + len(some) > self.most_bytes:
+                    sink.sendall(some[: max(self.most_bytes - passed, 0)])
+                    break
+                sink.sendall(some)
+                passed += len(some)
+        abort(source)
+        abort(sink)
+
+    def cut(self) -> None:
+        for each in self.open:
+            abort(each)
+        self.open.clear()
+
+    def close(self) -> None:
+        self.mode = "reset"
+        self.listener.close()
+        self.cut()
+
+
+def abort(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
