@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 use stratakv::evict::Kind;
-use stratakv::{ErrorKind, Model, Options, Store, WritePolicy};
+use stratakv::stats::Miss;
+use stratakv::{ErrorKind, Model, Options, Quota, Store, WritePolicy};
 
 #[test]
 fn a_failing_disk_costs_hits_and_is_reported_and_nothing_else() {
@@ -486,4 +487,31 @@ fn a_model_that_has_nothing_finds_room_while_what_others_have_to_give_is_being_w
         }
     }
     assert!(puts_amid_a_write > 12, "{puts_amid_a_write}");
+}
+
+#[test]
+fn a_load_beyond_those_that_are_allowed_at_a_time_loads_nothing_and_says_so() {
+    for of_tenant in [false, true] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let tokens = sequence(0, 6, &FINE);
+        let store = open(directory.path(), 2 * MIB, MIB);
+        put(&store, &register(&store, "m", FINE), &tokens);
+        store.close().expect("the disk is well");
+        let (rig, store) = rigged(directory.path(), MIB);
+        let model = register(&store, "m", FINE);
+        let quota = Quota { loads: Some(1), ..Quota::default() };
+        match of_tenant {
+            true => store.set_tenant_quota("", quota).expect("it is open"),
+            false => store.set_model_quota(&model, quota).expect("it is registered"),
+        }
+        let (one, other) = (hold(&store, &model, &tokens), Arc::new(hold(&store, &model, &tokens)));
+        let second = other.clone();
+        let act = move || {
+            let outcome = second.load(&Kv::blank(FINE, second.tokens()).view()).expect("right arguments");
+            (outcome.tokens, outcome.miss)
+        };
+        let meanwhile = amid(&rig, Call::Read, act, || assert_eq!(load(&one, &model, &tokens), 6));
+        assert_eq!(meanwhile, Some((0, Some(Miss::Quota))));
+        assert_eq!(load(&other, &model, &tokens), 6, "when the first is done");
+    }
 }
