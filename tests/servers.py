@@ -16,9 +16,13 @@ import pytest
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that leaves room for a cluster's bus, 10,000 above."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port < 55_000:
+            return port
 
 
 class Redis:
@@ -70,6 +74,30 @@ def redis(folder: Path, *options: str) -> Iterator[Redis]:
         yield server
     finally:
         server.kill()
+
+
+@contextlib.contextmanager
+def cluster(folder: Path) -> Iterator[list[Redis]]:
+    """Three masters, each with a third of the keys; two go on without the third."""
+    nodes: list[Redis] = []
+    try:
+        for n in range(3):
+            (folder / str(n)).mkdir()
+            options = ("--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
+            nodes.append(Redis(folder / str(n), *options, "--cluster-node-timeout", "1000"))
+        addresses = [f"127.0.0.1:{node.port}" for node in nodes]
+        client = shutil.which("redis-cli") or "valkey-cli"
+        create = [client, "--cluster", "create", *addresses, "--cluster-replicas", "0", "--cluster-yes"]
+        subprocess.run(create, check=True, stdout=subprocess.DEVNULL)
+        for _ in range(600):
+            asked = [[client, "-p", str(node.port), "cluster", "info"] for node in nodes]
+            if all(b"cluster_state:ok" in subprocess.run(one, capture_output=True).stdout for one in asked):
+                break
+            time.sleep(0.05)
+        yield nodes
+    finally:
+        for node in nodes:
+            node.kill()
 
 
 class Proxy:

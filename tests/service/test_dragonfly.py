@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import stratakv
-from servers import Proxy, Redis, redis
+from servers import Proxy, Redis, cluster, redis
 from stores import assert_right, config, geometry, kv_of, loaded, tokens_of
 
 SHAPE = geometry(block_tokens=8, head_dim=32)
@@ -189,6 +189,29 @@ def test_a_server_that_stops_dies_and_comes_back_costs_hits_alone(tmp_path: Path
                 break
             time.sleep(0.05)
         assert one.status().dragonfly.written_blocks > 8, "it is written to again, without help"
+
+
+def test_nodes_share_a_cluster_and_go_on_with_what_is_left_of_it(tmp_path: Path) -> None:
+    with cluster(tmp_path) as servers:
+        url = f"redis://127.0.0.1:{servers[0].port}"
+        with node(url, cluster=True) as one, node(url, cluster=True) as two:
+            a, b = one.register("m", SHAPE), two.register("m", SHAPE)
+            for seed in range(24):
+                put(a, seed)
+            one.flush()
+            assert one.status().dragonfly.written_blocks == 192
+            assert all(assert_right(b, tokens_of(seed, TOKENS)).loaded_tokens == TOKENS for seed in range(10))
+            servers[2].kill()
+            started = time.monotonic()
+            found = [assert_right(b, tokens_of(seed, TOKENS)).loaded_tokens for seed in range(10, 24)]
+            assert time.monotonic() - started < 14 * 2.0
+            # Of each prompt what lies before the first block that was on the node that is gone.
+            assert 0 < sum(found) < 14 * TOKENS
+            for seed in range(100, 120):
+                put(a, seed)
+            one.flush()
+            assert 192 < one.status().dragonfly.written_blocks < 192 + 160
+            assert sum(assert_right(b, tokens_of(seed, TOKENS)).loaded_tokens for seed in range(100, 120)) > 0
 
 
 def test_a_full_server_refuses_and_requests_do_not_notice(tmp_path: Path) -> None:

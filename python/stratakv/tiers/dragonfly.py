@@ -132,7 +132,7 @@ class Dragonfly:
         """The records of these blocks, up to the first that cannot be had; and why not all."""
         records: list[bytes] = []
         for some in _some(_keys(model, names), max(_BATCH_BYTES // record_bytes, 1)):
-            values, reason = self._ask(functools.partial(self._pipeline, "GET", some))
+            values, reason = self._ask(functools.partial(self._pipeline, "GET", [(key,) for key in some]))
             if values is None:
                 return records, "timeout" if reason == "open" else reason
             for value in values:
@@ -149,7 +149,7 @@ class Dragonfly:
         """Writes those of these blocks that are not there yet."""
         for some in _some(names, max(min(_BATCH_BYTES // model.record_bytes, _BATCH_KEYS), 1)):
             keys = _keys(model.fingerprint, some)
-            there, reason = self._exist(keys)
+            there, _ = self._exist(keys)
             if there is None:
                 self._count(dropped_blocks=len(some))
                 continue
@@ -157,20 +157,21 @@ class Dragonfly:
             records = [(key, record) for key, name in new if (record := model.export(name)) is not None]
             self._count(known_blocks=len(some) - len(new), dropped_blocks=len(new) - len(records))
             if records:
-                _, reason = self._ask(functools.partial(self._set, records))
-                size = sum(len(record) for _, record in records)
-                if reason is None:
-                    self._count(written_blocks=len(records), written_bytes=size)
-                else:
-                    self._count(dropped_blocks=len(records))
+                done, _ = self._ask(functools.partial(self._set, records))
+                sizes = [len(record) for (_, record), one in zip(records, done or [], strict=False) if one]
+                self._count(
+                    written_blocks=len(sizes),
+                    written_bytes=sum(sizes),
+                    dropped_blocks=len(records) - len(sizes),
+                )
 
     def forget(self, model: bytes) -> int:
         """Unlinks what is there of a model; returns how many blocks. What comes meanwhile may stay."""
         gone = 0
         pattern = f"stratakv:{model.hex()}:*"
         for keys in _some(self._client().scan_iter(match=pattern, count=1000), _BATCH_KEYS):
-            removed, _ = self._ask(functools.partial(self._pipeline, "UNLINK", keys))
-            gone += sum(removed or ())
+            removed, _ = self._ask(functools.partial(self._pipeline, "UNLINK", [(key,) for key in keys]))
+            gone += sum(one or 0 for one in removed or ())
         return gone
 
     def stats(self) -> DragonflyStats:
@@ -185,22 +186,36 @@ class Dragonfly:
             self._connected.close()
 
     def _exist(self, keys: list[str]) -> tuple[list[int] | None, str | None]:
-        there, reason = self._ask(lambda: self._pipeline("EXISTS", keys))
+        there, reason = self._ask(lambda: self._pipeline("EXISTS", [(key,) for key in keys]))
         return there, "timeout" if reason == "open" else reason
 
-    def _set(self, records: list[tuple[str, bytes]]) -> None:
-        life = None if self.config.ttl_s is None else int(1000 * self.config.ttl_s)
-        with self._client().pipeline(transaction=False) as pipeline:
-            for key, record in records:
-                pipeline.set(key, record, px=life)
-            pipeline.execute()
+    def _set(self, records: list[tuple[str, bytes]]) -> list[Any]:
+        life = [] if self.config.ttl_s is None else ["PX", int(1000 * self.config.ttl_s)]
+        return self._pipeline("SET", [(key, record, *life) for key, record in records])
 
-    def _pipeline(self, command: str, keys: Iterable[str]) -> list[Any]:
-        with self._client().pipeline(transaction=False) as pipeline:
-            for key in keys:
-                pipeline.execute_command(command, key)
-            results: list[Any] = pipeline.execute()
-            return results
+    def _pipeline(self, command: str, calls: list[tuple[Any, ...]]) -> list[Any]:
+        """The results of some commands; ``None`` of those that failed, unless all did."""
+        client = self._client()
+        if not self.config.cluster:
+            return _done(_execute(client, command, calls))
+        # Node by node: one that is gone takes no others along.
+        nodes: dict[str, list[int]] = {}
+        by_name = {}
+        for n, call in enumerate(calls):
+            node = client.get_node_from_key(call[0])
+            by_name[node.name] = node
+            nodes.setdefault(node.name, []).append(n)
+        results: list[Any] = [None] * len(calls)
+        for name, numbers in nodes.items():
+            try:
+                some = _execute(client.get_redis_connection(by_name[name]), command, [calls[n] for n in numbers])
+            except _library().RedisError as error:
+                some = [error] * len(numbers)
+            for n, result in zip(numbers, some, strict=True):
+                results[n] = result
+        if any(isinstance(result, _library().exceptions.MovedError) for result in results):
+            client.nodes_manager.initialize()
+        return _done(results)
 
     def _ask(self, call: Callable[[], _T]) -> tuple[_T | None, str | None]:
         """Makes a call in a thread of its own: a socket's timeout is for each piece of a reply, not for all of it."""
@@ -311,6 +326,22 @@ def _connect(config: DragonflyConfig) -> Any:  # noqa: ANN401 - of one node, or 
     if config.cluster:
         return redis.RedisCluster.from_url(config.url, require_full_coverage=False, **kept)
     return redis.Redis.from_url(str(config.url), **kept)
+
+
+def _execute(client: Any, command: str, calls: list[tuple[Any, ...]]) -> list[Any]:  # noqa: ANN401 - of one node
+    with client.pipeline(transaction=False) as pipeline:
+        for arguments in calls:
+            pipeline.execute_command(command, *arguments)
+        results: list[Any] = pipeline.execute(raise_on_error=False)
+        return results
+
+
+def _done(results: list[Any]) -> list[Any]:
+    """Results without errors; raises one where there is nothing else."""
+    failed = [result for result in results if isinstance(result, Exception)]
+    if failed and len(failed) == len(results):
+        raise failed[0]
+    return [None if isinstance(result, Exception) else result for result in results]
 
 
 def _disconnect(client: Any) -> None:  # noqa: ANN401 - see there
