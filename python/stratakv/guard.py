@@ -4,20 +4,18 @@
                                                ▲                                │ failed: a longer pause      on success
                                                └────────────────────────────────┘
 
-A call that fails, or is not made, is a miss with a reason, never an exception; and it ends by its deadline. Only what
-is written behind is tried again. A queue that is full drops, and counts.
+A call that fails, or is not made, is a miss with a reason, never an exception; and it ends by its deadline.
 """
 
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from stratakv.errors import InputError
 
@@ -207,128 +205,3 @@ class Guard:
             self._counts["errors"] += 1
             if probe:
                 self._probing = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueueStats:
-    """What became of what was to be written behind.
-
-    Attributes:
-        queued: items that wait now.
-        put: items that were put; ``put = queued + written + dropped`` holds exactly while none is being written.
-        written: items that were written.
-        dropped: items that were not: the queue was full, or writing them failed as often as it is tried.
-        retried: how often a batch was tried again.
-    """
-
-    queued: int
-    put: int
-    written: int
-    dropped: int
-    retried: int
-
-
-class WriteBehind(Generic[_T]):
-    """A bounded queue whose items a thread writes in batches, through a guard."""
-
-    def __init__(
-        self,
-        guard: Guard,
-        write: Callable[[list[_T], Deadline], object],
-        *,
-        batch: int,
-        capacity: int,
-        tries: int = 3,
-        first_wait_s: float = 0.05,
-        chance: random.Random | None = None,
-        wait: Callable[[threading.Event, float], bool] = threading.Event.wait,
-    ) -> None:
-        """Starts the thread.
-
-        Args:
-            guard: makes the calls.
-            write: writes some items, in the order of their puts; it may be called again with the same.
-            batch: items that are written at once, at most.
-            capacity: items that may wait; more are dropped.
-            tries: how often a batch is tried before it is dropped.
-            first_wait_s: seconds before the second try, on average; twice as many before each that follows.
-            chance: draws how long exactly, so that many processes do not come back at once.
-            wait: waits for an event so many seconds at most.
-        """
-        self._guard, self._write, self._batch, self._capacity, self._tries = guard, write, batch, capacity, tries
-        self._first_wait_s, self._chance, self._wait = first_wait_s, chance or random.Random(), wait
-        self._items: deque[_T] = deque()
-        self._changed = threading.Condition()
-        self._closing = threading.Event()
-        self._writing = 0
-        self._counts = dict.fromkeys(("put", "written", "dropped", "retried"), 0)
-        self._thread = threading.Thread(target=self._run, name=f"stratakv-{guard.name}", daemon=True)
-        self._thread.start()
-
-    def put(self, item: _T) -> bool:
-        """Has an item written; ``False``: there is no room, and it was dropped."""
-        with self._changed:
-            self._counts["put"] += 1
-            if self._closing.is_set() or len(self._items) >= self._capacity:
-                self._counts["dropped"] += 1
-                return False
-            self._items.append(item)
-            self._changed.notify_all()
-            return True
-
-    def drain(self, seconds: float) -> bool:
-        """Waits until what was put was written or dropped; ``False``: so many seconds were not enough."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._items and not self._writing, seconds)
-
-    def close(self, seconds: float) -> bool:
-        """Takes nothing more, and drains; what is left after so many seconds is dropped. ``True``: nothing was."""
-        with self._changed:
-            self._closing.set()
-            self._changed.notify_all()
-        done = self.drain(seconds)
-        with self._changed:
-            self._counts["dropped"] += len(self._items)
-            self._items.clear()
-            self._changed.notify_all()
-        self._thread.join(max(seconds, self._guard.deadline_s))
-        return done
-
-    def stats(self) -> QueueStats:
-        """What became of its items."""
-        with self._changed:
-            return QueueStats(queued=len(self._items), **self._counts)
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._items or self._closing.is_set())
-                if not self._items:
-                    return
-                some = [self._items.popleft() for _ in range(min(self._batch, len(self._items)))]
-                self._writing = len(some)
-            written = self._try(some)
-            with self._changed:
-                self._counts["written" if written else "dropped"] += len(some)
-                self._writing = 0
-                self._changed.notify_all()
-
-    def _try(self, some: list[_T]) -> bool:
-        def write(deadline: Deadline) -> bool:
-            self._write(some, deadline)
-            return True
-
-        for number in range(self._tries):
-            if number:
-                with self._changed:
-                    self._counts["retried"] += 1
-                # Closing has no time for more.
-                most = 2 * self._first_wait_s * 2 ** (number - 1)
-                if self._wait(self._closing, self._chance.uniform(0, most)):
-                    return False
-            done, reason = self._guard.call(write)
-            if done:
-                return True
-            if reason == "open":
-                return False
-        return False

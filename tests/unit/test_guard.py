@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import random
-import threading
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import stratakv
-from stratakv.guard import Deadline, Guard, WriteBehind
+from stratakv.guard import Deadline, Guard
 
 
 class Clock:
@@ -148,93 +145,3 @@ def test_every_call_is_counted_once_and_the_server_is_asked_again(steps: list[tu
 def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(stratakv.InputError, match=next(iter(wrong))):
         guard(Clock(), **wrong)
-
-
-def never_closing(closing: threading.Event, _: float) -> bool:
-    return closing.is_set()
-
-
-def test_items_are_written_in_order_and_in_batches() -> None:
-    written: list[list[int]] = []
-    free = threading.Event()
-
-    def write(items: list[int], _: Deadline) -> None:
-        free.wait()
-        written.append(items)
-
-    queue: WriteBehind[int] = WriteBehind(guard(Clock()), write, batch=10, capacity=100)
-    assert all(queue.put(number) for number in range(55))
-    free.set()
-    assert queue.drain(10)
-    assert [number for items in written for number in items] == list(range(55))
-    assert max(map(len, written)) <= 10
-    assert queue.close(10)
-    stats = queue.stats()
-    assert (stats.put, stats.written, stats.dropped, stats.queued) == (55, 55, 0, 0)
-    assert not queue.put(1), "it is closed"
-
-
-def test_a_full_queue_drops_and_counts() -> None:
-    free = threading.Event()
-    queue: WriteBehind[int] = WriteBehind(guard(Clock()), lambda *_: free.wait(), batch=1, capacity=5)
-    taken = sum(queue.put(number) for number in range(50))
-    assert taken in (5, 6), "five wait, and one may be being written"
-    assert queue.stats().dropped == 50 - taken
-    free.set()
-    assert queue.close(10)
-
-
-def test_a_batch_is_tried_again_and_then_dropped_and_an_open_breaker_drops_at_once() -> None:
-    clock, calls = Clock(), []
-
-    def write(items: list[int], _: Deadline) -> None:
-        calls.append(items)
-        if len(calls) in (1, 2, 4):
-            raise ConnectionError
-
-    queue: WriteBehind[int] = WriteBehind(
-        guard(clock), write, batch=1, capacity=9, tries=3, chance=random.Random(1), wait=never_closing
-    )
-    queue.put(1)
-    assert queue.drain(10)
-    assert queue.stats().written == 1, "the third try"
-    queue.put(2)
-    assert queue.drain(10)
-    queue.put(3)
-    assert queue.drain(10)
-    stats = queue.stats()
-    assert (stats.written, stats.dropped, stats.retried, len(calls)) == (1, 2, 3, 4)
-    clock.now += 1.0
-    queue.put(4)
-    assert queue.drain(10)
-    assert queue.stats().written == 2, "it recovers without help"
-    assert queue.close(10)
-
-
-def test_a_batch_that_fails_as_often_as_it_is_tried_is_dropped() -> None:
-    calls = []
-
-    def write(items: list[int], _: Deadline) -> None:
-        calls.append(items)
-        raise ConnectionError
-
-    queue: WriteBehind[int] = WriteBehind(
-        guard(Clock(), failures=100), write, batch=5, capacity=9, tries=4, wait=never_closing
-    )
-    queue.put(1)
-    assert queue.drain(10)
-    stats = queue.stats()
-    assert (stats.written, stats.dropped, stats.retried, len(calls)) == (0, 1, 3, 4)
-    assert queue.close(10)
-
-
-def test_closing_ends_by_its_deadline_and_counts_what_is_left() -> None:
-    hang = threading.Event()
-    queue: WriteBehind[int] = WriteBehind(guard(Clock(), deadline_s=0.05), lambda *_: hang.wait(), batch=1, capacity=9)
-    for number in range(6):
-        queue.put(number)
-    assert not queue.close(0.05)
-    hang.set()
-    stats = queue.stats()
-    assert stats.queued == 0
-    assert stats.dropped >= 5
