@@ -267,14 +267,17 @@ class Remote:
         """Brings them to RAM; the match as it is then."""
         first = lease.blocks
         records, reason = self.tier.fetch(self.model.fingerprint, self.names, self.model.record_bytes)
-        blocks, wrong = self.model.admit(self.asked, "", "", first, records)
-        came = max(blocks - first, 0)
-        self.tier.booked(len(self.names), came, sum(map(len, records[:came])))
-        self.reason, self.fetched = wrong or reason, range(first, first + came)
-        self.names = []
-        if not came:
+        asked, self.names = len(self.names), []
+        try:
+            blocks, wrong = self.model.admit(self.asked, "", "", first, records)
+            longer = lease.extended(self.model, self.asked, "", "")
+        except ClosedError:
+            # The store went away under the match.
+            self.reason = "closed"
             return lease
-        longer = lease.extended(self.model, self.asked, "", "")
+        came = max(blocks - first, 0)
+        self.tier.booked(asked, came, sum(map(len, records[:came])))
+        self.reason, self.fetched = wrong or reason, range(first, first + came)
         lease.release()
         return longer
 
@@ -326,7 +329,7 @@ class Match:
         if remote is not None and remote.names:
             expected = self.tokens
             self._lease = remote.fetch(self._lease)
-            cut = remote.reason if self._lease.tokens < expected else None
+            cut = (remote.reason or "evicted") if self._lease.tokens < expected else None
         tokens, places, reason = self._lease.load(kv, layout, batch, pages)
         if remote is not None:
             places = ["dragonfly" if n in remote.fetched else place for n, place in enumerate(places)]
@@ -389,6 +392,8 @@ class Match:
 
     def release(self) -> None:
         """Gives the blocks free; again does nothing."""
+        if self._remote is not None:
+            self._remote.names = []
         self._lease.release()
 
     def __enter__(self) -> Match:

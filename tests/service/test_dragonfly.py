@@ -73,6 +73,30 @@ def test_a_prefix_that_is_here_goes_on_there(server: Redis) -> None:
             assert (hit.tokens, hit.explain().reason) == (TOKENS, "never_stored")
 
 
+def test_a_store_that_is_closed_under_a_match_is_a_miss(server: Redis) -> None:
+    import numpy as np
+
+    with node(server.url, secret="closing") as one:
+        put(one.register("m", SHAPE), 1)
+    with node(server.url, secret="closing") as two:
+        hit = two.register("m", SHAPE).match(tokens_of(1, TOKENS))
+        assert hit.tokens == TOKENS
+    out = np.zeros((3, 2, 2, TOKENS, 32), np.float32)
+    assert hit.load(out, layout="LKHND") == 0
+    assert hit.explain().reason in ("closed", "error")
+
+
+def test_a_match_that_was_released_loads_nothing_from_there_either(server: Redis) -> None:
+    with node(server.url, secret="released") as one, node(server.url, secret="released") as two:
+        put(one.register("m", SHAPE), 1)
+        one.flush()
+        hit = two.register("m", SHAPE).match(tokens_of(1, TOKENS))
+        hit.release()
+        with pytest.raises(stratakv.ClosedError):
+            hit.load(kv_of(tokens_of(1, TOKENS), SHAPE), layout="LKHND")
+        assert two.status().dragonfly.asked_blocks == 0
+
+
 def test_tenants_models_and_secrets_share_nothing(server: Redis) -> None:
     with node(server.url, secret="apart") as one, node(server.url, secret="apart") as two:
         put(one.register("m", SHAPE), 1, tenant="t")
