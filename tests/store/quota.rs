@@ -8,6 +8,15 @@ use stratakv::codec::{Codec, Scheme};
 use stratakv::stats::{Miss, Tier};
 use stratakv::{Model, Options, Quota, Store, TierQuota, WritePolicy};
 
+/// Sets a flag when it goes.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 fn tier(hard: Option<u64>, soft: Option<u64>, reserved: u64) -> TierQuota {
     TierQuota { hard, soft, reserved }
 }
@@ -74,6 +83,8 @@ fn no_tenant_and_no_model_passes_a_hard_limit_for_a_moment_whatever_threads_do()
                 fetch_of(&store, model, tenant, thread * 10_000 + dice.below(n as usize + 1) as u32, 6);
             }
         };
+        // A panic here ends the watcher, too.
+        let end = End(&done);
         let writers: Vec<_> = (0..3).map(|thread| scope.spawn(move || puts(thread))).collect();
         let watcher = scope.spawn(|| {
             let mut most = [0; 2];
@@ -90,11 +101,11 @@ fn no_tenant_and_no_model_passes_a_hard_limit_for_a_moment_whatever_threads_do()
         });
         writers.into_iter().for_each(|writer| writer.join().expect("no panic"));
         // However slow the disk was.
-        for seed in 50_000..50_030 {
+        for seed in 40_000..40_030 {
             put_of(&store, &models[0], "x", seed, 4);
             store.flush().expect("the disk is well");
         }
-        done.store(true, Ordering::Relaxed);
+        drop(end);
         let most = watcher.join().expect("no panic");
         assert!(most[0] >= 18 * record && most[1] >= 50 * record, "{most:?}");
     });
