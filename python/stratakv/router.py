@@ -362,10 +362,10 @@ class Router:
     def _choose(self, rows: list[_Row], variant: str | None) -> _Row | None:
         candidates = [row for row in rows if row.excluded is None]
         of_variant = [row for row in candidates if row.variant == variant] if variant is not None else []
-        # A row begins with its cost, its load and its name.
+        # A row begins with its cost, its load and its name, of which no two are equal.
         if self.policy == "least_loaded":
             return min(of_variant or candidates, key=lambda row: row[1:3], default=None)
-        return min(of_variant or candidates, key=lambda row: row[:3], default=None)
+        return min(of_variant or candidates, default=None)
 
     def _variant(self, rows: list[_Row], key: str) -> str | None:
         """By weighted rendezvous hashing (Schindelhauer and Schomaker, 2005): few sessions move as weights change."""
@@ -390,7 +390,7 @@ class Router:
             elsewhere = f", none of which takes it: variant {chosen.variant!r}"
             parts.append(f"variant {variant!r}{'' if chosen.variant == variant else elsewhere}")
         parts.append("the least waits there" if self.policy == "least_loaded" else "it costs least there")
-        excluded = sum(row.excluded is not None for row in rows)
+        excluded = len([row for row in rows if row.excluded is not None])
         if excluded:
             parts.append(f"{excluded} of {len(rows)} are excluded")
         return "; ".join(parts)
