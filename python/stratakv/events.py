@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
-from stratakv.errors import InputError, StrataKVError
+from stratakv.errors import ClosedError, InputError, StrataKVError
 
 _log = logging.getLogger(__name__)
 
@@ -343,6 +343,8 @@ class Publisher:
                 if self._replay.poll(self._interval_ms):
                     self._answer()
                 self._publish()
+        except ClosedError:
+            _log.info("KV events end: the store was closed")
         except Exception:
             _log.exception("KV events are published no more")
         finally:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from stratakv.config import DragonflyConfig
-from stratakv.errors import ConfigError, StoreError, StrataKVError
+from stratakv.errors import ClosedError, ConfigError, StoreError
 from stratakv.guard import Deadline, Guard, GuardStats
 
 _log = logging.getLogger(__name__)
@@ -288,8 +288,8 @@ class Feeder:
         while not self._stop.wait(self._interval_s):
             try:
                 self.look()
-            except StrataKVError:
-                # The store is closed.
+            except ClosedError:
+                # The store is; there is nothing more to write.
                 return
             except Exception:
                 _log.exception("blocks are written to dragonfly no more")
@@ -300,7 +300,7 @@ class Feeder:
         self._stop.set()
         self._thread.join()
         # The store may be closed.
-        with contextlib.suppress(StrataKVError):
+        with contextlib.suppress(ClosedError):
             self.look()
 
 
