@@ -75,9 +75,9 @@ def test_3_unregistering_frees_everything_and_its_matches_stay_safe(tmp_path: Pa
 
 
 def test_4_each_strategy_divides_the_tiers_by_its_rule_and_changes_while_serving() -> None:
-    # Long blocks, of which many are sampled.
-    shape = geometry(layers=1, kv_heads=1, block_tokens=256)
-    with stratakv.open(config(None, ram="32MiB")) as caches:
+    # Long blocks, of which many are sampled, in records of one page; with a secret, these are the same each time.
+    shape = geometry(layers=1, kv_heads=1, head_dim=1, block_tokens=256)
+    with stratakv.open(config(None, ram="32MiB", secret="x")) as caches:
         for name, priority, weights in (("a", 1, 100), ("b", 3, 300)):
             caches.register(name, shape, priority=priority, weights_bytes=weights)
         caches.set_models(strategy="fair")
@@ -86,8 +86,8 @@ def test_4_each_strategy_divides_the_tiers_by_its_rule_and_changes_while_serving
         assert caches.status().ram_shares == {"a": 8 * MIB, "b": 24 * MIB}
         caches.set_models(strategy="proportional", demand="weights")
         assert caches.status().ram_shares == {"a": 8 * MIB, "b": 24 * MIB}
-        # A loop that a larger share would hit.
-        for _, seed in itertools.product(range(4), range(320)):
+        # A loop of 20 MiB, that a larger share would hit.
+        for _, seed in itertools.product(range(4), range(1280)):
             if found(caches["a"], seed, 1024) < 1024:
                 put(caches["a"], seed, 1024)
         caches.set_models(strategy="dynamic", idle_s=0)
