@@ -39,6 +39,6 @@ pub use ssd::archive::{Archive, ArchivedModel, Verified};
 pub use ssd::io::{Access, Engine, FileIo, Io, IoFile};
 pub use ssd::queue::{Done, Part, Queue, Transfer};
 pub use store::{
-    Admitted, BlockView, Divisible, Event, Events, Lease, LoadOutcome, Model, ModelSpec, Options, PutOutcome, Quota,
-    Sequence, Share, Store, TierQuota, WritePolicy,
+    Admitted, BlockView, Divisible, Event, Events, Lease, LoadOutcome, Model, ModelSpec, Options, Prefix, PutOutcome,
+    Quota, Sequence, Share, Store, TierQuota, WritePolicy,
 };

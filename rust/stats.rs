@@ -225,6 +225,37 @@ pub struct Usage {
     pub loads: u32,
 }
 
+/// Who has blocks brought up to RAM ahead of requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lifter {
+    /// A warm start: they were asked for most before a restart.
+    Warm,
+    /// A prompt that is near to theirs.
+    Near,
+}
+
+impl Lifter {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Warm, Self::Near];
+
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Warm => "warm",
+            Self::Near => "near",
+        }
+    }
+}
+
+/// What became of blocks that were brought up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Lifted {
+    /// Bytes that they took in RAM.
+    pub bytes: u64,
+    /// Bytes of those that a match asked for since.
+    pub hit_bytes: u64,
+}
+
 /// The store at one instant.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
@@ -252,6 +283,8 @@ pub struct Snapshot {
     pub ram_held: Vec<(String, u64)>,
     /// The eviction policy that runs in RAM at present, by model.
     pub ram_eviction: Vec<(String, Kind)>,
+    /// What became of blocks that were brought up ahead of requests, by who had it done, in the order of [`Lifter::ALL`].
+    pub lifted: [Lifted; 2],
     /// Blocks in the index.
     pub index_blocks: u64,
     /// Bytes of memory that it takes when full.

@@ -13,6 +13,8 @@ mod drop;
 mod engines;
 #[path = "store/kv.rs"]
 mod kv;
+#[path = "store/listing.rs"]
+mod listing;
 #[path = "store/power.rs"]
 mod power;
 #[path = "store/quota.rs"]

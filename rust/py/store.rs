@@ -7,7 +7,7 @@ use crate::block::{Dtype, Geometry};
 use crate::codec::{Clip, Codec, Granularity, Percentile, Scheme};
 use crate::error::input;
 use crate::evict::{Kind, Retention};
-use crate::stats::{Counts, Tier, Usage};
+use crate::stats::{Counts, Lifter, Tier, Usage};
 use crate::sync::Mutex;
 use crate::{Engine, ModelSpec, Options, SsdOptions, WritePolicy};
 use pyo3::prelude::*;
@@ -120,6 +120,24 @@ impl Store {
         Ok((found.anew, PyList::new(py, rows.collect::<Vec<_>>())?, found.next))
     }
 
+    /// Cached sequences, of one model or of all; a portion, from that number on. And where to go on.
+    #[pyo3(signature = (model, start))]
+    fn prefixes<'py>(
+        &self,
+        py: Python<'py>,
+        model: Option<&str>,
+        start: u32,
+    ) -> PyResult<(Vec<PrefixRow<'py>>, Option<u32>)> {
+        let (found, next) = py.detach(|| self.store.prefixes(model, start)).or_raise(py)?;
+        Ok((found.iter().map(|prefix| prefix_row(py, prefix)).collect(), next))
+    }
+
+    /// Where puts and matches ended since the last such call, at most so many.
+    fn used<'py>(&self, py: Python<'py>, most: usize) -> PyResult<Vec<PrefixRow<'py>>> {
+        let found = py.detach(|| self.store.used(most)).or_raise(py)?;
+        Ok(found.iter().map(|prefix| prefix_row(py, prefix)).collect())
+    }
+
     /// Sets what a tenant may have, over all models.
     fn set_tenant_quota(&self, py: Python<'_>, tenant: &str, quota: QuotaTerms) -> PyResult<()> {
         py.detach(|| self.store.set_tenant_quota(tenant, quota_of(quota))).or_raise(py)
@@ -175,12 +193,32 @@ impl Store {
         }
         out.set_item("ram_eviction", running)?;
         out.set_item("ram_held", snapshot.ram_held.into_iter().into_py_dict(py)?)?;
+        let lifted = PyDict::new(py);
+        for (lifter, lifted_by) in Lifter::ALL.iter().zip(&snapshot.lifted) {
+            lifted.set_item(lifter.name(), (lifted_by.bytes, lifted_by.hit_bytes))?;
+        }
+        out.set_item("lifted", lifted)?;
         out.set_item("index_blocks", snapshot.index_blocks)?;
         out.set_item("index_bytes", snapshot.index_bytes)?;
         out.set_item("index_refused_blocks", snapshot.index_refused)?;
         out.set_item("threads", self.store.threads())?;
         Ok(out)
     }
+}
+
+/// Model, namespace, adapter and tenant, names of its blocks, their places, since when, used when, and how often.
+type PrefixRow<'py> =
+    (String, Bound<'py, PyBytes>, Option<(String, String)>, Bound<'py, PyBytes>, Bound<'py, PyBytes>, u32, u32, u32);
+
+fn prefix_row<'py>(py: Python<'py>, prefix: &crate::Prefix) -> PrefixRow<'py> {
+    let (blocks, places) = (PyBytes::new(py, &prefix.blocks.concat()), PyBytes::new(py, &prefix.places));
+    let (space, names) = (PyBytes::new(py, &prefix.space), prefix.names.clone());
+    (prefix.model.clone(), space, names, blocks, places, prefix.since_s, prefix.used_s, prefix.uses)
+}
+
+fn lifter_of(name: &str) -> crate::Result<Lifter> {
+    let known = Lifter::ALL.into_iter().find(|lifter| lifter.name() == name);
+    known.ok_or_else(|| input(format!("lifter is {name:?}, expected warm or near")))
 }
 
 fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyDict>> {
@@ -306,8 +344,25 @@ impl Model {
         Ok(record.map(|record| PyBytes::new(py, &record)))
     }
 
+    /// The token ids in a record from there; `None`: it is no record of this model.
+    fn shared_tokens(&self, py: Python<'_>, record: PyBackedBytes) -> Option<Vec<u32>> {
+        py.detach(|| self.store.shared_tokens(&self.model, &record))
+    }
+
+    /// Names a namespace of the model in its present epoch.
+    fn space<'py>(&self, py: Python<'py>, adapter: &str, tenant: &str) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.store.space(&self.model, adapter, tenant))
+    }
+
+    /// Reads blocks of one sequence that are on SSD alone into RAM; returns how many leading ones are there then, and the
+    /// bytes that came.
+    fn lift(&self, py: Python<'_>, names: Vec<[u8; 16]>, lifter: &str, most_bytes: u64) -> PyResult<(usize, u64)> {
+        let lifter = lifter_of(lifter).or_raise(py)?;
+        py.detach(|| self.store.lift(&self.model, &names, lifter, most_bytes)).or_raise(py)
+    }
+
     /// Takes in records from there, from block `first` on; returns how many leading blocks are cached now, and why not all.
-    #[pyo3(signature = (tokens, adapter, tenant, first, records))]
+    #[pyo3(signature = (tokens, adapter, tenant, first, records, lifter = None))]
     fn admit(
         &self,
         tokens: &Bound<'_, PyAny>,
@@ -315,12 +370,14 @@ impl Model {
         tenant: &str,
         first: usize,
         records: Vec<PyBackedBytes>,
+        lifter: Option<&str>,
     ) -> PyResult<(usize, Option<&'static str>)> {
         let py = tokens.py();
+        let lifter = lifter.map(lifter_of).transpose().or_raise(py)?;
         let asked = Asked::read(tokens, adapter, tenant)?;
         let records: Vec<&[u8]> = records.iter().map(|record| &**record).collect();
-        let admitted =
-            py.detach(|| self.store.admit(&self.model, &asked.sequence(self, adapter, tenant), first, &records));
+        let sequence = || asked.sequence(self, adapter, tenant);
+        let admitted = py.detach(|| self.store.admit(&self.model, &sequence(), first, &records, lifter));
         let admitted = admitted.or_raise(py)?;
         Ok((admitted.blocks, admitted.miss.map(|miss| miss.name())))
     }

@@ -9,7 +9,7 @@ use super::state::State;
 use crate::block::{BlockHash, Sealed};
 use crate::error::Result;
 use crate::stats::Tier;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 /// Events that are kept for those who read late.
 const KEPT: usize = 1 << 16;
@@ -58,11 +58,29 @@ pub(crate) struct Log {
     first: u64,
     /// Models that were registered, those that are gone as well.
     names: BTreeMap<u32, String>,
+    /// Ends of what was put and matched, and how often each was matched; `None`: nobody asked for that yet.
+    uses: Option<HashMap<BlockHash, u32>>,
 }
 
 impl Log {
     fn next(&self) -> u64 {
         self.first + self.events.len() as u64
+    }
+
+    /// Notes that a put or so many matches ended at a block. Where nobody takes them, new ones are not noted.
+    pub(super) fn note_use(&mut self, hash: BlockHash, matches: u32) {
+        if let Some(uses) = &mut self.uses
+            && (uses.len() < KEPT || uses.contains_key(&hash))
+        {
+            *uses.entry(hash).or_default() += matches;
+        }
+    }
+
+    /// Takes some of the notes.
+    pub(super) fn take_uses(&mut self, most: usize) -> Vec<(BlockHash, u32)> {
+        let uses = self.uses.get_or_insert_default();
+        let some: Vec<BlockHash> = uses.keys().copied().take(most).collect();
+        some.into_iter().filter_map(|hash| uses.remove_entry(&hash)).collect()
     }
 }
 

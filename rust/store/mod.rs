@@ -15,6 +15,8 @@ mod demote;
 mod divide;
 mod events;
 mod lease;
+mod lift;
+mod listing;
 mod load;
 mod model;
 mod namespace;
@@ -37,6 +39,7 @@ mod write;
 pub use divide::{Divisible, Share};
 pub use events::{Event, Events};
 pub use lease::Lease;
+pub use listing::Prefix;
 pub use load::LoadOutcome;
 pub use model::{Model, ModelSpec};
 pub use put::PutOutcome;
@@ -346,9 +349,11 @@ impl Store {
                 }
                 return Err(e);
             }
-            None => {}
+            None => drop(state),
         }
-        Ok(Arc::new(Model::new(id, spec, &self.shared.secret, &epochs, owner)))
+        let model = Model::new(id, spec, &self.shared.secret, &epochs, owner);
+        self.shared.state.lock().nodes.name(model.namespace(&self.shared, "", "").hasher.seed(), "", "");
+        Ok(Arc::new(model))
     }
 
     /// Forgets a model: its blocks, its share and its file. Its leases stay safe, and load nothing more.
@@ -497,6 +502,7 @@ impl Store {
                 .values()
                 .map(|m| (m.name.clone(), state.ram.pool.held_bytes(&m.holding) as u64))
                 .collect(),
+            lifted: state.lifts,
             index_blocks: shared.trie.len() as u64,
             index_bytes: shared.trie.bytes() as u64,
             index_refused: shared.trie.refused(),

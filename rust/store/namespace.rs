@@ -103,6 +103,7 @@ impl Model {
         let first = self.spec.hasher(&shared.secret, adapter, tenant);
         let epoch = shared.epochs.lock().of(first.seed());
         let new = Namespace::new(first.in_epoch(epoch), shared.owner(self, tenant));
+        shared.state.lock().nodes.name(new.hasher.seed(), adapter, tenant);
         if others.len() >= READY {
             // One that is in use has to learn when it is dropped.
             others.retain(|_, namespace| Arc::strong_count(namespace) > 1);
@@ -120,7 +121,9 @@ impl Model {
         let old = if adapter.is_empty() && tenant.is_empty() {
             let plain = self.namespaces.plain.load();
             let owner = (plain.owner, plain.matches.clone());
-            Some(self.namespaces.plain.swap(Namespace::new(first.in_epoch(next), owner)))
+            let new = Namespace::new(first.in_epoch(next), owner);
+            shared.state.lock().nodes.name(new.hasher.seed(), "", "");
+            Some(self.namespaces.plain.swap(new))
         } else {
             others.remove(&(adapter.to_owned(), tenant.to_owned()))
         };

@@ -13,6 +13,7 @@ use crate::evict::Ghosts;
 use crate::pool::Slot;
 use crate::ram::Walk;
 use crate::ssd::Place;
+use crate::stats::Lifter;
 use crate::sync::Arc;
 pub(crate) use crate::trie::NodeId;
 use crate::trie::{Inserted, Trie};
@@ -20,6 +21,8 @@ use std::collections::{HashMap, HashSet};
 
 /// How many evictions are remembered, to tell `evicted` from `never_stored`.
 const GHOSTS: usize = 1 << 16;
+/// How many namespaces have a name, beside those that have blocks.
+const NAMES: usize = 1 << 14;
 /// How many blocks that continue the same one are looked through for one in RAM.
 const SIBLINGS: usize = 64;
 
@@ -30,6 +33,12 @@ pub(crate) struct Node {
     /// Its place among the owner's blocks, by tier.
     pub(super) nth: [u32; 2],
     pub(crate) last_use: u64,
+    /// When it came and when it was used last, in seconds since 1970; and by how many matches.
+    pub(super) since_s: u32,
+    pub(super) used_s: u32,
+    pub(super) uses: u32,
+    /// Who had it brought to RAM ahead of a request, as long as none has asked for it.
+    pub(super) lifted: Option<Lifter>,
     pub(crate) ram: Option<Slot>,
     /// How the payload in that slot is encoded; `None`: it is as it was put.
     pub(crate) layout: Option<Arc<Layout>>,
@@ -66,6 +75,8 @@ pub(crate) struct Nodes {
     // siblings.
     namespaces: HashMap<NodeId, BlockHash>,
     first: HashMap<BlockHash, NodeId>,
+    /// Adapter and tenant of namespaces that were asked for, by their seeds.
+    names: HashMap<BlockHash, Arc<(String, String)>>,
     ghosts: Ghosts,
     /// Blocks that a quota did not let in.
     refused: Ghosts,
@@ -92,6 +103,7 @@ impl Nodes {
             limbo: Vec::new(),
             namespaces: HashMap::new(),
             first: HashMap::new(),
+            names: HashMap::new(),
             ghosts: Ghosts::default(),
             refused: Ghosts::default(),
         }
@@ -306,6 +318,27 @@ impl Nodes {
     /// The blocks of a namespace that continue no other.
     pub(crate) fn first_of(&self, seed: BlockHash) -> impl Iterator<Item = NodeId> + '_ {
         std::iter::successors(self.first.get(&seed).copied(), |&id| self[id].next)
+    }
+
+    /// Notes what the namespace of a seed is called.
+    pub(super) fn name(&mut self, seed: BlockHash, adapter: &str, tenant: &str) {
+        if self.names.len() >= NAMES {
+            self.names.retain(|seed, _| self.first.contains_key(seed));
+        }
+        self.names.insert(seed, Arc::new((adapter.to_owned(), tenant.to_owned())));
+    }
+
+    /// Adapter and tenant of a namespace, if somebody asked for it.
+    pub(super) fn name_of(&self, seed: BlockHash) -> Option<&(String, String)> {
+        self.names.get(&seed).map(|names| &**names)
+    }
+
+    /// Blocks that no other continues, from that number on, as far as so many numbers go; and where to go on.
+    pub(super) fn ends(&self, from: u32, most: usize) -> (Vec<NodeId>, Option<u32>) {
+        let to = self.nodes.len().min(from as usize + most);
+        let is_end = |id: &u32| self.nodes[*id as usize].as_ref().is_some_and(|node| node.first_child.is_none());
+        let ends = (from..to as u32).filter(is_end).collect();
+        (ends, (to < self.nodes.len()).then_some(to as u32))
     }
 
     /// The seeds of a model's namespaces.

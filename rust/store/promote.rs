@@ -12,7 +12,7 @@ use crate::pool::Slot;
 use crate::ssd::queue::{Part, Transfer};
 use crate::ssd::record::read_record;
 use crate::ssd::{ModelFile, Place};
-use crate::stats::{Miss, Tier};
+use crate::stats::{Lifter, Miss, Tier};
 use crate::sync::Arc;
 use std::collections::BTreeSet;
 
@@ -26,6 +26,8 @@ pub(super) struct Promotion {
     /// Held meanwhile.
     held: Vec<NodeId>,
     blocks: Vec<Promoted>,
+    /// Who had them brought up ahead of a request.
+    lifter: Option<Lifter>,
 }
 
 struct Promoted {
@@ -79,11 +81,11 @@ impl State {
             return None;
         }
         let warm = self.warm_blocks(model, index);
-        self.promotion(model, &warm)
+        self.promotion(model, &warm, None)
     }
 
     /// Slots for those of these blocks that are on SSD alone, as far as RAM has room that costs nothing it alone has.
-    fn promotion(&mut self, model: u32, ids: &[NodeId]) -> Option<Promotion> {
+    pub(super) fn promotion(&mut self, model: u32, ids: &[NodeId], lifter: Option<Lifter>) -> Option<Promotion> {
         let below = ids.iter().copied().filter(|&id| self.nodes[id].ram.is_none() && self.nodes[id].ssd.is_some());
         let below: Vec<NodeId> = below.collect();
         // Held, so that room made for one does not take another away.
@@ -97,7 +99,7 @@ impl State {
         }
         let file = self.models.get(&model).and_then(|m| Some(m.disk.as_ref()?.file.clone()));
         match file.filter(|_| !blocks.is_empty()) {
-            Some(file) => Some(Promotion { model, file, held, blocks }),
+            Some(file) => Some(Promotion { model, file, held, blocks, lifter }),
             None => {
                 self.nodes.release(&held);
                 None
@@ -109,7 +111,7 @@ impl State {
 impl Shared {
     /// Reads records into their slots, checks them, and books what came of it.
     pub(super) fn promote(&self, promotion: Promotion) {
-        let Promotion { model, file, held, blocks } = promotion;
+        let Promotion { model, file, held, blocks, lifter } = promotion;
         let geometry = file.geometry();
         let mut queue = file.queue();
         for (tag, Promoted { place, slot, .. }) in blocks.iter().enumerate() {
@@ -144,6 +146,7 @@ impl Shared {
                 Ok(layout) if here && state.nodes[id].ram.is_none() => {
                     state.place_in_ram(id, slot, layout);
                     state.counts_of(id).promoted += 1;
+                    state.lifted(id, lifter);
                     continue;
                 }
                 Err(miss) if here => {
@@ -180,7 +183,7 @@ impl Lease {
             fits
         };
         let matched: Vec<NodeId> = matched.take_while(fits).collect();
-        let promotion = if state.models.contains_key(&model) { state.promotion(model, &matched) } else { None };
+        let promotion = if state.models.contains_key(&model) { state.promotion(model, &matched, None) } else { None };
         drop(state);
         if let Some(promotion) = promotion {
             self.shared.promote(promotion);

@@ -5,7 +5,7 @@ use super::model::Model;
 use super::namespace::Namespace;
 use super::owners::OwnerId;
 use super::sequence::Sequence;
-use super::state::{State, tag};
+use super::state::{State, tag, unix_s};
 use super::{Shared, Store, WritePolicy, check_view};
 use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES};
 use crate::codec::Layout;
@@ -250,9 +250,9 @@ impl State {
             books.asked(hashes.iter().rev().map(|&hash| tag(hash)));
         }
         if let Some(known) = parent.filter(|_| attached) {
-            self.touch(known, false, false);
+            self.touch(known, 0, false);
         }
-        let (now, seed) = (self.tick(), namespace.hasher.seed());
+        let (now, now_s, seed) = (self.tick(), unix_s(), namespace.hasher.seed());
         let mut placed = Vec::with_capacity(slots.len());
         for (&hash, (slot, layout)) in hashes.iter().zip(slots) {
             match if attached { self.nodes.insert(parent, hash, (model.id, namespace.owner), seed) } else { None } {
@@ -266,8 +266,12 @@ impl State {
         // From the end to the start, as paths are touched.
         let ids: Vec<NodeId> = placed.iter().map(|&(id, ..)| id).collect();
         for (id, slot, layout) in placed.into_iter().rev() {
-            self.nodes[id].last_use = now;
+            let node = &mut self.nodes[id];
+            (node.last_use, node.since_s, node.used_s) = (now, now_s, now_s);
             self.place_in_ram(id, slot, layout);
+        }
+        if let Some(&last) = ids.last() {
+            self.log.note_use(self.nodes.hash(last), 0);
         }
         if self.ssd_capacity_bytes > 0 && self.policy != WritePolicy::WriteThroughSecondTouch {
             ids.iter().for_each(|&id| self.enqueue_dirty(id));

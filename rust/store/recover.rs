@@ -24,14 +24,16 @@ impl State {
         let mut found = Vec::new();
         for (index, segment) in recovered.into_iter().enumerate() {
             let mut books = Segment::empty();
-            if let Some(Recovered { epoch, entries, .. }) = segment {
+            if let Some(Recovered { epoch, opened_s, entries, .. }) = segment {
                 books = Segment { phase: Phase::Sealed, epoch, ..books };
                 let at = |e: &Entry| {
                     let pages = (e.bytes / PAGE as u64) as u32;
                     Place { segment: index as u32, offset: e.offset, pages }
                 };
                 let entries = entries.iter().filter(|e| e.bytes <= most);
-                found.extend(entries.map(|e| (e.block.depth, std::cmp::Reverse(epoch), at(e), e.block)));
+                found.extend(
+                    entries.map(|e| (e.block.depth, std::cmp::Reverse(epoch), at(e), e.block, opened_s as u32)),
+                );
             }
             segments.push(books);
         }
@@ -41,7 +43,7 @@ impl State {
         state.disk = Some(Disk { file, segments, last_epoch, spare_bytes: 0 });
         // Parents first, and of two records of one block the newer.
         found.sort_by_key(|(depth, epoch, ..)| (*depth, *epoch));
-        for (depth, _, place, block) in found {
+        for (depth, _, place, block, opened_s) in found {
             let (hash, before) = (secret.unseal(block.hash), secret.unseal(block.parent));
             let parent = match depth {
                 0 => None,
@@ -55,7 +57,7 @@ impl State {
                 None => self.owners.of(model, before.tenant_tag(), most),
             };
             let Some(id) = self.nodes.insert(parent, hash, (model, owner), before) else { continue };
-            self.alter(id, |node| node.ssd = Some(place));
+            self.alter(id, |node| (node.ssd, node.since_s, node.used_s) = (Some(place), opened_s, opened_s));
             if let Some(segment) = self.segment(model, place.segment) {
                 segment.blocks.push(hash);
             }

@@ -15,7 +15,7 @@ use crate::codec::Layout;
 use crate::error::{Result, input};
 use crate::pool::Slot;
 use crate::ssd::record::{Form, RecordIdentity, SegmentIdentity, read_record, record_head, tokens_of};
-use crate::stats::Miss;
+use crate::stats::{Lifter, Miss};
 use crate::sync::{Arc, AtomicBool};
 
 /// Bytes of the digest.
@@ -79,12 +79,29 @@ impl Store {
         Ok(Some(record))
     }
 
+    /// The token ids in a record from a shared tier, if it is one of this model that was made with the secret.
+    pub fn shared_tokens(&self, model: &Model, bytes: &[u8]) -> Option<Vec<u32>> {
+        let (record, digest) = bytes.split_at_checked(bytes.len().checked_sub(DIGEST_BYTES)?)?;
+        let geometry = &model.spec.geometry;
+        read_record(record, geometry, &self.shared.shared_identity(model))?;
+        let right = self.shared.secret.is_digest(record, digest);
+        right.then(|| tokens_of(&record[RECORD_HEADER_BYTES..], geometry).collect())
+    }
+
     /// Takes in records of a sequence from a shared tier, which follow the blocks that are cached from block `first` on;
-    /// they are findable as after a put. A record that is not what it should be ends it.
+    /// they are findable as after a put. A record that is not what it should be ends it. Ahead of a request (`lifter`) they
+    /// take no room from blocks that only RAM has.
     ///
     /// # Errors
     /// The store is closed, or the sequence is of another model.
-    pub fn admit(&self, model: &Model, sequence: &Sequence, first: usize, records: &[&[u8]]) -> Result<Admitted> {
+    pub fn admit(
+        &self,
+        model: &Model,
+        sequence: &Sequence,
+        first: usize,
+        records: &[&[u8]],
+        lifter: Option<Lifter>,
+    ) -> Result<Admitted> {
         let shared = &self.shared;
         shared.check_open()?;
         sequence.check_model(model)?;
@@ -116,7 +133,7 @@ impl Store {
         state.catch_up(&shared.touched);
         let mut slots: Vec<Slot> = Vec::new();
         for (record, _) in &right {
-            let Some(slot) = state.allocate(namespace.owner, record.len(), true) else {
+            let Some(slot) = state.allocate(namespace.owner, record.len(), lifter.is_none()) else {
                 miss = miss.or(Some(Miss::Evicted));
                 break;
             };
@@ -131,6 +148,10 @@ impl Store {
         let placed = slots.into_iter().zip(right).map(|(slot, (_, layout))| (slot, layout)).collect();
         let (published, new) = state.publish(model, namespace, parent.id, wanted, placed);
         state.owners.counts(namespace.owner).promoted += new as u64;
+        for &hash in &wanted[..published] {
+            let id = state.nodes.find(hash);
+            id.into_iter().for_each(|id| state.lifted(id, lifter));
+        }
         state.owners.counts(namespace.owner).corrupt += u64::from(miss == Some(Miss::Corrupt));
         let work = state.has_work();
         drop(state);

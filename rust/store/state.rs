@@ -19,7 +19,7 @@ use crate::pool::{Class, Holding, Slot};
 use crate::ram::{Leaving, Ram};
 use crate::ssd::record::Entry;
 use crate::ssd::{ModelFile, Phase, Place, Segment, Ssd, Stale};
-use crate::stats::{Counts, Miss, Tier};
+use crate::stats::{Counts, Lifted, Miss, Tier};
 use crate::sync::Arc;
 use crate::trie::Trie;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -119,6 +119,8 @@ pub(crate) struct State {
     pub(crate) next_model: u32,
     pub(crate) owners: Owners,
     pub(super) log: Log,
+    /// What became of blocks that were brought to RAM ahead of requests.
+    pub(super) lifts: [Lifted; 2],
     pub(crate) clock: u64,
     pub(crate) ssd_capacity_bytes: u64,
     /// What the files of no model may take.
@@ -140,6 +142,11 @@ struct Found {
     asked: u32,
     /// Tags of its blocks in the sample of the curve, once they were looked up.
     sampled: Option<Vec<u64>>,
+}
+
+/// The system's clock: for people, nothing depends on it.
+pub(super) fn unix_s() -> u32 {
+    std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs() as u32)
 }
 
 /// What policies know a block by.
@@ -164,6 +171,7 @@ impl State {
             next_model: 0,
             owners: Owners::default(),
             log: Log::default(),
+            lifts: Default::default(),
             clock: 0,
             ssd_capacity_bytes: ssd.map_or(0, Ssd::capacity_bytes),
             ssd_control_bytes: ssd.map_or(0, Ssd::control_bytes),
@@ -322,8 +330,7 @@ impl State {
                 self.ask_again(note.deepest, &mut path.sampled);
             }
             if path.notes == 0 {
-                let asked = path.asked > 0;
-                self.touch(note.deepest, asked, asked && once);
+                self.touch(note.deepest, path.asked, path.asked > 0 && once);
             }
         }
         for slot in self.nodes.freed() {
@@ -340,9 +347,9 @@ impl State {
         model.curve.count(nodes.depth(deepest) as usize + 1);
     }
 
-    /// Marks a path as used now; `asked`: by a match; `told`: the curve is told of it.
-    pub(crate) fn touch(&mut self, deepest: NodeId, asked: bool, told: bool) {
-        let now = self.tick();
+    /// Marks a path as used now; `matches`: by so many; `told`: the curve is told of it.
+    pub(crate) fn touch(&mut self, deepest: NodeId, matches: u32, told: bool) {
+        let (now, now_s, asked) = (self.tick(), unix_s(), matches > 0);
         let model = self.nodes.model(deepest);
         let (time, second) = (self.ram.now(), asked && self.selective());
         let Leaving { order, retained, .. } = self.ram.leaving(model);
@@ -352,10 +359,14 @@ impl State {
         // Both are the lowest bits of a tag: most blocks are in neither sample.
         let either = if asked { sample & order.sample() } else { u64::MAX };
         let mut next = Some(deepest);
-        let mut due = Vec::new();
+        let (mut due, mut lifted) = (Vec::new(), Vec::new());
         while let Some(id) = next {
-            nodes[id].last_use = now;
-            nodes[id].warm = true;
+            let node = &mut nodes[id];
+            (node.last_use, node.used_s, node.uses) = (now, now_s, node.uses.saturating_add(matches));
+            node.warm = true;
+            if asked && let Some(lifter) = node.lifted.take() {
+                lifted.push((id, lifter));
+            }
             // From its end to its start: what continues a block is never hotter than the block.
             order.touch(id);
             if !retained.is_empty() {
@@ -379,6 +390,12 @@ impl State {
         order.choose();
         if let Some(curve) = curve {
             curve.count(nodes.depth(deepest) as usize + 1);
+        }
+        if asked {
+            self.log.note_use(self.nodes.hash(deepest), matches);
+        }
+        for (id, lifter) in lifted {
+            self.lifts[lifter as usize].hit_bytes += self.held(id)[Tier::Ram as usize].unwrap_or(0);
         }
         if self.ssd_in_use() {
             // Parents first, as they are put.

@@ -1,0 +1,127 @@
+//! What is cached, listed: for people who ask, and for a catalog that nodes share. Under the lock only in portions.
+
+use super::nodes::NodeId;
+use super::state::State;
+use super::{Model, Store};
+use crate::block::{BlockHash, Sealed};
+use crate::error::Result;
+use crate::stats::Tier;
+use crate::sync::Guard;
+
+/// Blocks that are looked at under the lock at a time.
+const LOOKED_AT: usize = 4096;
+
+/// A cached sequence, from its first block to one where a put or a match ended, or that no other continues.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prefix {
+    /// Name of its model.
+    pub model: String,
+    /// Names its namespace, in its present epoch, to everyone who has the store's secret.
+    pub space: Sealed,
+    /// Adapter and tenant; `None`: nobody asked for the namespace since the store was opened.
+    pub names: Option<(String, String)>,
+    /// Names its blocks.
+    pub blocks: Vec<Sealed>,
+    /// Where each of them is: a bit for each tier.
+    pub places: Vec<u8>,
+    /// When its last block came, in seconds since 1970.
+    pub since_s: u32,
+    /// When it was used last.
+    pub used_s: u32,
+    /// By how many matches.
+    pub uses: u32,
+}
+
+struct Listed {
+    model: u32,
+    seed: BlockHash,
+    blocks: Vec<(BlockHash, u8)>,
+    since_s: u32,
+    used_s: u32,
+    uses: u32,
+}
+
+impl State {
+    fn listed(&self, id: NodeId) -> Listed {
+        let place = |id| {
+            let held = self.held(id);
+            Tier::ALL.iter().map(|&tier| u8::from(held[tier as usize].is_some()) << tier as u8).sum::<u8>()
+        };
+        let mut path: Vec<NodeId> = self.nodes.path(id).collect();
+        path.reverse();
+        let node = &self.nodes[id];
+        Listed {
+            model: self.nodes.model(id),
+            seed: self.nodes.hash_before(path[0]),
+            blocks: path.iter().map(|&id| (self.nodes.hash(id), place(id))).collect(),
+            since_s: node.since_s,
+            used_s: node.used_s,
+            uses: node.uses,
+        }
+    }
+
+    fn name_of(&self, model: u32) -> Option<String> {
+        self.models.get(&model).map(|books| books.name.clone())
+    }
+}
+
+impl Store {
+    /// Sequences that no other continues, of one model or of all; a portion of them, from that number on. And where to go
+    /// on, if there may be more.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn prefixes(&self, model: Option<&str>, from: u32) -> Result<(Vec<Prefix>, Option<u32>)> {
+        let mut state = self.shared.open_state()?;
+        state.catch_up(&self.shared.touched);
+        let (ends, next) = state.nodes.ends(from, LOOKED_AT);
+        let ids: Vec<u32> =
+            state.models.iter().filter(|(_, m)| model.is_none_or(|of| m.name == of)).map(|(&id, _)| id).collect();
+        let listed = ends.into_iter().filter(|&id| ids.contains(&state.nodes.model(id)));
+        let listed: Vec<Listed> = listed.map(|id| state.listed(id)).collect();
+        Ok((self.named(state, listed), next))
+    }
+
+    /// Sequences where a put or a match ended since the last such call, and the matches since then alone; a portion of them.
+    /// Nothing is noted before the first call.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn used(&self, most: usize) -> Result<Vec<Prefix>> {
+        let mut state = self.shared.open_state()?;
+        state.catch_up(&self.shared.touched);
+        let uses = state.log.take_uses(most);
+        let listed = uses.into_iter().filter_map(|(hash, uses)| {
+            let listed = state.listed(state.nodes.find(hash)?);
+            Some(Listed { uses, ..listed })
+        });
+        let listed: Vec<Listed> = listed.collect();
+        Ok(self.named(state, listed))
+    }
+
+    /// What names a namespace of a model in its present epoch.
+    pub fn space(&self, model: &Model, adapter: &str, tenant: &str) -> Sealed {
+        self.shared.secret.seal(model.namespace(&self.shared, adapter, tenant).hasher.seed())
+    }
+
+    // The lock goes before blocks are named: that takes longer than finding them.
+    fn named(&self, state: Guard<'_, State>, listed: Vec<Listed>) -> Vec<Prefix> {
+        let names: Vec<_> =
+            listed.iter().map(|of| (state.name_of(of.model), state.nodes.name_of(of.seed).cloned())).collect();
+        drop(state);
+        let secret = &self.shared.secret;
+        let named = listed.into_iter().zip(names).filter_map(|(of, (model, names))| {
+            Some(Prefix {
+                model: model?,
+                space: secret.seal(of.seed),
+                names,
+                blocks: of.blocks.iter().map(|&(hash, _)| secret.seal(hash)).collect(),
+                places: of.blocks.iter().map(|&(_, place)| place).collect(),
+                since_s: of.since_s,
+                used_s: of.used_s,
+                uses: of.uses,
+            })
+        });
+        named.collect()
+    }
+}
