@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -156,3 +159,73 @@ def abort(connection: socket.socket) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.shutdown(socket.SHUT_RDWR)
     connection.close()
+
+
+class Postgres:
+    """A PostgreSQL cluster of its own, thrown away at the end."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+        found = shutil.which("initdb")
+        if not binaries and found is None:
+            pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+        self.bin = binaries[-1] if binaries else Path(str(found)).resolve().parent
+        self.port, self.folder, self.options = free_port(), folder, options
+        # It refuses to run as root; then its own user runs it, who has to reach the folder.
+        self.user: list[str] = []
+        if os.geteuid() == 0:
+            self.user = ["runuser", "-u", "postgres", "--"]
+            self.folder = Path(tempfile.mkdtemp(prefix="stratakv-postgres-"))
+            shutil.chown(self.folder, "postgres")
+        self.data = self.folder / "data"
+        trust = ["-A", "trust", "-U", "postgres", "--no-sync", "-E", "UTF8", "--locale=C.UTF-8"]
+        subprocess.run([*self.user, str(self.bin / "initdb"), "-D", str(self.data), *trust], check=True, stdout=subprocess.DEVNULL)
+        self.start()
+
+    def start(self) -> None:
+        settings = ["-p", str(self.port), "-k", str(self.folder), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+        command = [*self.user, str(self.bin / "postgres"), "-D", str(self.data), *settings, *self.options]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        wait_for_port(self.port)
+        for _ in range(500):
+            ready = [str(self.bin / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+            if subprocess.run(ready).returncode == 0:
+                return
+            time.sleep(0.02)
+        raise AssertionError("PostgreSQL does not answer")
+
+    @property
+    def pid(self) -> int:
+        """The server's own, which `runuser` may stand before."""
+        return int((self.data / "postmaster.pid").read_text().split()[0])
+
+    def all_pids(self) -> list[int]:
+        """The server and those that serve its connections."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [self.pid, *map(int, children.split())]
+
+    def kill(self) -> None:
+        for pid in self.all_pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        (self.data / "postmaster.pid").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.kill()
+        if self.user:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def url(self, database: str = "postgres", port: int | None = None) -> str:
+        return f"postgresql://postgres@127.0.0.1:{port or self.port}/{database}"
+
+
+@contextlib.contextmanager
+def postgres(folder: Path, *options: str) -> Iterator[Postgres]:
+    server = Postgres(folder, *options)
+    try:
+        yield server
+    finally:
+        server.close()

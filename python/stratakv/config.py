@@ -464,11 +464,64 @@ class DragonflyConfig:
         for name in ("cluster", "required"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"dragonfly.{name} is {getattr(self, name)!r}, expected true or false")
-        for name in ("deadline_s", "ttl_s"):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and 0.001 <= value <= 1e9) and not (name == "ttl_s" and value is None):
-                raise ConfigError(f"dragonfly.{name} is {value!r}, expected seconds from 0.001")
+        _check_seconds("dragonfly.deadline_s", self.deadline_s)
+        if self.ttl_s is not None:
+            _check_seconds("dragonfly.ttl_s", self.ttl_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostgresConfig:
+    """The catalog in PostgreSQL, 15 or newer: what is cached where, for whom, since when.
+
+    Attributes:
+        url: as ``postgresql://user@host/database``, with libpq's parameters; ``None``: there is no catalog. To a host that is
+            not this one TLS is verified, unless the URL says otherwise by ``sslmode``.
+        password: of that user, if not in the URL, the environment or a password file.
+        ca_file: certificates by which TLS is verified; ``None``: the system's.
+        node: what this node is called there; ``None``: the host's name. A second process of one name gets ``#2`` behind it.
+        deadline_s: seconds that a call may take. No request waits for one.
+        interval_s: seconds between two looks at what is to be told.
+        poll_s: seconds after which a retired version is found at the latest, where its notice was missed.
+        keep_days: days that events, prefixes that nobody uses, and nodes that are gone are kept.
+        warm_start_bytes: bytes that are brought to RAM when a model is registered, of what was asked for most; half of RAM
+            at most, 0: none.
+        required: whether a database that does not answer, or cannot be used, is an error when the store is opened.
+    """
+
+    url: str | None = field(default=None, repr=False)
+    password: str | None = field(default=None, repr=False)
+    ca_file: str | os.PathLike[str] | None = None
+    node: str | None = None
+    deadline_s: float = 5.0
+    interval_s: float = 0.2
+    poll_s: float = 5.0
+    keep_days: int = 30
+    warm_start_bytes: int | str = "1GiB"
+    required: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        for name in ("url", "password", "node"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigError(f"postgres.{name} is no text")
+        scheme = (self.url or "postgresql:").partition(":")[0]
+        if scheme not in ("postgresql", "postgres"):
+            raise ConfigError(f"postgres.url begins with {scheme!r}, expected postgresql://")
+        if not isinstance(self.required, bool):
+            raise ConfigError(f"postgres.required is {self.required!r}, expected true or false")
+        for name in ("deadline_s", "interval_s", "poll_s"):
+            _check_seconds(f"postgres.{name}", getattr(self, name))
+        if type(self.keep_days) is not int or not 1 <= self.keep_days <= 36_500:
+            raise ConfigError(f"postgres.keep_days is {self.keep_days!r}, expected days from 1 to 36500")
+        if self.warm_start_bytes != 0 or isinstance(self.warm_start_bytes, bool):
+            size = parse_bytes(self.warm_start_bytes, "postgres.warm_start_bytes")
+            object.__setattr__(self, "warm_start_bytes", size)
+
+
+def _check_seconds(name: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and 0.001 <= value <= 1e9):  # type: ignore[operator]  # it is a number
+        raise ConfigError(f"{name} is {value!r}, expected seconds from 0.001")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -506,6 +559,7 @@ class Config:
         models: how the tiers are divided between models.
         quotas: what models and tenants may have.
         dragonfly: the tier that nodes share.
+        postgres: the catalog.
         store: what all tiers share.
     """
 
@@ -514,6 +568,7 @@ class Config:
     models: ModelsConfig = field(default_factory=ModelsConfig)
     quotas: QuotasConfig = field(default_factory=QuotasConfig)
     dragonfly: DragonflyConfig = field(default_factory=DragonflyConfig)
+    postgres: PostgresConfig = field(default_factory=PostgresConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
@@ -521,8 +576,9 @@ class Config:
         for name, kind in _SECTIONS.items():
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected a {kind.__name__}")
-        if self.dragonfly.url is not None and self.store.secret is None:
-            raise ConfigError("dragonfly.url is set and store.secret is not: nodes that share need the same secret")
+        for name in ("dragonfly", "postgres"):
+            if getattr(self, name).url is not None and self.store.secret is None:
+                raise ConfigError(f"{name}.url is set and store.secret is not: nodes that share need the same secret")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
@@ -563,9 +619,11 @@ _SECTIONS: dict[str, type[Any]] = {
     "models": ModelsConfig,
     "quotas": QuotasConfig,
     "dragonfly": DragonflyConfig,
+    "postgres": PostgresConfig,
     "store": StoreConfig,
 }
-_NUMBERS = ("floor", "interval_s", "half_life_s", "idle_s", "deadline_s", "ttl_s")
+_NUMBERS = ("floor", "interval_s", "half_life_s", "idle_s", "deadline_s", "ttl_s", "poll_s")
+_INTEGERS = ("threads", "keep_days")
 _FLAGS = ("enabled", "cluster", "required")
 
 
@@ -590,15 +648,15 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _from_text(section: str, key: str, text: str) -> object:
-    if section in ("ssd", "dragonfly") and key in _FLAGS:
+    if section in ("ssd", "dragonfly", "postgres") and key in _FLAGS:
         if text.lower() not in ("true", "false", "1", "0"):
             raise ConfigError(f"STRATAKV_{section.upper()}_{key.upper()} is {text!r}, expected true or false")
         return text.lower() in ("true", "1")
-    if (section, key) == ("store", "threads"):
+    if key in _INTEGERS:
         if not text.isdecimal():
-            raise ConfigError(f"STRATAKV_STORE_THREADS is {text!r}, expected an integer from 0 to 1024")
+            raise ConfigError(f"STRATAKV_{section.upper()}_{key.upper()} is {text!r}, expected an integer")
         return int(text)
-    if section in ("models", "dragonfly") and key in _NUMBERS:
+    if section in ("models", "dragonfly", "postgres") and key in _NUMBERS:
         try:
             return float(text)
         except ValueError:

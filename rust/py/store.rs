@@ -132,6 +132,13 @@ impl Store {
         Ok((found.iter().map(|prefix| prefix_row(py, prefix)).collect(), next))
     }
 
+    /// What each tenant counted of each model: names of both, and blocks asked for, found, tokens loaded, blocks and bytes put.
+    fn usage(&self, py: Python<'_>) -> PyResult<Vec<(String, String, [u64; 5])>> {
+        let usage = py.detach(|| self.store.usage()).or_raise(py)?;
+        let row = |c: Counts| [c.asked, c.hit, c.loaded_tokens, c.put_blocks, c.put_bytes];
+        Ok(usage.into_iter().map(|(model, tenant, counts)| (model, tenant, row(counts))).collect())
+    }
+
     /// Where puts and matches ended since the last such call, at most so many.
     fn used<'py>(&self, py: Python<'py>, most: usize) -> PyResult<Vec<PrefixRow<'py>>> {
         let found = py.detach(|| self.store.used(most)).or_raise(py)?;
@@ -344,11 +351,6 @@ impl Model {
         Ok(record.map(|record| PyBytes::new(py, &record)))
     }
 
-    /// The token ids in a record from there; `None`: it is no record of this model.
-    fn shared_tokens(&self, py: Python<'_>, record: PyBackedBytes) -> Option<Vec<u32>> {
-        py.detach(|| self.store.shared_tokens(&self.model, &record))
-    }
-
     /// Names a namespace of the model in its present epoch.
     fn space<'py>(&self, py: Python<'py>, adapter: &str, tenant: &str) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &self.store.space(&self.model, adapter, tenant))
@@ -362,7 +364,7 @@ impl Model {
     }
 
     /// Takes in records from there, from block `first` on; returns how many leading blocks are cached now, and why not all.
-    #[pyo3(signature = (tokens, adapter, tenant, first, records, lifter = None))]
+    #[pyo3(signature = (tokens, adapter, tenant, first, records))]
     fn admit(
         &self,
         tokens: &Bound<'_, PyAny>,
@@ -370,16 +372,44 @@ impl Model {
         tenant: &str,
         first: usize,
         records: Vec<PyBackedBytes>,
-        lifter: Option<&str>,
     ) -> PyResult<(usize, Option<&'static str>)> {
         let py = tokens.py();
-        let lifter = lifter.map(lifter_of).transpose().or_raise(py)?;
         let asked = Asked::read(tokens, adapter, tenant)?;
         let records: Vec<&[u8]> = records.iter().map(|record| &**record).collect();
         let sequence = || asked.sequence(self, adapter, tenant);
-        let admitted = py.detach(|| self.store.admit(&self.model, &sequence(), first, &records, lifter));
+        let admitted = py.detach(|| self.store.admit(&self.model, &sequence(), first, &records));
         let admitted = admitted.or_raise(py)?;
         Ok((admitted.blocks, admitted.miss.map(|miss| miss.name())))
+    }
+
+    /// The same of a sequence of which the names of its blocks are known, ahead of a request.
+    #[pyo3(signature = (adapter, tenant, names, first, records, lifter))]
+    #[expect(clippy::too_many_arguments, reason = "one crossing carries the whole request; Python names them")]
+    fn admit_named(
+        &self,
+        py: Python<'_>,
+        adapter: &str,
+        tenant: &str,
+        names: Vec<[u8; 16]>,
+        first: usize,
+        records: Vec<PyBackedBytes>,
+        lifter: &str,
+    ) -> PyResult<(usize, Option<&'static str>)> {
+        let lifter = lifter_of(lifter).or_raise(py)?;
+        let records: Vec<&[u8]> = records.iter().map(|record| &**record).collect();
+        let admit = || self.store.admit_named(&self.model, adapter, tenant, &names, first, &records, lifter);
+        let admitted = py.detach(admit).or_raise(py)?;
+        Ok((admitted.blocks, admitted.miss.map(|miss| miss.name())))
+    }
+
+    /// Where the leading blocks of a sequence are, by their names: a bit for each tier, 1 for RAM and 2 for SSD.
+    fn places<'py>(&self, py: Python<'py>, names: Vec<[u8; 16]>) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(py, &py.detach(|| self.store.places(&self.model, &names)).or_raise(py)?))
+    }
+
+    /// Names of the blocks of a sequence, 16 bytes each, one behind the other.
+    fn names<'py>(&self, py: Python<'py>, sequence: &TokenSequence) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.store.names(&sequence.sequence.lock()).concat())
     }
 
     /// Bytes of a block that is not encoded, header and padding included.
@@ -401,6 +431,21 @@ impl Model {
     /// Tells how fast the engine computes, in tokens a second.
     fn set_prefill_rate(&self, py: Python<'_>, tokens_per_s: Option<f64>) -> PyResult<()> {
         py.detach(|| self.store.set_prefill_rate(&self.model, tokens_per_s)).or_raise(py)
+    }
+
+    /// Has that rate learned.
+    fn learn_prefill_rate(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.store.learn_prefill_rate(&self.model)).or_raise(py)
+    }
+
+    /// Tokens a second, told or learned; `None`: not known.
+    fn prefill_rate(&self, py: Python<'_>) -> PyResult<Option<f64>> {
+        py.detach(|| self.store.prefill_rate(&self.model)).or_raise(py)
+    }
+
+    /// Seconds that reading a byte from SSD takes; `None`: not known.
+    fn read_s(&self, py: Python<'_>) -> PyResult<Option<f64>> {
+        py.detach(|| self.store.read_s(&self.model)).or_raise(py)
     }
 
     /// Encodes what is put, or what goes to SSD, from now on.
@@ -525,6 +570,12 @@ impl TokenSequence {
         };
         let names: Option<Vec<&[u8]>> = hashes.as_ref().map(|hashes| hashes.iter().map(|hash| &**hash).collect());
         self.sequence.lock().extend(&ids, names.as_deref()).or_raise(py)
+    }
+
+    /// All token ids, 4 bytes each, little end first.
+    fn _ids<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        let ids: Vec<u8> = self.sequence.lock().tokens().iter().flat_map(|id| id.to_le_bytes()).collect();
+        PyBytes::new(py, &ids)
     }
 
     /// Number of tokens.

@@ -90,6 +90,7 @@ impl Store {
         let blocks = found.map_or(0, |(_, blocks)| blocks);
         namespace.matches.count(blocks, hashes.len() - blocks);
         let asked_tokens = tokens.len();
+        model.prefills.asked(&hashes, asked_tokens - blocks * model.spec.geometry.block_tokens as usize);
         tokens.truncate(blocks * model.spec.geometry.block_tokens as usize);
         Ok(Lease {
             shared: self.shared.clone(),

@@ -2,10 +2,10 @@
 
 use super::nodes::NodeId;
 use super::state::State;
-use super::{Model, Store};
+use super::{Model, Sequence, Store};
 use crate::block::{BlockHash, Sealed};
 use crate::error::Result;
-use crate::stats::Tier;
+use crate::stats::{Counts, Tier};
 use crate::sync::Guard;
 
 /// Blocks that are looked at under the lock at a time.
@@ -42,18 +42,20 @@ struct Listed {
 }
 
 impl State {
+    // A bit for each tier that has a block.
+    fn place(&self, id: NodeId) -> u8 {
+        let held = self.held(id);
+        Tier::ALL.iter().map(|&tier| u8::from(held[tier as usize].is_some()) << tier as u8).sum()
+    }
+
     fn listed(&self, id: NodeId) -> Listed {
-        let place = |id| {
-            let held = self.held(id);
-            Tier::ALL.iter().map(|&tier| u8::from(held[tier as usize].is_some()) << tier as u8).sum::<u8>()
-        };
         let mut path: Vec<NodeId> = self.nodes.path(id).collect();
         path.reverse();
         let node = &self.nodes[id];
         Listed {
             model: self.nodes.model(id),
             seed: self.nodes.hash_before(path[0]),
-            blocks: path.iter().map(|&id| (self.nodes.hash(id), place(id))).collect(),
+            blocks: path.iter().map(|&id| (self.nodes.hash(id), self.place(id))).collect(),
             since_s: node.since_s,
             used_s: node.used_s,
             uses: node.uses,
@@ -97,6 +99,33 @@ impl Store {
         });
         let listed: Vec<Listed> = listed.collect();
         Ok(self.named(state, listed))
+    }
+
+    /// What each tenant counted of each model: names of both.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn usage(&self) -> Result<Vec<(String, String, Counts)>> {
+        let mut state = self.shared.open_state()?;
+        state.catch_up(&self.shared.touched);
+        let each = state.owners.each();
+        Ok(each.filter_map(|(model, tenant, counts)| Some((state.name_of(model)?, tenant, counts))).collect())
+    }
+
+    /// Where the leading blocks of a sequence of a model are, by their names: a bit for each tier. Nothing is counted.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn places(&self, model: &Model, names: &[Sealed]) -> Result<Vec<u8>> {
+        let state = self.shared.open_state()?;
+        let hashes = names.iter().map(|&name| self.shared.secret.unseal(name));
+        let ids = hashes.map_while(|hash| state.nodes.find(hash).filter(|&id| state.nodes.model(id) == model.id));
+        Ok(ids.map(|id| state.place(id)).collect())
+    }
+
+    /// Names of the blocks of a sequence, to everyone who has the store's secret.
+    pub fn names(&self, sequence: &Sequence) -> Vec<Sealed> {
+        sequence.hashes.iter().map(|&hash| self.shared.secret.seal(hash)).collect()
     }
 
     /// What names a namespace of a model in its present epoch.

@@ -2,6 +2,7 @@
 
 use super::namespace::{Epochs, Namespaces};
 use super::owners::OwnerId;
+use super::worth::Prefills;
 use crate::block::{Geometry, Hasher, Secret};
 use crate::stats::Counts;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
@@ -23,6 +24,8 @@ pub struct Model {
     pub(super) id: u32,
     pub(super) spec: ModelSpec,
     pub(super) namespaces: Namespaces,
+    /// How long the engine takes, from a match to the put of the same prompt, if that is to be learned.
+    pub(super) prefills: Prefills,
     /// Set when it is unregistered: from then on it matches nothing.
     gone: AtomicBool,
 }
@@ -76,7 +79,7 @@ impl Model {
         owner: (OwnerId, Arc<Matches>),
     ) -> Self {
         let namespaces = Namespaces::new(spec.hasher(secret, "", ""), epochs, owner);
-        Self { id, spec, namespaces, gone: AtomicBool::new(false) }
+        Self { id, spec, namespaces, prefills: Prefills::default(), gone: AtomicBool::new(false) }
     }
 
     /// What the model was registered with.

@@ -66,6 +66,12 @@ pub(crate) struct Tenant {
     retired: Counts,
 }
 
+impl Tenant {
+    fn called(&self) -> String {
+        self.name.clone().unwrap_or_else(|| format!("tag:{:016x}", self.tag))
+    }
+}
+
 /// Counts of each model, by its number; of each tenant, by its name, with what it uses; and of all.
 #[derive(Debug)]
 pub(crate) struct Sums {
@@ -327,6 +333,13 @@ impl Owners {
         Some((owner.model, self.tenants.get(owner.tenant)?.tag))
     }
 
+    /// Number of the model, name of the tenant and counts of each owner.
+    pub(crate) fn each(&self) -> impl Iterator<Item = (u32, String, Counts)> + '_ {
+        let registered = |owner: &&Owner| self.key(owner).is_some_and(|key| self.by_key.contains_key(&key));
+        let owners = self.owners.iter().map(|(_, owner)| owner).filter(registered);
+        owners.filter_map(|owner| Some((owner.model, self.tenants.get(owner.tenant)?.called(), owner.all())))
+    }
+
     /// All counts, at one instant; of models whose longest blocks have so many tokens.
     pub(crate) fn sums(&self, now: Duration, block_tokens: u32) -> Sums {
         let (mut models, mut total): (HashMap<u32, Counts>, _) = (HashMap::new(), self.retired);
@@ -345,8 +358,7 @@ impl Owners {
                     models.entry(owner.model).or_default().add(&counts);
                 }
             }
-            let name = tenant.name.clone().unwrap_or_else(|| format!("tag:{:016x}", tenant.tag));
-            tenants.push((name, sum, tenant.account.usage(now, tenant.bytes, block_tokens)));
+            tenants.push((tenant.called(), sum, tenant.account.usage(now, tenant.bytes, block_tokens)));
         }
         tenants.sort_by(|a, b| a.0.cmp(&b.0));
         Sums { models, tenants, total }

@@ -60,6 +60,9 @@ impl Store {
         check_view(&geometry, view, tokens.len())?;
         self.shared.check_open()?;
         sequence.check_model(model)?;
+        if let Some(rate) = model.prefills.put(hashes) {
+            self.shared.set_computed(model, Some(rate))?;
+        }
         let block_tokens = geometry.block_tokens as usize;
         let found = self.shared.find(model, namespace, hashes, false)?;
         let known = found.map_or(0, |(_, blocks)| blocks);

@@ -8,6 +8,7 @@
 //! digest, checksums, geometry, names and token ids must agree, or it is a miss.
 
 use super::lease::Held;
+use super::namespace::Namespace;
 use super::write::encode;
 use super::{Model, Sequence, Shared, Store};
 use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES, Sealed};
@@ -20,6 +21,9 @@ use crate::sync::{Arc, AtomicBool};
 
 /// Bytes of the digest.
 const DIGEST_BYTES: usize = 32;
+
+/// A record that was checked: the number of its block, itself without its digest, and how it is encoded.
+type Right<'a> = (usize, &'a [u8], Option<Arc<Layout>>);
 
 /// What became of records that came from a shared tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,50 +83,76 @@ impl Store {
         Ok(Some(record))
     }
 
-    /// The token ids in a record from a shared tier, if it is one of this model that was made with the secret.
-    pub fn shared_tokens(&self, model: &Model, bytes: &[u8]) -> Option<Vec<u32>> {
-        let (record, digest) = bytes.split_at_checked(bytes.len().checked_sub(DIGEST_BYTES)?)?;
-        let geometry = &model.spec.geometry;
-        read_record(record, geometry, &self.shared.shared_identity(model))?;
-        let right = self.shared.secret.is_digest(record, digest);
-        right.then(|| tokens_of(&record[RECORD_HEADER_BYTES..], geometry).collect())
-    }
-
-    /// Takes in records of a sequence from a shared tier, which follow the blocks that are cached from block `first` on;
-    /// they are findable as after a put. A record that is not what it should be ends it. Ahead of a request (`lifter`) they
-    /// take no room from blocks that only RAM has.
+    /// Takes in records of a sequence from a shared tier, from block `first` on. Those that follow the blocks that are cached
+    /// are findable as after a put; of those that are cached and not in RAM the bytes come there. A record that is not what
+    /// it should be ends it.
     ///
     /// # Errors
     /// The store is closed, or the sequence is of another model.
-    pub fn admit(
+    pub fn admit(&self, model: &Model, sequence: &Sequence, first: usize, records: &[&[u8]]) -> Result<Admitted> {
+        sequence.check_model(model)?;
+        let Sequence { namespace, tokens, hashes, .. } = sequence;
+        self.admit_into(model, namespace, hashes, Some(tokens), first, records, None)
+    }
+
+    /// The same of a sequence of which only the names of its blocks are known, ahead of a request: they take no room from
+    /// blocks that only RAM has. That a record has the tokens that its name tells is certain by its digest.
+    ///
+    /// # Errors
+    /// The store is closed.
+    #[expect(clippy::too_many_arguments, reason = "a namespace is named by adapter and tenant")]
+    pub fn admit_named(
         &self,
         model: &Model,
-        sequence: &Sequence,
+        adapter: &str,
+        tenant: &str,
+        names: &[Sealed],
+        first: usize,
+        records: &[&[u8]],
+        lifter: Lifter,
+    ) -> Result<Admitted> {
+        let hashes: Vec<BlockHash> = names.iter().map(|&name| self.shared.secret.unseal(name)).collect();
+        let namespace = model.namespace(&self.shared, adapter, tenant);
+        self.admit_into(model, &namespace, &hashes, None, first, records, Some(lifter))
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "what the two above have in common")]
+    fn admit_into(
+        &self,
+        model: &Model,
+        namespace: &Namespace,
+        hashes: &[BlockHash],
+        tokens: Option<&[u32]>,
         first: usize,
         records: &[&[u8]],
         lifter: Option<Lifter>,
     ) -> Result<Admitted> {
         let shared = &self.shared;
         shared.check_open()?;
-        sequence.check_model(model)?;
-        let Sequence { namespace, tokens, hashes, .. } = sequence;
-        let geometry = &model.spec.geometry;
+        let size = model.spec.geometry.block_tokens as usize;
         let found = shared.find(model, namespace, hashes, false)?;
         let known = found.map_or(0, |(_, blocks)| blocks);
+        // As long as this is held, none of them is unlinked.
         let parent = Held { trie: &shared.trie, id: found.map(|(id, _)| id) };
         if known < first {
             return Ok(Admitted { blocks: known, miss: Some(Miss::Evicted) });
         }
-        let wanted = &hashes[known.min(hashes.len())..(first + records.len()).min(hashes.len()).max(known)];
+        let wanted = first..(first + records.len()).min(hashes.len());
+        let in_ram: Vec<bool> = {
+            let state = shared.open_state()?;
+            let is_in_ram = |&hash: &BlockHash| state.nodes.find(hash).is_some_and(|id| state.nodes[id].ram.is_some());
+            hashes[wanted.clone()].iter().map(is_in_ram).collect()
+        };
         let mut miss = None;
-        let mut right: Vec<(&[u8], Option<Arc<Layout>>)> = Vec::new();
-        for (n, &hash) in wanted.iter().enumerate() {
-            let at = known + n;
+        let mut right: Vec<Right> = Vec::new();
+        for (at, in_ram) in wanted.zip(in_ram) {
+            if in_ram {
+                continue;
+            }
             let before = at.checked_sub(1).map_or(namespace.hasher.seed(), |before| hashes[before]);
-            let size = geometry.block_tokens as usize;
-            let expected = &tokens[at * size..(at + 1) * size];
-            match shared.checked(model, records[at - first], hash, before, at, expected) {
-                Some(record) => right.push(record),
+            let expected = tokens.map(|tokens| &tokens[at * size..(at + 1) * size]);
+            match shared.checked(model, records[at - first], hashes[at], before, at, expected) {
+                Some((record, layout)) => right.push((at, record, layout)),
                 None => {
                     miss = Some(Miss::Corrupt);
                     break;
@@ -132,7 +162,7 @@ impl Store {
         let mut state = shared.open_state()?;
         state.catch_up(&shared.touched);
         let mut slots: Vec<Slot> = Vec::new();
-        for (record, _) in &right {
+        for (_, record, _) in &right {
             let Some(slot) = state.allocate(namespace.owner, record.len(), lifter.is_none()) else {
                 miss = miss.or(Some(Miss::Evicted));
                 break;
@@ -140,19 +170,38 @@ impl Store {
             slots.push(slot);
         }
         drop(state);
-        for (&slot, (record, _)) in slots.iter().zip(&right) {
+        for (&slot, (_, record, _)) in slots.iter().zip(&right) {
             // SAFETY: the slot was taken for this record's length, and is not published: this thread alone has it.
             unsafe { std::ptr::copy_nonoverlapping(record.as_ptr(), shared.arena.at(slot), record.len()) };
         }
         let mut state = shared.state.lock();
-        let placed = slots.into_iter().zip(right).map(|(slot, (_, layout))| (slot, layout)).collect();
-        let (published, new) = state.publish(model, namespace, parent.id, wanted, placed);
-        state.owners.counts(namespace.owner).promoted += new as u64;
-        for &hash in &wanted[..published] {
-            let id = state.nodes.find(hash);
-            id.into_iter().for_each(|id| state.lifted(id, lifter));
+        let mut came = 0;
+        let mut new = Vec::new();
+        for (slot, (at, _, layout)) in slots.into_iter().zip(right) {
+            if at >= known {
+                new.push((slot, layout));
+                continue;
+            }
+            match state.nodes.find(hashes[at]).filter(|&id| state.nodes[id].ram.is_none()) {
+                Some(id) => {
+                    state.place_in_ram(id, slot, layout);
+                    state.lifted(id, lifter);
+                    came += 1;
+                }
+                None => state.free(slot),
+            }
         }
-        state.owners.counts(namespace.owner).corrupt += u64::from(miss == Some(Miss::Corrupt));
+        let follow = &hashes[known..known + new.len()];
+        let (published, new) = state.publish(model, namespace, parent.id, follow, new);
+        if lifter.is_some() {
+            for &hash in &follow[..published] {
+                let id = state.nodes.find(hash);
+                id.into_iter().for_each(|id| state.lifted(id, lifter));
+            }
+        }
+        let counts = state.owners.counts(namespace.owner);
+        counts.promoted += (came + new) as u64;
+        counts.corrupt += u64::from(miss == Some(Miss::Corrupt));
         let work = state.has_work();
         drop(state);
         if work {
@@ -177,7 +226,7 @@ impl Shared {
         hash: BlockHash,
         before: BlockHash,
         depth: usize,
-        expected: &[u32],
+        expected: Option<&[u32]>,
     ) -> Option<(&'a [u8], Option<Arc<Layout>>)> {
         let geometry: &Geometry = &model.spec.geometry;
         let (record, digest) = bytes.split_at_checked(bytes.len().checked_sub(DIGEST_BYTES)?)?;
@@ -187,7 +236,8 @@ impl Shared {
             && block.hash == self.secret.seal(hash)
             && block.parent == self.secret.seal(before)
             && block.depth as usize == depth
-            && tokens_of(&record[RECORD_HEADER_BYTES..], geometry).eq(expected.iter().copied());
+            && expected
+                .is_none_or(|tokens| tokens_of(&record[RECORD_HEADER_BYTES..], geometry).eq(tokens.iter().copied()));
         let layout = match &form.scheme {
             None => None,
             Some(scheme) => {
@@ -214,6 +264,7 @@ impl super::Lease {
         }
         let found = shared.find(&self.model, &self.namespace, &self.hashes, false)?;
         let blocks = found.map_or(0, |(_, blocks)| blocks);
+        self.model.prefills.forget(&self.hashes);
         self.namespace.matches.found(blocks.saturating_sub(self.blocks()));
         let tokens = sequence.tokens[..blocks * self.model.spec.geometry.block_tokens as usize].to_vec();
         Ok(Self {

@@ -1,18 +1,27 @@
 //! Whether reading is worth it: a load that takes longer than computing the same tokens is not made.
 //!
-//! How fast the SSD delivers is learned from each load, how fast the engine computes is told by it. Then the load ends
+//! How fast the SSD delivers is learned from each load; how fast the engine computes is told by it, or learned from the time
+//! between a match and the put of the same prompt. Then the load ends
 //! where going on would cost more than it saves, with [`Miss::NotWorthIt`](crate::stats::Miss::NotWorthIt). Of many such
 //! loads one is made all the same, so that a disk that has recovered is seen.
 
 use super::nodes::NodeId;
 use super::state::State;
 use super::{Model, Shared, Store};
+use crate::block::BlockHash;
 use crate::error::{Result, input};
+use crate::sync::{AtomicBool, Mutex, Ordering};
+use std::collections::VecDeque;
+use std::time::Instant;
 
 /// Of so many loads that are not worth it, one is made.
 const TRIED: u32 = 16;
 /// What is counted of earlier loads at each new one.
 const KEPT: f64 = 0.875;
+/// Matches whose prompts may be put yet, and rates that are remembered.
+const PREFILLS: usize = 64;
+/// Shorter ones tell more of the engine's queue than of its speed.
+const LEAST_TOKENS: usize = 64;
 
 /// How fast a model's reads from SSD are, of late: bytes and seconds, those of earlier loads less with each new one.
 #[derive(Debug, Clone, Copy, Default)]
@@ -55,6 +64,69 @@ impl ReadRate {
     }
 }
 
+/// What was asked for, and how fast what was missing was computed.
+#[derive(Debug, Default)]
+pub(super) struct Prefills {
+    learning: AtomicBool,
+    notes: Mutex<Notes>,
+}
+
+#[derive(Debug, Default)]
+struct Notes {
+    /// The last whole block of what was asked for, its number, the tokens that were missing, and when.
+    asked: VecDeque<(BlockHash, usize, usize, Instant)>,
+    /// Tokens a second.
+    rates: VecDeque<f64>,
+}
+
+impl Prefills {
+    /// A match asked for these blocks, and so many tokens were missing.
+    pub(super) fn asked(&self, hashes: &[BlockHash], missing: usize) {
+        if missing >= LEAST_TOKENS
+            && self.learning.load(Ordering::Relaxed)
+            && let Some(&last) = hashes.last()
+        {
+            let asked = &mut self.notes.lock().asked;
+            asked.truncate(PREFILLS - 1);
+            asked.push_front((last, hashes.len() - 1, missing, Instant::now()));
+        }
+    }
+
+    /// What a match missed came from elsewhere: it was not computed.
+    pub(super) fn forget(&self, hashes: &[BlockHash]) {
+        if self.learning.load(Ordering::Relaxed) {
+            self.notes.lock().asked.retain(|(last, ..)| Some(last) != hashes.last());
+        }
+    }
+
+    /// These blocks are about to be put: the rate, if it became another by that.
+    pub(super) fn put(&self, hashes: &[BlockHash]) -> Option<f64> {
+        if !self.learning.load(Ordering::Relaxed) {
+            return None;
+        }
+        let Notes { asked, rates } = &mut *self.notes.lock();
+        let mut learned = false;
+        asked.retain(|&(last, nth, missing, since)| {
+            let here = hashes.get(nth) == Some(&last);
+            if here {
+                rates.truncate(PREFILLS - 1);
+                rates.push_front(missing as f64 / since.elapsed().as_secs_f64().max(1e-9));
+                learned = true;
+            }
+            !here
+        });
+        // Prompts wait their turn, and some are put after an answer was made: most rates are too low.
+        let mut rising: Vec<f64> = rates.iter().copied().collect();
+        rising.sort_by(f64::total_cmp);
+        rising.get(rising.len() * 3 / 4).copied().filter(|_| learned)
+    }
+
+    fn learn(&self, learning: bool) {
+        *self.notes.lock() = Notes::default();
+        self.learning.store(learning, Ordering::Relaxed);
+    }
+}
+
 impl State {
     /// How many of these blocks of a model a load should go through.
     pub(super) fn worthwhile(&mut self, model: u32, blocks: &[NodeId]) -> usize {
@@ -78,7 +150,45 @@ impl Store {
         if let Some(rate) = tokens_per_s.filter(|rate| !(rate.is_finite() && *rate > 0.0)) {
             return Err(input(format!("prefill rate: {rate} tokens/s, expected a number above zero, or none")));
         }
-        let mut state = self.shared.open_state()?;
+        model.prefills.learn(false);
+        self.shared.set_computed(model, tokens_per_s)
+    }
+
+    /// Has that rate learned: from a match to the put of the same prompt as long passes as the engine computes, at least.
+    /// Not known before the first.
+    ///
+    /// # Errors
+    /// The model is not registered.
+    pub fn learn_prefill_rate(&self, model: &Model) -> Result<()> {
+        self.shared.set_computed(model, None)?;
+        model.prefills.learn(true);
+        Ok(())
+    }
+
+    /// The rate that was told, or learned, if one was.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn prefill_rate(&self, model: &Model) -> Result<Option<f64>> {
+        let state = self.shared.open_state()?;
+        let computed_s = state.models.get(&model.id).and_then(|books| books.computed_s);
+        Ok(computed_s.map(|seconds| f64::from(model.spec().geometry.block_tokens) / seconds))
+    }
+
+    /// Seconds that reading a byte of this model from SSD takes, as far as that is known.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn read_s(&self, model: &Model) -> Result<Option<f64>> {
+        let state = self.shared.open_state()?;
+        let rate = state.models.get(&model.id).map(|books| books.read_rate).filter(|rate| rate.bytes > 0.0);
+        Ok(rate.map(|rate| rate.seconds / rate.bytes))
+    }
+}
+
+impl Shared {
+    pub(super) fn set_computed(&self, model: &Model, tokens_per_s: Option<f64>) -> Result<()> {
+        let mut state = self.open_state()?;
         let books = state.models.get_mut(&model.id).ok_or_else(|| Shared::not_registered(model))?;
         let block_tokens = f64::from(model.spec().geometry.block_tokens);
         books.computed_s = tokens_per_s.map(|rate| block_tokens / rate);
@@ -105,6 +215,29 @@ mod tests {
             };
             prop_assert!((0..=reads.len()).all(|other| saved(other) <= saved(found) + 1e-6));
         }
+    }
+
+    #[test]
+    fn a_prefill_rate_is_learned_from_matches_whose_prompts_are_put() {
+        let prefills = Prefills::default();
+        let hashes: Vec<BlockHash> = (0..8).map(BlockHash).collect();
+        prefills.asked(&hashes, 128);
+        assert_eq!(prefills.put(&hashes), None, "it is not to be learned");
+        prefills.learn(true);
+        prefills.asked(&hashes[..4], LEAST_TOKENS - 1);
+        assert_eq!(prefills.put(&hashes), None, "too few tokens");
+        prefills.asked(&hashes[..4], 128);
+        assert_eq!(prefills.put(&hashes[..3]), None, "another prompt");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        let rate = prefills.put(&hashes).expect("what was asked for, and more");
+        assert!(rate > 0.0 && rate <= 128.0 / 0.002, "{rate}");
+        assert_eq!(prefills.put(&hashes), None, "it was put");
+        prefills.asked(&hashes, 128);
+        prefills.forget(&hashes);
+        assert_eq!(prefills.put(&hashes), None, "it came from elsewhere");
+        (0..3 * PREFILLS).for_each(|n| prefills.asked(&hashes[..1 + n % 8], 128));
+        prefills.put(&hashes);
+        assert!(prefills.notes.lock().asked.len() <= PREFILLS && prefills.notes.lock().rates.len() <= PREFILLS);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::kv::*;
 use std::collections::BTreeSet;
-use stratakv::stats::{Lifter, Miss};
+use stratakv::stats::{Lifter, Miss, Tier};
 use stratakv::{Prefix, Store};
 
 fn all(store: &Store, model: Option<&str>) -> Vec<Prefix> {
@@ -115,7 +115,7 @@ fn what_is_brought_up_ahead_is_counted_and_so_is_what_of_it_was_asked_for() {
 }
 
 #[test]
-fn records_of_a_shared_tier_tell_their_tokens_and_come_ahead_too() {
+fn records_of_a_shared_tier_come_ahead_by_their_names_alone() {
     let node = || {
         let secret = Some("shared".into());
         Store::open(stratakv::Options { secret, ..options(None, 4 * MIB, 0) }).expect("it opens")
@@ -127,18 +127,67 @@ fn records_of_a_shared_tier_tell_their_tokens_and_come_ahead_too() {
     let names = hold(&one, &from, &tokens).names();
     let records: Vec<Vec<u8>> =
         names.iter().map(|&name| one.export(&from, name).expect("it is open").expect("it is in RAM")).collect();
-    let told: Vec<u32> =
-        records.iter().flat_map(|record| two.shared_tokens(&to, record).expect("it is right")).collect();
-    assert_eq!(told, tokens);
-    let mut wrong = records[0].clone();
-    wrong[300] ^= 1;
-    assert_eq!((two.shared_tokens(&to, &wrong), two.shared_tokens(&to, &[])), (None, None));
-    let sequence = two.sequence(&to, "", "", told);
     let records: Vec<&[u8]> = records.iter().map(Vec::as_slice).collect();
-    let admitted = two.admit(&to, &sequence, 0, &records, Some(Lifter::Near)).expect("it is open");
-    assert_eq!((admitted.blocks, admitted.miss), (3, None::<Miss>));
+    let admit = |tenant: &str, first, records: &[&[u8]]| {
+        let admitted = two.admit_named(&to, "", tenant, &names, first, records, Lifter::Near).expect("it is open");
+        (admitted.blocks, admitted.miss)
+    };
+    assert_eq!(admit("other", 0, &records), (0, Some(Miss::Corrupt)), "another tenant's");
+    let mut wrong = records[0].to_vec();
+    wrong[300] ^= 1;
+    assert_eq!(admit("", 0, &[&wrong]), (0, Some(Miss::Corrupt)));
+    assert_eq!(admit("", 0, &records[..1]), (1, None));
+    assert_eq!(admit("", 1, &records[1..]), (3, None));
+    assert_eq!(two.places(&to, &names).expect("it is open"), [1; 3]);
     let lifted = || two.snapshot().lifted[Lifter::Near as usize];
     assert!(lifted().bytes > 0 && lifted().hit_bytes == 0);
     assert_eq!(fetch(&two, &to, &tokens), 3);
     assert_eq!(lifted().bytes, lifted().hit_bytes);
+}
+
+#[test]
+fn what_is_on_ssd_alone_may_come_to_ram_from_a_shared_tier() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let open = || {
+        let secret = Some("shared".into());
+        let store = Store::open(stratakv::Options { secret, ..options(Some(directory.path()), 4 * MIB, 16 * MIB) });
+        let store = store.expect("it opens");
+        let model = register(&store, "m", FINE);
+        (store, model)
+    };
+    let tokens = sequence(1, 5, &FINE);
+    let (store, model) = open();
+    put(&store, &model, &tokens);
+    let names = hold(&store, &model, &tokens).names();
+    let records: Vec<Vec<u8>> =
+        names.iter().map(|&name| store.export(&model, name).expect("it is open").expect("it is in RAM")).collect();
+    store.close().expect("the disk is well");
+    drop((model, store));
+    let (store, model) = open();
+    let records: Vec<&[u8]> = records.iter().map(Vec::as_slice).collect();
+    let sequence = store.sequence(&model, "", "", tokens.clone());
+    assert_eq!(store.places(&model, &names).expect("it is open"), [2; 5]);
+    let admitted = store.admit(&model, &sequence, 1, &records[1..4]).expect("it is open");
+    assert_eq!((admitted.blocks, admitted.miss), (5, None));
+    assert_eq!(store.places(&model, &names).expect("it is open"), [2, 3, 3, 3, 2]);
+    assert_eq!(fetch(&store, &model, &tokens), 5);
+    let (counts, ram) = (store.snapshot().total, Tier::Ram as usize);
+    assert_eq!((counts.promoted, counts.tiers[ram].hit), (3, 3));
+}
+
+#[test]
+fn each_tenant_of_each_model_has_counts_of_its_own() {
+    let store = Store::open(options(None, 4 * MIB, 0)).expect("it opens");
+    let (a, b) = (register(&store, "a", FINE), register(&store, "b", FINE));
+    let tokens = sequence(1, 3, &FINE);
+    for (model, tenant) in [(&a, ""), (&a, "t"), (&b, "t")] {
+        let mut kv = Kv::of(model, &tokens);
+        store.put(model, &tokens, "", tenant, &kv.view()).expect("right arguments");
+        drop(store.match_prefix(model, &tokens[..FINE.block_tokens as usize], "", tenant).expect("it is open"));
+    }
+    let usage = store.usage().expect("it is open");
+    let rows: BTreeSet<_> =
+        usage.iter().filter(|(.., c)| c.put_blocks > 0).map(|(m, t, c)| (&m[..], &t[..], c.asked)).collect();
+    assert_eq!(rows, BTreeSet::from([("a", "", 1), ("a", "t", 1), ("b", "t", 1)]));
+    assert_eq!(usage.iter().map(|(.., c)| c.put_blocks).sum::<u64>(), store.snapshot().total.put_blocks);
 }

@@ -18,7 +18,7 @@ fn exported(store: &Store, model: &Arc<Model>, tokens: &[u32]) -> Vec<Vec<u8>> {
 fn admit(store: &Store, model: &Model, tokens: &[u32], first: usize, records: &[Vec<u8>]) -> (usize, Option<Miss>) {
     let sequence = store.sequence(model, "", "", tokens.to_vec());
     let records: Vec<&[u8]> = records.iter().map(Vec::as_slice).collect();
-    let admitted = store.admit(model, &sequence, first, &records, None).expect("it is open");
+    let admitted = store.admit(model, &sequence, first, &records).expect("it is open");
     (admitted.blocks, admitted.miss)
 }
 

@@ -1,0 +1,232 @@
+-- The catalog: what is cached where, for whom, since when; and which versions of weights are retired.
+--
+-- Blocks and prefixes are named by 16 bytes that say nothing without the store's secret. Both are partitioned by model: a
+-- version that is retired is emptied at once. Events are partitioned by day: what is too old is dropped as one.
+
+CREATE TABLE stratakv.models (
+    id integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    fingerprint uuid NOT NULL UNIQUE,
+    name text NOT NULL,
+    weights_version text NOT NULL,
+    geometry jsonb NOT NULL,
+    block_tokens integer NOT NULL,
+    block_bytes bigint NOT NULL,
+    registered_at timestamptz NOT NULL DEFAULT now(),
+    retired_at timestamptz
+);
+CREATE INDEX models_by_name ON stratakv.models (name, weights_version);
+CREATE INDEX models_retired ON stratakv.models (retired_at) WHERE retired_at IS NOT NULL;
+
+CREATE TABLE stratakv.nodes (
+    id integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    name text NOT NULL UNIQUE,
+    opened_at timestamptz NOT NULL DEFAULT now(),
+    seen_at timestamptz NOT NULL DEFAULT now()
+);
+
+-- Tiers: 0 RAM, 1 SSD.
+CREATE TABLE stratakv.blocks (
+    model integer NOT NULL,
+    name uuid NOT NULL,
+    node integer NOT NULL,
+    tier smallint NOT NULL,
+    since timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (name, node, tier, model)
+) PARTITION BY LIST (model);
+CREATE INDEX blocks_by_node ON stratakv.blocks (node, tier);
+
+-- A prefix is named by its last block. `chain`: the names of all its blocks, 16 bytes each. `heat` is the logarithm to base 2
+-- of its uses, being put among them, each weighted by 2^(days since 1970): what was used a day later counts twice, and nothing need be aged
+-- (forward decay: Cormode et al., ICDE 2009).
+CREATE TABLE stratakv.prefixes (
+    model integer NOT NULL,
+    name uuid NOT NULL,
+    space uuid NOT NULL,
+    adapter text,
+    tenant text,
+    tokens integer NOT NULL,
+    chain bytea NOT NULL,
+    since timestamptz NOT NULL,
+    used timestamptz NOT NULL,
+    uses bigint NOT NULL,
+    heat double precision NOT NULL,
+    PRIMARY KEY (name, model)
+) PARTITION BY LIST (model);
+-- Names are random: compressing them is in vain.
+ALTER TABLE stratakv.prefixes ALTER COLUMN chain SET STORAGE EXTERNAL;
+CREATE INDEX prefixes_by_heat ON stratakv.prefixes (model, heat DESC);
+CREATE INDEX prefixes_by_tenant ON stratakv.prefixes (tenant, heat DESC);
+CREATE INDEX prefixes_by_use ON stratakv.prefixes (used);
+CREATE INDEX prefixes_by_age ON stratakv.prefixes (since);
+
+-- What happened on a node: `opened`, `closed`, `retired`, `restored`, `warmed`; and, of kind `usage`, what a tenant asked of
+-- a model since the row before.
+CREATE TABLE stratakv.events (
+    at timestamptz NOT NULL DEFAULT now(),
+    kind text NOT NULL,
+    node integer,
+    model integer,
+    tenant text,
+    asked_blocks bigint NOT NULL DEFAULT 0,
+    hit_blocks bigint NOT NULL DEFAULT 0,
+    loaded_tokens bigint NOT NULL DEFAULT 0,
+    put_blocks bigint NOT NULL DEFAULT 0,
+    put_bytes bigint NOT NULL DEFAULT 0
+) PARTITION BY RANGE (at);
+CREATE INDEX events_by_model ON stratakv.events (model, at);
+CREATE INDEX events_by_tenant ON stratakv.events (tenant, at);
+CREATE INDEX events_by_kind ON stratakv.events (kind, at);
+
+-- The present value of a heat: uses, each halved for every day since.
+CREATE FUNCTION stratakv.uses_now(heat double precision) RETURNS double precision
+LANGUAGE sql STABLE AS $$
+    SELECT power(2::double precision, greatest(least(heat - extract(epoch FROM now()) / 86400, 500), -500))
+$$;
+
+-- A heat after so many more uses at a time.
+CREATE FUNCTION stratakv.heated(heat double precision, uses bigint, at timestamptz) RETURNS double precision
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN uses = 0 THEN heat ELSE greatest(heat, later)
+        + ln(1 + power(2::double precision, greatest(-abs(heat - later), -500))) / ln(2::double precision) END
+    FROM (SELECT extract(epoch FROM at) / 86400 + ln(greatest(uses, 1)::double precision) / ln(2::double precision)) AS x (later)
+$$;
+
+-- Partitions for the events of today and the days after it.
+CREATE FUNCTION stratakv.add_days(days integer) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    day date;
+BEGIN
+    FOR ahead IN 0 .. days LOOP
+        day := (now() AT TIME ZONE 'UTC')::date + ahead;
+        EXECUTE format(
+            'CREATE TABLE IF NOT EXISTS stratakv.%I PARTITION OF stratakv.events FOR VALUES FROM (%L) TO (%L)',
+            'events_' || to_char(day, 'YYYYMMDD'), day || ' 00:00+00', (day + 1) || ' 00:00+00'
+        );
+    END LOOP;
+END $$;
+SELECT stratakv.add_days(2);
+
+-- Drops what is older than so many days: events, prefixes that nobody used since, and nodes that were not seen since.
+CREATE FUNCTION stratakv.clean(days integer) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    old regclass;
+BEGIN
+    FOR old IN
+        SELECT i.inhrelid::regclass FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+        WHERE i.inhparent = 'stratakv.events'::regclass
+            AND right(c.relname, 8) < to_char((now() AT TIME ZONE 'UTC')::date - days, 'YYYYMMDD')
+    LOOP
+        EXECUTE format('DROP TABLE %s', old);
+    END LOOP;
+    DELETE FROM stratakv.prefixes WHERE used < now() - make_interval(days => days);
+    DELETE FROM stratakv.blocks WHERE node IN (
+        SELECT id FROM stratakv.nodes WHERE seen_at < now() - make_interval(days => days)
+    );
+    DELETE FROM stratakv.nodes WHERE seen_at < now() - make_interval(days => days);
+END $$;
+
+-- Enters a model, with partitions of its own.
+CREATE FUNCTION stratakv.add_model(
+    of_fingerprint uuid, of_name text, of_version text, of_geometry jsonb, tokens integer, bytes bigint
+) RETURNS TABLE (id integer, retired boolean) LANGUAGE plpgsql AS $$
+DECLARE
+    known stratakv.models;
+BEGIN
+    SELECT * INTO known FROM stratakv.models m WHERE m.fingerprint = of_fingerprint;
+    IF NOT FOUND THEN
+        PERFORM pg_advisory_xact_lock(hashtext('stratakv.models'));
+        INSERT INTO stratakv.models AS m (fingerprint, name, weights_version, geometry, block_tokens, block_bytes)
+        VALUES (of_fingerprint, of_name, of_version, of_geometry, tokens, bytes)
+        ON CONFLICT (fingerprint) DO UPDATE SET name = m.name
+        RETURNING * INTO known;
+        EXECUTE format(
+            'CREATE TABLE IF NOT EXISTS stratakv.%I PARTITION OF stratakv.blocks FOR VALUES IN (%s)',
+            'blocks_' || known.id, known.id
+        );
+        EXECUTE format(
+            'CREATE TABLE IF NOT EXISTS stratakv.%I PARTITION OF stratakv.prefixes FOR VALUES IN (%s)',
+            'prefixes_' || known.id, known.id
+        );
+    END IF;
+    RETURN QUERY SELECT known.id, known.retired_at IS NOT NULL;
+END $$;
+
+-- Retires a version of a model's weights: one transaction, after which no node serves it, as soon as it hears of it or looks.
+CREATE FUNCTION stratakv.retire(of_name text, of_version text) RETURNS integer LANGUAGE plpgsql AS $$
+DECLARE
+    gone integer;
+    retired integer := 0;
+BEGIN
+    FOR gone IN
+        UPDATE stratakv.models SET retired_at = now()
+        WHERE name = of_name AND weights_version = of_version AND retired_at IS NULL RETURNING id
+    LOOP
+        EXECUTE format('TRUNCATE stratakv.%I, stratakv.%I', 'blocks_' || gone, 'prefixes_' || gone);
+        INSERT INTO stratakv.events (kind, model) VALUES ('retired', gone);
+        retired := retired + 1;
+    END LOOP;
+    PERFORM pg_notify('stratakv', 'retired');
+    RETURN retired;
+END $$;
+
+-- Takes that back, for what is stored from now on.
+CREATE FUNCTION stratakv.restore(of_name text, of_version text) RETURNS integer LANGUAGE plpgsql AS $$
+DECLARE
+    back integer;
+    restored integer := 0;
+BEGIN
+    FOR back IN
+        UPDATE stratakv.models SET retired_at = NULL
+        WHERE name = of_name AND weights_version = of_version AND retired_at IS NOT NULL RETURNING id
+    LOOP
+        INSERT INTO stratakv.events (kind, model) VALUES ('restored', back);
+        restored := restored + 1;
+    END LOOP;
+    PERFORM pg_notify('stratakv', 'restored');
+    RETURN restored;
+END $$;
+
+-- Which nodes hold how much of a prefix: its leading blocks, and how many of those are in RAM.
+CREATE FUNCTION stratakv.holders(of_model integer, names uuid[])
+RETURNS TABLE (node text, blocks bigint, in_ram bigint, seen_at timestamptz) LANGUAGE sql STABLE AS $$
+    SELECT n.name, count(*), count(*) FILTER (WHERE held.tier = 0), n.seen_at
+    FROM (
+        SELECT b.node, asked.nth, min(b.tier) AS tier,
+            row_number() OVER (PARTITION BY b.node ORDER BY asked.nth) AS leading
+        FROM unnest(names) WITH ORDINALITY AS asked (name, nth)
+        JOIN stratakv.blocks b ON b.name = asked.name AND b.model = of_model
+        GROUP BY b.node, asked.nth
+    ) AS held JOIN stratakv.nodes n ON n.id = held.node
+    WHERE held.nth = held.leading
+    GROUP BY n.id
+$$;
+
+-- What each node holds.
+CREATE VIEW stratakv.holdings AS
+SELECT n.name AS node, m.name AS model, m.weights_version, (ARRAY['ram', 'ssd'])[b.tier + 1] AS tier,
+    count(*) AS blocks, count(*) * m.block_bytes AS bytes, count(*) * m.block_tokens AS tokens, n.seen_at
+FROM stratakv.blocks b JOIN stratakv.nodes n ON n.id = b.node JOIN stratakv.models m ON m.id = b.model
+GROUP BY n.id, m.id, b.tier;
+
+-- Prefixes, with what they are worth now, and on how many nodes their last block is.
+CREATE VIEW stratakv.hottest AS
+SELECT m.name AS model, m.weights_version, p.tenant, p.adapter, p.name AS prefix, p.tokens, p.uses,
+    stratakv.uses_now(p.heat) AS heat, p.since, p.used,
+    (SELECT count(DISTINCT b.node) FROM stratakv.blocks b WHERE b.name = p.name AND b.model = p.model) AS nodes, p.heat AS score
+FROM stratakv.prefixes p JOIN stratakv.models m ON m.id = p.model;
+
+-- What tenants asked of models, by hour.
+CREATE VIEW stratakv.usage AS
+SELECT date_trunc('hour', e.at) AS hour, m.name AS model, m.weights_version, e.tenant, sum(e.asked_blocks) AS asked_blocks,
+    sum(e.hit_blocks) AS hit_blocks, sum(e.hit_blocks)::double precision / nullif(sum(e.asked_blocks), 0) AS hit_ratio,
+    sum(e.loaded_tokens) AS loaded_tokens, sum(e.put_blocks) AS put_blocks, sum(e.put_bytes) AS put_bytes
+FROM stratakv.events e JOIN stratakv.models m ON m.id = e.model
+WHERE e.kind = 'usage'
+GROUP BY 1, m.id, e.tenant;
+
+-- Versions of weights, and where they are still cached.
+CREATE VIEW stratakv.versions AS
+SELECT m.name AS model, m.weights_version, m.registered_at, m.retired_at,
+    (SELECT count(*) FROM stratakv.prefixes p WHERE p.model = m.id) AS prefixes,
+    (SELECT array_agg(DISTINCT n.name) FROM stratakv.blocks b JOIN stratakv.nodes n ON n.id = b.node WHERE b.model = m.id) AS nodes
+FROM stratakv.models m;

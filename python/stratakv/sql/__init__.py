@@ -1,0 +1,1 @@
+"""The catalog's schema: numbered files, applied forward."""
