@@ -172,21 +172,22 @@ class Postgres:
         self.bin = binaries[-1] if binaries else Path(str(found)).resolve().parent
         self.port, self.folder, self.options = free_port(), folder, options
         # It refuses to run as root; then its own user runs it, who has to reach the folder.
-        self.user: list[str] = []
+        self.user: dict[str, object] = {}
         if os.geteuid() == 0:
-            self.user = ["runuser", "-u", "postgres", "--"]
+            self.user = {"user": "postgres", "group": "postgres", "extra_groups": []}
             self.folder = Path(tempfile.mkdtemp(prefix="stratakv-postgres-"))
             shutil.chown(self.folder, "postgres")
         self.data = self.folder / "data"
         trust = ["-A", "trust", "-U", "postgres", "--no-sync", "-E", "UTF8", "--locale=C.UTF-8"]
-        subprocess.run([*self.user, str(self.bin / "initdb"), "-D", str(self.data), *trust], check=True, stdout=subprocess.DEVNULL)
+        command = [str(self.bin / "initdb"), "-D", str(self.data), *trust]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=self.folder, **self.user)
         self.start()
 
     def start(self) -> None:
         settings = ["-p", str(self.port), "-k", str(self.folder), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
-        command = [*self.user, str(self.bin / "postgres"), "-D", str(self.data), *settings, *self.options]
+        command = [str(self.bin / "postgres"), "-D", str(self.data), *settings, *self.options]
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, **self.user)
         wait_for_port(self.port)
         for _ in range(500):
             ready = [str(self.bin / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
@@ -195,15 +196,11 @@ class Postgres:
             time.sleep(0.02)
         raise AssertionError("PostgreSQL does not answer")
 
-    @property
-    def pid(self) -> int:
-        """The server's own, which `runuser` may stand before."""
-        return int((self.data / "postmaster.pid").read_text().split()[0])
-
     def all_pids(self) -> list[int]:
         """The server and those that serve its connections."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        return [self.pid, *map(int, children.split())]
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [pid, *map(int, children.split())]
 
     def kill(self) -> None:
         for pid in self.all_pids():

@@ -44,17 +44,17 @@ def config(path: Path | None, **changes: object) -> stratakv.Config:
     )
 
 
-def loaded(cache: stratakv.ModelCache, tokens: np.ndarray) -> tuple[np.ndarray, stratakv.Explanation]:
+def loaded(cache: stratakv.ModelCache, tokens: np.ndarray, **more: str) -> tuple[np.ndarray, stratakv.Explanation]:
     """Matches and loads; returns the valid tokens and the explanation."""
     shape = cache.geometry
     out = np.zeros((shape.layers, shape.planes, shape.kv_heads, len(tokens), shape.head_dim), NUMPY[shape.dtype])
-    with cache.match(tokens) as hit:
+    with cache.match(tokens, **more) as hit:
         count = hit.load(out, layout="LKHND")
         return out[:, :, :, :count], hit.explain()
 
 
-def assert_right(cache: stratakv.ModelCache, tokens: np.ndarray) -> stratakv.Explanation:
+def assert_right(cache: stratakv.ModelCache, tokens: np.ndarray, **more: str) -> stratakv.Explanation:
     """Whatever is loaded is exactly what was put."""
-    got, explanation = loaded(cache, tokens)
+    got, explanation = loaded(cache, tokens, **more)
     assert np.array_equal(got, kv_of(tokens, cache.geometry)[:, :, :, : got.shape[3]]), str(explanation)
     return explanation

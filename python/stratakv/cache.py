@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from stratakv import _native
 from stratakv.config import Codec, Geometry
@@ -169,6 +169,19 @@ class Stats:
         """The counters of a native snapshot."""
         tiers = {name: TierStats(**row) for name, row in counts["tiers"].items()}
         return cls(**{**counts, "tiers": tiers})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiftStats:
+    """What became of blocks that were brought to RAM ahead of requests.
+
+    Attributes:
+        bytes: bytes that they took there.
+        hit_bytes: bytes of those that a match asked for since.
+    """
+
+    bytes: int
+    hit_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -410,7 +423,7 @@ class Match:
 class ModelCache:
     """The cached prefixes of one model."""
 
-    __slots__ = ("_behind", "_manager", "_model", "_said", "geometry", "name", "prefill_tokens_per_s")
+    __slots__ = ("_behind", "_manager", "_model", "_said", "geometry", "name", "retired")
 
     def __init__(
         self,
@@ -427,7 +440,8 @@ class ModelCache:
         self._said = False
         self.name = name
         self.geometry = geometry
-        self.prefill_tokens_per_s: float | None = None
+        # Whether its version is: then it finds nothing, and stores nothing.
+        self.retired = False
 
     def match(self, tokens: object, *, adapter: str = "", tenant: str = "") -> Match:
         """Finds the longest cached prefix and leases it.
@@ -545,23 +559,51 @@ class ModelCache:
         admission: Admission = self._manager.admission(self.name, tokens, tenant)
         return admission
 
-    def set_prefill_rate(self, tokens_per_s: float | None) -> None:
+    def lift(self, names: list[bytes], adapter: str | None, tenant: str | None, lifter: str, most_bytes: int) -> int:
+        """Brings blocks of one sequence to RAM, from its first on, from where they are; how many bytes came."""
+        blocks, came = self._model.lift(names, lifter, most_bytes)
+        tier: Dragonfly | None = self._manager.dragonfly
+        size = self._model.record_bytes
+        wanted = names[blocks : blocks + (most_bytes - came) // size]
+        if tier is None or not wanted or adapter is None or tenant is None:
+            return came
+        records, _ = tier.fetch(self._model.fingerprint, wanted, size)
+        found, _ = self._model.admit_named(adapter, tenant, names, blocks, records, lifter)
+        right = max(found - blocks, 0)
+        tier.booked(len(wanted), right, sum(map(len, records[:right])))
+        return came + right * size
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """How fast the engine computes, as it was told or learned; ``None``: not known."""
+        return self._model.prefill_rate()
+
+    def set_prefill_rate(self, tokens_per_s: float | Literal["learned"] | None) -> None:
         """Tells how fast the engine computes this model's prompts, so that no load takes longer than computing.
 
-        What the SSD delivers is learned from each load. Where reading on would take longer than computing the same
-        tokens, a load ends with the reason ``not_worth_it``; one of sixteen such loads is made all the same, to see
-        whether the disk has recovered. What is in RAM is loaded in any case.
+        ``"learned"``: from the time between a match and the put of the same prompt. That is right for an engine that
+        puts as soon as it has computed; where keys and values come from elsewhere, as in a replay, no load looks worth
+        it.
+
+        What SSD and Dragonfly deliver is learned from each load. Where reading on would take longer than computing,
+        a load ends with the reason ``not_worth_it``; one of sixteen such loads is made all the same, to see whether
+        the tier has recovered. What is in RAM is loaded in any case.
 
         Args:
-            tokens_per_s: prompt tokens computed a second; ``None``: not known, and all that is found is loaded.
+            tokens_per_s: prompt tokens computed a second, or ``"learned"``; ``None``: not known, and all that is found
+                is loaded.
 
         Raises:
             InputError: the rate is not above zero.
             ModelNotFoundError: the model is not registered.
             ClosedError: the store is closed.
         """
-        self._model.set_prefill_rate(tokens_per_s)
-        self.prefill_tokens_per_s = tokens_per_s
+        if tokens_per_s == "learned":
+            self._model.learn_prefill_rate()
+        elif isinstance(tokens_per_s, str):
+            raise InputError(f"tokens_per_s is {tokens_per_s!r}, expected a number above zero, 'learned' or None")
+        else:
+            self._model.set_prefill_rate(tokens_per_s)
         self._said = False
 
     def _say_that_ssd_is_slow(self) -> None:

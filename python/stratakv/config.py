@@ -474,17 +474,17 @@ class PostgresConfig:
     """The catalog in PostgreSQL, 15 or newer: what is cached where, for whom, since when.
 
     Attributes:
-        url: as ``postgresql://user@host/database``, with libpq's parameters; ``None``: there is no catalog. To a host that is
-            not this one TLS is verified, unless the URL says otherwise by ``sslmode``.
+        url: as ``postgresql://user@host/database``, with libpq's parameters; ``None``: there is no catalog. To
+            another host TLS is verified, unless the URL says otherwise by ``sslmode``.
         password: of that user, if not in the URL, the environment or a password file.
         ca_file: certificates by which TLS is verified; ``None``: the system's.
-        node: what this node is called there; ``None``: the host's name. A second process of one name gets ``#2`` behind it.
+        node: what this node is called there; ``None``: as its host. A second process of one name gets ``#2`` behind it.
         deadline_s: seconds that a call may take. No request waits for one.
         interval_s: seconds between two looks at what is to be told.
         poll_s: seconds after which a retired version is found at the latest, where its notice was missed.
         keep_days: days that events, prefixes that nobody uses, and nodes that are gone are kept.
-        warm_start_bytes: bytes that are brought to RAM when a model is registered, of what was asked for most; half of RAM
-            at most, 0: none.
+        warm_start_bytes: bytes that are brought to RAM when a model is registered, of what was asked for most; half of
+            RAM at most, 0: none.
         required: whether a database that does not answer, or cannot be used, is an error when the store is opened.
     """
 

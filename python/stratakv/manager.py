@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from stratakv import _native
 from stratakv.balance import Balance
-from stratakv.cache import Behind, ModelCache, Snapshot, Stats
+from stratakv.cache import Behind, LiftStats, ModelCache, Snapshot, Stats
+from stratakv.catalog import Catalog, Keeper, Source
 from stratakv.config import Codec, Config, Dtype, Geometry, Quota
 from stratakv.errors import (
     ClosedError,
@@ -33,6 +34,7 @@ from stratakv.events import Row
 from stratakv.quotas import Admission, Tier, Usage, admit, check
 from stratakv.registry import Discovery, RefusedModel, discover
 from stratakv.tiers.dragonfly import Dragonfly, DragonflyStats, Feeder
+from stratakv.tiers.postgres import Postgres, PostgresStats
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ class Status:
         ssd_engine: what reads and writes: ``io_uring``, ``pread`` or ``off``.
         ssd_read_only: why the SSD takes no writes at present; ``None`` if it does.
         dragonfly: what was asked of the tier that nodes share, and how it is; ``None``: there is none.
+        postgres: the same of the catalog.
+        warm_start: what was brought to RAM when models were registered.
         index_blocks: blocks in the index.
         index_bytes: memory that the index takes when it is full.
         index_refused_blocks: blocks that were not stored because it was full.
@@ -79,6 +83,8 @@ class Status:
     ssd_engine: str
     ssd_read_only: str | None
     dragonfly: DragonflyStats | None
+    postgres: PostgresStats | None
+    warm_start: LiftStats
     index_blocks: int
     index_bytes: int
     index_refused_blocks: int
@@ -138,6 +144,8 @@ class CacheManager:
         # The tier that nodes share, if there is one.
         self.dragonfly: Dragonfly | None = None
         self._feeder: Feeder | None = None
+        self._postgres: Postgres | None = None
+        self._keeper: Keeper | None = None
         self._lock = threading.Lock()
         self._models: dict[str, _Registered] = {}
         # Models that came from a folder: which, and what their files looked like.
@@ -154,9 +162,28 @@ class CacheManager:
             if config.dragonfly.url is not None:
                 self.dragonfly = Dragonfly(config.dragonfly)
                 self._feeder = Feeder(self.dragonfly, self._store.events, self._exports)
+            if config.postgres.url is not None:
+                self._postgres = Postgres(config.postgres)
+                self._keeper = Keeper(self._postgres, self._store, self._entries, self._retire, self._warm)
         except BaseException:
+            if self.dragonfly is not None and self._feeder is not None:
+                self._feeder.close()
+                self.dragonfly.close()
             self._store.close()
             raise
+        database = None
+        if self._postgres is not None and self._keeper is not None:
+            database = (self._postgres, self._keeper)
+        self.catalog = Catalog(
+            Source(
+                store=self._store,
+                entries=self._entries,
+                entry=self._entry_of,
+                near=self._near,
+                leading=self._leading,
+                postgres=database,
+            )
+        )
         self._pid = os.getpid()
         self._closed = False
         self._wake = threading.Event()
@@ -461,8 +488,51 @@ class CacheManager:
         return admit(tokens, entry.geometry.block_tokens, block_bytes, accounts)
 
     def _exports(self) -> dict[str, _native.Model]:
+        return {name: entry.model for name, entry in self._entries().items()}
+
+    def _entries(self) -> dict[str, _Registered]:
         with self._table():
-            return {name: entry.model for name, entry in self._models.items()}
+            return dict(self._models)
+
+    def _entry_of(self, name: str) -> _Registered:
+        with self._table():
+            return self._entry(name)
+
+    def _retire(self, fingerprints: set[bytes]) -> None:
+        """Follows which versions are retired."""
+        for name, entry in self._entries().items():
+            retired = entry.model.fingerprint in fingerprints
+            if retired == entry.cache.retired:
+                continue
+            entry.cache.retired = retired
+            forgotten = entry.model.retire(retired)
+            if not retired:
+                _log.warning("model %r: version %r is restored", name, entry.weights_version)
+                continue
+            _log.warning("model %r: version %r is retired, %d blocks forgotten", name, entry.weights_version, forgotten)
+            if self.dragonfly is not None:
+                self.dragonfly.forget(entry.model.fingerprint)
+
+    def _warm(self, name: str, prefixes: list[tuple[str | None, str | None, list[bytes]]]) -> int:
+        """Brings prefixes of a model to RAM; how many bytes came."""
+        cache = self._entry_of(name).cache
+        most = min(int(self.config.postgres.warm_start_bytes), int(self.config.ram.capacity_bytes) // 2)
+        came = 0
+        for adapter, tenant, names in prefixes:
+            if came >= most or self._closed:
+                break
+            came += cache.lift(names, adapter, tenant, "warm", most - came)
+        _log.info("model %r: warmed up with %d bytes", name, came)
+        return came
+
+    def _near(self, model: str, adapter: str, tenant: str, asked: object, limit: int) -> list[tuple[bytes, float]]:
+        return []
+
+    def _leading(self, model: str, names: list[bytes]) -> int | None:
+        if self.dragonfly is None:
+            return None
+        found, reason = self.dragonfly.leading(self._entry_of(model).model.fingerprint, names)
+        return found if reason is None or found else None
 
     def _rebalance(self) -> None:
         self._balance.rebalance(self._models, self._clock())
@@ -552,7 +622,17 @@ class CacheManager:
         for kind in ("model_usage", "tenant_usage"):
             snapshot[kind] = {name: _usage(row) for name, row in snapshot[kind].items()}
         shared = None if self.dragonfly is None else self.dragonfly.stats()
-        known = {**snapshot, **shares, "dragonfly": shared, "ram_pages": pages, "ram_huge_bytes": huge}
+        catalog = None if self._postgres is None else self._postgres.stats()
+        came, hit = snapshot["lifted"]["warm"]
+        snapshot["warm_start"] = LiftStats(bytes=came, hit_bytes=hit)
+        known = {
+            **snapshot,
+            **shares,
+            "dragonfly": shared,
+            "postgres": catalog,
+            "ram_pages": pages,
+            "ram_huge_bytes": huge,
+        }
         return Status(**{name: known[name] for name in Status.__slots__})
 
     def flush(self) -> None:
@@ -566,6 +646,8 @@ class CacheManager:
         self._store.flush()
         if self._feeder is not None:
             self._feeder.look()
+        if self._keeper is not None:
+            self._keeper.flush()
 
     def close(self) -> None:
         """Writes what is not on SSD yet, and gives the directory free; again does nothing.
@@ -579,6 +661,9 @@ class CacheManager:
             self._balancer.join()
             self._balancer = None
         self._behind.close()
+        if self._keeper is not None and self._pid == os.getpid():
+            self._keeper.close()
+            self._keeper = None
         if self.dragonfly is not None and self._feeder is not None and self._pid == os.getpid():
             self._feeder.close()
             self.dragonfly.close()

@@ -479,6 +479,11 @@ impl Model {
         py.detach(|| self.store.drop_namespace(&self.model, adapter, tenant)).or_raise(py)
     }
 
+    /// Retires the model's version, or takes that back; returns how many blocks were forgotten.
+    fn retire(&self, py: Python<'_>, retired: bool) -> PyResult<u64> {
+        py.detach(|| self.store.retire(&self.model, retired)).or_raise(py)
+    }
+
     /// Frees everything of the model.
     fn unregister(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.store.unregister(&self.model)).or_raise(py)

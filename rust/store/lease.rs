@@ -114,7 +114,7 @@ impl Shared {
         hashes: &[BlockHash],
         asked: bool,
     ) -> Result<Option<(NodeId, usize)>> {
-        let found = match model.ended() || namespace.is_dropped() {
+        let found = match !model.serves() || namespace.is_dropped() {
             true => None,
             false => self.trie.longest_prefix(hashes).map_err(|TooManyLeases| {
                 input("a block of these tokens has 2^20 leases, the most there are; release matches that are done with")
@@ -176,7 +176,7 @@ impl Lease {
 
     /// Why nothing of the match is there any more, if that is so.
     pub(super) fn forgotten(&self) -> Option<Miss> {
-        let dropped = || self.namespace.is_dropped().then_some(Miss::Dropped);
+        let dropped = || (self.namespace.is_dropped() || self.model.is_retired()).then_some(Miss::Dropped);
         if self.model.ended() { Some(Miss::Closed) } else { dropped() }
     }
 

@@ -28,6 +28,8 @@ pub struct Model {
     pub(super) prefills: Prefills,
     /// Set when it is unregistered: from then on it matches nothing.
     gone: AtomicBool,
+    /// Set while its version is retired: it matches nothing, and takes nothing.
+    pub(super) retired: AtomicBool,
 }
 
 /// What the matches of an owner count, without a lock. Asked is hit and miss together, by definition.
@@ -79,7 +81,14 @@ impl Model {
         owner: (OwnerId, Arc<Matches>),
     ) -> Self {
         let namespaces = Namespaces::new(spec.hasher(secret, "", ""), epochs, owner);
-        Self { id, spec, namespaces, prefills: Prefills::default(), gone: AtomicBool::new(false) }
+        Self {
+            id,
+            spec,
+            namespaces,
+            prefills: Prefills::default(),
+            gone: AtomicBool::new(false),
+            retired: AtomicBool::new(false),
+        }
     }
 
     /// What the model was registered with.
@@ -91,6 +100,16 @@ impl Model {
     pub(super) fn end(&self) {
         // Release: the blocks are forgotten after this.
         self.gone.store(true, Ordering::Release);
+    }
+
+    /// Whether it matches and takes anything.
+    pub(super) fn serves(&self) -> bool {
+        !self.ended() && !self.is_retired()
+    }
+
+    /// Whether its version is retired.
+    pub(super) fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Acquire)
     }
 
     /// Whether the model was unregistered.

@@ -164,6 +164,22 @@ impl Store {
     }
 }
 
+impl Store {
+    /// Retires a model's version, or takes that back. From this on it matches nothing and takes nothing, and what is cached of
+    /// it, on any tier, is forgotten; returns how many blocks. A directory that is opened anew has to be told again.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn retire(&self, model: &Model, retired: bool) -> Result<u64> {
+        let _registration = self.shared.registration.lock();
+        self.shared.check_open()?;
+        // Release: what is added from here on finds this set.
+        model.retired.store(retired, Ordering::Release);
+        let seeds = self.shared.open_state()?.nodes.seeds_of(model.id);
+        Ok(if retired { self.shared.forget(&seeds) } else { 0 })
+    }
+}
+
 impl Shared {
     /// Forgets all blocks of namespaces to which nothing is added any more; returns how many they were.
     pub(super) fn forget(&self, seeds: &[BlockHash]) -> u64 {

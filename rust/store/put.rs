@@ -244,7 +244,7 @@ impl State {
     ) -> (usize, usize) {
         let mut cached = 0;
         let mut attached = parent.is_none_or(|p| self.nodes.is_linked(p)) && self.models.contains_key(&model.id);
-        attached &= !model.ended() && !namespace.is_dropped();
+        attached &= model.serves() && !namespace.is_dropped();
         // Matches tell what was found; this is what was not.
         let order = &mut self.ram.leaving(model.id).order;
         hashes.iter().rev().for_each(|&hash| order.asked(tag(hash)));

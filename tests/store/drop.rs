@@ -174,3 +174,27 @@ fn many_dropped_namespaces_are_all_remembered_below_the_cap() {
     assert_eq!(store.snapshot().index_blocks, 0);
     assert!(names.iter().all(|tenant| found_as(&store, &model, tenant, &tokens) == 0));
 }
+
+#[test]
+fn a_retired_version_matches_and_takes_nothing_until_it_is_restored() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store = open(directory.path(), 8 * MIB, 32 * MIB);
+    let (model, other) = (register(&store, "m", FINE), register(&store, "n", FINE));
+    let tokens = sequence(1, 6, &FINE);
+    for tenant in ["", "t"] {
+        put_as(&store, &model, tenant, &tokens);
+    }
+    put(&store, &other, &tokens);
+    store.flush().expect("the disk is well");
+    let before = hold(&store, &model, &tokens);
+    assert_eq!(store.retire(&model, true).expect("it is open"), 12);
+    assert_eq!(load(&before, &model, &tokens), 0, "a match made before is safe, and loads nothing");
+    put_as(&store, &model, "", &tokens);
+    let hit = hold(&store, &model, &tokens);
+    assert_eq!((hit.tokens(), hit.miss()), (0, Some(Miss::Dropped)));
+    assert_eq!((found_as(&store, &model, "t", &tokens), fetch(&store, &other, &tokens)), (0, 6));
+    assert_eq!(store.snapshot().index_blocks, 6);
+    assert_eq!(store.retire(&model, true).expect("it is open"), 0);
+    store.retire(&model, false).expect("it is open");
+    assert_eq!((put(&store, &model, &tokens), fetch(&store, &model, &tokens)), (6, 6));
+}

@@ -28,6 +28,7 @@ DOCUMENTED = [
     "ModelExistsError",
     "ModelNotFoundError",
     "ModelsConfig",
+    "PostgresConfig",
     "Quota",
     "QuotasConfig",
     "RamConfig",

@@ -21,7 +21,8 @@ CREATE TABLE stratakv.nodes (
     id integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     name text NOT NULL UNIQUE,
     opened_at timestamptz NOT NULL DEFAULT now(),
-    seen_at timestamptz NOT NULL DEFAULT now()
+    seen_at timestamptz NOT NULL DEFAULT now(),
+    closed_at timestamptz
 );
 
 -- Tiers: 0 RAM, 1 SSD.
@@ -54,10 +55,11 @@ CREATE TABLE stratakv.prefixes (
 ) PARTITION BY LIST (model);
 -- Names are random: compressing them is in vain.
 ALTER TABLE stratakv.prefixes ALTER COLUMN chain SET STORAGE EXTERNAL;
-CREATE INDEX prefixes_by_heat ON stratakv.prefixes (model, heat DESC);
-CREATE INDEX prefixes_by_tenant ON stratakv.prefixes (tenant, heat DESC);
+CREATE INDEX prefixes_by_heat ON stratakv.prefixes (heat DESC, name);
+CREATE INDEX prefixes_by_tenant ON stratakv.prefixes (tenant, heat DESC, name);
 CREATE INDEX prefixes_by_use ON stratakv.prefixes (used);
 CREATE INDEX prefixes_by_age ON stratakv.prefixes (since);
+CREATE INDEX prefixes_by_start ON stratakv.prefixes (model, substring(chain FROM 1 FOR 16));
 
 -- What happened on a node: `opened`, `closed`, `retired`, `restored`, `warmed`; and, of kind `usage`, what a tenant asked of
 -- a model since the row before.
@@ -192,13 +194,36 @@ RETURNS TABLE (node text, blocks bigint, in_ram bigint, seen_at timestamptz) LAN
     SELECT n.name, count(*), count(*) FILTER (WHERE held.tier = 0), n.seen_at
     FROM (
         SELECT b.node, asked.nth, min(b.tier) AS tier,
-            row_number() OVER (PARTITION BY b.node ORDER BY asked.nth) AS leading
+            row_number() OVER (PARTITION BY b.node ORDER BY asked.nth) AS rank
         FROM unnest(names) WITH ORDINALITY AS asked (name, nth)
         JOIN stratakv.blocks b ON b.name = asked.name AND b.model = of_model
         GROUP BY b.node, asked.nth
     ) AS held JOIN stratakv.nodes n ON n.id = held.node
-    WHERE held.nth = held.leading
+    WHERE held.nth = held.rank AND n.closed_at IS NULL
     GROUP BY n.id
+$$;
+
+-- The names in a chain of them.
+CREATE FUNCTION stratakv.names(chain bytea) RETURNS uuid[] LANGUAGE sql IMMUTABLE AS $$
+    SELECT array_agg(encode(substring(chain FROM 16 * nth + 1 FOR 16), 'hex')::uuid ORDER BY nth)
+    FROM generate_series(0, length(chain) / 16 - 1) AS nth
+$$;
+
+-- How many leading blocks of a chain each node holds, by tier.
+CREATE FUNCTION stratakv.places(of_model integer, chain bytea) RETURNS jsonb LANGUAGE sql STABLE AS $$
+    SELECT jsonb_object_agg(node, tiers) FROM (
+        SELECT n.name AS node, jsonb_object_agg((ARRAY['ram', 'ssd'])[counted.tier + 1], counted.blocks) AS tiers
+        FROM (
+            SELECT held.node, held.tier, count(*) AS blocks
+            FROM (
+                SELECT b.node, b.tier, asked.nth, row_number() OVER (PARTITION BY b.node, b.tier ORDER BY asked.nth) AS rank
+                FROM unnest(stratakv.names(chain)) WITH ORDINALITY AS asked (name, nth)
+                JOIN stratakv.blocks b ON b.name = asked.name AND b.model = of_model
+            ) AS held WHERE held.nth = held.rank
+            GROUP BY held.node, held.tier
+        ) AS counted JOIN stratakv.nodes n ON n.id = counted.node WHERE n.closed_at IS NULL
+        GROUP BY n.id
+    ) AS by_node
 $$;
 
 -- What each node holds.
@@ -206,6 +231,7 @@ CREATE VIEW stratakv.holdings AS
 SELECT n.name AS node, m.name AS model, m.weights_version, (ARRAY['ram', 'ssd'])[b.tier + 1] AS tier,
     count(*) AS blocks, count(*) * m.block_bytes AS bytes, count(*) * m.block_tokens AS tokens, n.seen_at
 FROM stratakv.blocks b JOIN stratakv.nodes n ON n.id = b.node JOIN stratakv.models m ON m.id = b.model
+WHERE n.closed_at IS NULL
 GROUP BY n.id, m.id, b.tier;
 
 -- Prefixes, with what they are worth now, and on how many nodes their last block is.

@@ -1,7 +1,7 @@
 """The catalog in PostgreSQL: what is cached where, for whom, since when; and which versions of weights are retired.
 
     store's log ─(behind)─▶ rows in batches ─▶ blocks, prefixes, events
-    retire(model, version) ─▶ one transaction ─▶ NOTIFY ─▶ every node drops its blocks; who missed it looks from time to time
+    retire(model, version) ─▶ one transaction ─▶ NOTIFY ─▶ every node drops its blocks; who missed it looks now and then
 
 No request waits for it. What cannot be written is written later, or told anew as a whole. The schema is in ``sql/``:
 numbered, applied forward under a lock, with the checksum of each kept.
@@ -157,7 +157,9 @@ class Postgres:
 
     # What nodes tell.
 
-    def register(self, fingerprint: bytes, name: str, weights_version: str, geometry: Geometry) -> tuple[int, bool] | None:
+    def register(
+        self, fingerprint: bytes, name: str, weights_version: str, geometry: Geometry
+    ) -> tuple[int, bool] | None:
         """Enters a model; its number, and whether its version is retired. ``None``: there was no answer."""
         shape = json.dumps(asdict(geometry))
         return self.ask(
@@ -171,7 +173,9 @@ class Postgres:
         """Writes which blocks this node's tiers got and lost, in their order; whether that was done."""
         for n in range(0, len(rows), _ROWS):
             # Of one block in one tier what was last counts.
-            last = {(model, name, tier): stored for model, name, _, tier, stored in rows[n : n + _ROWS] if model in models}
+            last = {
+                (model, name, tier): stored for model, name, _, tier, stored in rows[n : n + _ROWS] if model in models
+            }
             came = [(models[model], name, _TIERS[tier]) for (model, name, tier), stored in last.items() if stored]
             left = [(models[model], name, _TIERS[tier]) for (model, name, tier), stored in last.items() if not stored]
             if self.ask(functools.partial(self._write, came, left)) is None:
@@ -216,13 +220,21 @@ class Postgres:
 
         return bool(self.ask(write))
 
-    def beat(self) -> bool:
-        """Says that this node lives, makes room for the days to come, and drops what is too old; whether that was done."""
+    def beat(self, *, upkeep: bool = False, closing: bool = False) -> bool:
+        """Says that this node lives, or closes; whether that was done.
+
+        Args:
+            upkeep: also makes room for the days to come, and drops what is too old.
+            closing: what it has in RAM is nobody's any more, and on SSD when it is back.
+        """
 
         def work(connection: Any) -> bool:  # noqa: ANN401 - of the library
-            connection.execute("UPDATE stratakv.nodes SET seen_at = now() WHERE id = %s", (self._node_id,))
-            connection.execute("SELECT stratakv.add_days(2)")
-            connection.execute("SELECT stratakv.clean(%s)", (self.config.keep_days,))
+            closed = "now()" if closing else "NULL"
+            query = f"UPDATE stratakv.nodes SET seen_at = now(), closed_at = {closed} WHERE id = %s"
+            connection.execute(query, (self._node_id,))
+            if upkeep:
+                connection.execute("SELECT stratakv.add_days(2)")
+                connection.execute("SELECT stratakv.clean(%s)", (self.config.keep_days,))
             return True
 
         return bool(self.ask(work))
@@ -239,10 +251,12 @@ class Postgres:
         return None if rows is None else {fingerprint.bytes for (fingerprint,) in rows}
 
     def retire(self, name: str, weights_version: str, *, back: bool = False) -> int | None:
-        """Retires a version of a model's weights, or takes that ``back``; how many shapes of it. ``None``: no answer."""
+        """Retires a version of a model's weights, or takes that back; how many shapes of it. ``None``: no answer."""
         query = f"SELECT stratakv.{'restore' if back else 'retire'}(%s, %s)"
         seconds = self.config.deadline_s * _ALL_FACTOR
-        row = self.ask(lambda connection: connection.execute(query, (name, weights_version)).fetchone(), deadline_s=seconds)
+        row = self.ask(
+            lambda connection: connection.execute(query, (name, weights_version)).fetchone(), deadline_s=seconds
+        )
         return None if row is None else int(row[0])
 
     def holders(self, model: int, names: Sequence[bytes]) -> list[Holder] | None:
@@ -260,28 +274,33 @@ class Postgres:
         return sorted(found, key=lambda holder: (-holder.blocks, -holder.in_ram, holder.node))
 
     def hottest(self, model: int, limit: int) -> list[tuple[str | None, str | None, list[bytes]]] | None:
-        """Adapter, tenant and names of the blocks of the prefixes that are worth most; ``None``: there was no answer."""
+        """Adapter, tenant and blocks' names of the prefixes that are worth most; ``None``: there was no answer."""
         rows = self.ask(
             lambda connection: connection.execute(
-                "SELECT adapter, tenant, chain FROM stratakv.prefixes WHERE model = %s ORDER BY heat DESC LIMIT %s",
+                "SELECT adapter, tenant, chain FROM stratakv.prefixes WHERE model = %s ORDER BY heat DESC, name LIMIT %s",
                 (model, limit),
             ).fetchall()
         )
         return None if rows is None else [(adapter, tenant, split(chain)) for adapter, tenant, chain in rows]
 
-    def find(self, where: str, values: Mapping[str, object], limit: int) -> list[tuple[Any, ...]] | None:
-        """Prefixes, hottest first: model, version, adapter, tenant, space, tokens, chain, since, used, uses, heat, score.
+    def find(
+        self, where: str, values: Mapping[str, object], limit: int, *, order: str = "p.heat DESC, p.name"
+    ) -> list[tuple[Any, ...]] | None:
+        """Prefixes: model, version, adapter, tenant, tokens, chain, places, since, used, uses, heat, model's number.
 
         Args:
             where: a condition over ``p``, a prefix, and ``m``, its model, with named parameters.
             values: of the parameters.
             limit: so many at most.
+            order: which of them.
         """
         query = (
-            "SELECT m.name, m.weights_version, p.adapter, p.tenant, p.space, p.tokens, p.chain, extract(epoch FROM p.since),"
-            " extract(epoch FROM p.used), p.uses, stratakv.uses_now(p.heat), p.heat, p.model"
-            " FROM stratakv.prefixes p JOIN stratakv.models m ON m.id = p.model"
-            f" WHERE {where} ORDER BY p.heat DESC, p.name LIMIT %(limit)s"
+            "SELECT m.name, m.weights_version, p.adapter, p.tenant, p.tokens, p.chain,"
+            " stratakv.places(p.model, p.chain),"
+            " extract(epoch FROM p.since), extract(epoch FROM p.used), p.uses, stratakv.uses_now(p.heat), p.model"
+            " FROM (SELECT p.* FROM stratakv.prefixes p JOIN stratakv.models m ON m.id = p.model"
+            f" WHERE m.retired_at IS NULL AND {where} ORDER BY {order} LIMIT %(limit)s) AS p"
+            f" JOIN stratakv.models m ON m.id = p.model ORDER BY {order}"
         )
         return self.ask(lambda connection: connection.execute(query, {**values, "limit": limit}).fetchall())
 
@@ -303,7 +322,10 @@ class Postgres:
             return any(True for _ in name.notifies(timeout=timeout_s, stop_after=1))
         except Exception as error:
             # The next call makes a new one; the name may be another's by then.
-            _log.warning("postgres tells of retired versions no more (%s): they are looked for", type(error).__name__)
+            if not self._closed:
+                _log.warning(
+                    "postgres tells of retired versions no more (%s): they are looked for", type(error).__name__
+                )
             with self._setting_up:
                 self._name = None
             with contextlib.suppress(Exception):
@@ -321,9 +343,11 @@ class Postgres:
             self._closed = True
             idle, self._idle = self._idle, []
         self._calls.shutdown(wait=False, cancel_futures=True)
-        for connection in [*idle, *([self._name] if self._name is not None else [])]:
-            with contextlib.suppress(Exception):
-                connection.close()
+        for connection in idle:
+            connection.close()
+        if (name := self._name) is not None:
+            # A thread may wait for what it tells.
+            _cut(name)
 
     def ask(self, work: Callable[[Any], _T], *, deadline_s: float | None = None) -> _T | None:
         """What some work with a connection gives; ``None``: it failed, took too long, or was not tried."""
@@ -370,6 +394,8 @@ class Postgres:
 
     def _set_up(self, deadline: Deadline) -> None:
         with self._setting_up:
+            if self._closed:
+                raise StoreError("the store is closed")
             if self._name is not None and not self._name.closed:
                 return
             name = _connect(self.config, deadline)
@@ -400,7 +426,8 @@ class Postgres:
             if left:
                 models, names, tiers = (list(column) for column in zip(*left, strict=True))
                 connection.execute(
-                    "DELETE FROM stratakv.blocks b USING unnest(%s::int[], %s::uuid[], %s::int[]) AS gone (model, name, tier)"
+                    "DELETE FROM stratakv.blocks b"
+                    " USING unnest(%s::int[], %s::uuid[], %s::int[]) AS gone (model, name, tier)"
                     " WHERE b.model = gone.model AND b.name = gone.name AND b.tier = gone.tier AND b.node = %s",
                     (models, [UUID(bytes=name) for name in names], tiers, self._node_id),
                 )
@@ -441,12 +468,13 @@ class Postgres:
             connection.execute(
                 "INSERT INTO stratakv.prefixes AS p"
                 " (model, name, space, adapter, tenant, tokens, chain, since, used, uses, heat)"
-                " SELECT model, name, space, adapter, tenant, tokens, chain, to_timestamp(since), to_timestamp(used), uses,"
-                " stratakv.heated(used / 86400, uses, to_timestamp(used))"
+                " SELECT model, name, space, adapter, tenant, tokens, chain, to_timestamp(since), to_timestamp(used),"
+                " uses, stratakv.heated(used / 86400, uses, to_timestamp(used))"
                 " FROM unnest(%s::int[], %s::uuid[], %s::uuid[], %s::text[], %s::text[], %s::int[], %s::bytea[],"
                 " %s::float8[], %s::float8[], %s::bigint[])"
                 " AS r (model, name, space, adapter, tenant, tokens, chain, since, used, uses)"
-                " ON CONFLICT (name, model) DO UPDATE SET used = greatest(p.used, excluded.used), uses = p.uses + excluded.uses,"
+                " ON CONFLICT (name, model) DO UPDATE SET used = greatest(p.used, excluded.used),"
+                " uses = p.uses + excluded.uses,"
                 " adapter = coalesce(p.adapter, excluded.adapter), tenant = coalesce(p.tenant, excluded.tenant),"
                 " heat = stratakv.heated(p.heat, excluded.uses, excluded.used)",
                 columns,
@@ -478,19 +506,21 @@ def migrate(connection: Any) -> None:  # noqa: ANN401 - of the library
         newest = max(known, default=0)
         if newest > len(files):
             raise SchemaError(
-                f"the catalog's schema is of version {newest}, this stratakv knows up to {len(files)}: upgrade stratakv, or use"
-                " another database"
+                f"the catalog's schema is of version {newest}, this stratakv knows up to {len(files)}: upgrade it,"
+                " or use another database"
             )
         for number, name in enumerate(files, start=1):
             text = resources.files("stratakv.sql").joinpath(name).read_text(encoding="utf-8")
             checksum = hashlib.sha256(text.encode()).digest()
             if number not in known:
                 connection.execute(text)
-                connection.execute("INSERT INTO stratakv.migrations (number, checksum) VALUES (%s, %s)", (number, checksum))
+                connection.execute(
+                    "INSERT INTO stratakv.migrations (number, checksum) VALUES (%s, %s)", (number, checksum)
+                )
             elif bytes(known[number]) != checksum:
                 raise SchemaError(
-                    f"the catalog was made by another {name} than this stratakv has: use the version that made it, or another"
-                    " database"
+                    f"the catalog was made by another {name} than this stratakv has: use the version that made it, or"
+                    " another database"
                 )
 
 
@@ -531,13 +561,15 @@ def _claim(connection: Any, wanted: str) -> tuple[str, int]:  # noqa: ANN401 - o
     """A name that no other process has, as long as the connection lives; and its number."""
     name = wanted
     for n in range(2, 10_000):
-        (free,) = connection.execute("SELECT pg_try_advisory_lock(hashtext('stratakv.nodes'), hashtext(%s))", (name,)).fetchone()
+        (free,) = connection.execute(
+            "SELECT pg_try_advisory_lock(hashtext('stratakv.nodes'), hashtext(%s))", (name,)
+        ).fetchone()
         if free:
             break
         name = f"{wanted}#{n}"
     (number,) = connection.execute(
         "INSERT INTO stratakv.nodes AS n (name) VALUES (%s)"
-        " ON CONFLICT (name) DO UPDATE SET opened_at = now(), seen_at = now() RETURNING n.id",
+        " ON CONFLICT (name) DO UPDATE SET opened_at = now(), seen_at = now(), closed_at = NULL RETURNING n.id",
         (name,),
     ).fetchone()
     return name, int(number)
@@ -552,8 +584,10 @@ def _live(connection: Any, models: set[int]) -> set[int]:  # noqa: ANN401 - of t
 
 
 def _stage(connection: Any, rows: list[tuple[int, bytes, int]], node: int) -> None:  # noqa: ANN401 - of the library
-    """Copies rows into the temporary table ``stage``, in the order of their names: who locks in one order waits for nobody."""
-    connection.execute("CREATE TEMP TABLE IF NOT EXISTS stage (model int, name uuid, node int, tier smallint) ON COMMIT DELETE ROWS")
+    """Copies rows into the temporary table ``stage``, by name: locks that are taken in one order block nobody."""
+    connection.execute(
+        "CREATE TEMP TABLE IF NOT EXISTS stage (model int, name uuid, node int, tier smallint) ON COMMIT DELETE ROWS"
+    )
     fields = [
         *(("count", ">i2"), ("model_bytes", ">i4"), ("model", ">i4"), ("name_bytes", ">i4"), ("name", "V16")),
         *(("node_bytes", ">i4"), ("node", ">i4"), ("tier_bytes", ">i4"), ("tier", ">i2")),
@@ -572,5 +606,3 @@ def _cut(connection: Any) -> None:  # noqa: ANN401 - of the library
     """Ends a connection that another thread waits on."""
     with contextlib.suppress(Exception), socket.socket(fileno=socket.dup(connection.fileno())) as twin:
         twin.shutdown(socket.SHUT_RDWR)
-
-

@@ -1,0 +1,765 @@
+"""What is cached where: kept in a database that nodes share, and asked there or, without one, of the local index.
+
+store's log, ends of puts and matches, usage ─▶ `Keeper` ─(behind)─▶ PostgreSQL
+versions retired there ─▶ `Keeper` ─▶ this node drops their blocks
+`Catalog.find`, `iterate`, `export`, `where`, `usage` ─▶ PostgreSQL, or the local index
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Protocol
+from uuid import UUID
+
+from stratakv import _native
+from stratakv.config import Geometry
+from stratakv.errors import ClosedError, InputError, StoreError
+from stratakv.tiers.behind import BehindStats, WriteBehind
+from stratakv.tiers.postgres import Holder, Postgres, PrefixRow, Row, split
+
+_log = logging.getLogger(__name__)
+
+# Prefixes that are told at a time.
+_PREFIXES = 1000
+# Seconds between two signs of life, two rows of usage, and two times of upkeep.
+_BEAT_S, _USAGE_S, _UPKEEP_S = 10.0, 60.0, 3600.0
+# Seconds that closing waits for what is to be told.
+_DRAIN_S = 2.0
+# Of these the hottest are brought up when a model is registered, as far as their bytes go.
+_WARM_PREFIXES = 1000
+_DAY_S = 86_400.0
+_TIER_BITS = {"ram": 1, "ssd": 2}
+# Seconds since which a node was not heard of that is taken to be gone.
+_GONE_S = 60.0
+
+
+class Entry(Protocol):
+    """A registered model."""
+
+    @property
+    def model(self) -> _native.Model:
+        """Its native half."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Shape of its blocks."""
+
+    @property
+    def weights_version(self) -> str:
+        """Names its weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What the database is told at a time."""
+
+    anew: bool
+    rows: list[Row]
+    prefixes: list[Any]
+    usage: list[tuple[str, str, list[int]]]
+
+
+class Keeper:
+    """Keeps the database as this node is, and hears what is retired there."""
+
+    def __init__(
+        self,
+        postgres: Postgres,
+        store: _native.Store,
+        models: Callable[[], Mapping[str, Entry]],
+        retire: Callable[[set[bytes]], None],
+        warm: Callable[[str, list[tuple[str | None, str | None, list[bytes]]]], int],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Starts the threads.
+
+        Args:
+            postgres: the database.
+            store: what is told of.
+            models: those registered now, by name.
+            retire: is told of which fingerprints the version is retired, of all of them each time.
+            warm: brings prefixes up, those first that are worth most; how many bytes came.
+            clock: seconds.
+        """
+        self._postgres, self._store, self._models, self._retire, self._warm = postgres, store, models, retire, warm
+        self._clock = clock
+        self._since: int | None = None
+        # From now on it is noted where puts and matches end.
+        store.used(0)
+        self._ids: dict[str, tuple[bytes, int]] = {}
+        self._told: dict[tuple[str, str], list[int]] = {}
+        self._due = dict.fromkeys(("beat", "usage", "upkeep"), clock())
+        self._opened = False
+        # Fingerprints; the threads tell of them one at a time.
+        self._retired: set[bytes] = set()
+        self._telling = threading.Lock()
+        self._block_tokens: dict[str, int] = {}
+        self._stop = threading.Event()
+        self._warming: list[threading.Thread] = []
+        self._behind = WriteBehind(
+            "stratakv-catalog",
+            self._take,
+            self._write,
+            interval_s=postgres.config.interval_s,
+            dropped=self._tell_all,
+        )
+        self._watcher = threading.Thread(target=self._watch, name="stratakv-retired", daemon=True)
+        self._watcher.start()
+
+    def id_of(self, model: str) -> int | None:
+        """A model's number in the database; ``None``: it does not know it yet."""
+        known = self._ids.get(model)
+        return None if known is None else known[1]
+
+    def flush(self) -> bool:
+        """Tells what there is to tell, for as long as closing would wait; whether all was told."""
+        return self._behind.flush(_DRAIN_S)
+
+    def stats(self) -> BehindStats:
+        """What became of what was to be told."""
+        return self._behind.stats()
+
+    def close(self) -> None:
+        """Tells what is left, and ends; the database may be away."""
+        self._stop.set()
+        self._due["usage"] = self._clock()
+        self._behind.close(_DRAIN_S)
+        if self._opened:
+            self._postgres.write_events([("closed", None, None, (0, 0, 0, 0, 0))])
+            self._postgres.beat(closing=True)
+        self._postgres.close()
+        for thread in (self._watcher, *self._warming):
+            thread.join()
+
+    def _take(self) -> list[_Batch]:
+        anew, rows, self._since = self._store.events(self._since)
+        prefixes = self._store.used(_PREFIXES)
+        usage = self._store.usage() if self._is_due("usage", _USAGE_S) else []
+        if not (anew or rows or prefixes or usage):
+            self._live()
+            return []
+        return [_Batch(anew, rows, prefixes, usage)]
+
+    def _write(self, batches: list[_Batch]) -> list[_Batch]:
+        for n, batch in enumerate(batches):
+            if not (self._enter() and self._tell(batch)):
+                return batches[n:]
+        self._live()
+        return []
+
+    def _tell(self, batch: _Batch) -> bool:
+        ids = {name: number for name, (_, number) in self._ids.items()}
+        write = self._postgres.write_all if batch.anew else self._postgres.write
+        if (batch.anew or batch.rows) and not write(batch.rows, ids):
+            return False
+        rows = [
+            PrefixRow(
+                model=ids[model],
+                space=space,
+                adapter=names and names[0],
+                tenant=names and names[1],
+                tokens=len(places) * self._block_tokens[model],
+                chain=blocks,
+                since=since,
+                used=used,
+                uses=uses,
+            )
+            for model, space, names, blocks, places, since, used, uses in batch.prefixes
+            if model in ids and model in self._block_tokens
+        ]
+        if rows and not self._postgres.write_prefixes(rows):
+            return False
+        events: list[tuple[str, int | None, str | None, Sequence[int]]] = []
+        for model, tenant, counts in batch.usage:
+            before = self._told.get((model, tenant), [0] * len(counts))
+            # A model that was registered anew begins at zero.
+            more = [now - then if now >= then else now for now, then in zip(counts, before, strict=True)]
+            if model in ids and any(more):
+                events.append(("usage", ids[model], tenant, more))
+        if events and not self._postgres.write_events(events):
+            return False
+        self._told.update({(model, tenant): counts for model, tenant, counts in batch.usage})
+        return True
+
+    def _enter(self) -> bool:
+        """Enters models that the database does not know yet; whether it knows all now."""
+        self._block_tokens = {name: entry.geometry.block_tokens for name, entry in self._models().items()}
+        for name, entry in self._models().items():
+            fingerprint = entry.model.fingerprint
+            if self._ids.get(name, (b"", 0))[0] == fingerprint:
+                continue
+            found = self._postgres.register(fingerprint, name, entry.weights_version, entry.geometry)
+            if found is None:
+                return False
+            if name in self._ids:
+                # Rows name models by name: which of them are of the one before is not known.
+                self._since = None
+            number, retired = found
+            self._ids[name] = (fingerprint, number)
+            if retired:
+                self._hear(self._retired | {fingerprint})
+            elif self._postgres.config.warm_start_bytes:
+                self._warming = [thread for thread in self._warming if thread.is_alive()]
+                thread = threading.Thread(target=self._warm_up, args=(name, number), name="stratakv-warm", daemon=True)
+                self._warming.append(thread)
+                thread.start()
+        if not self._opened:
+            self._opened = self._postgres.write_events([("opened", None, None, (0, 0, 0, 0, 0))])
+        return True
+
+    def _hear(self, retired: set[bytes]) -> None:
+        with self._telling:
+            self._retire(retired)
+            self._retired = retired
+
+    def _warm_up(self, name: str, number: int) -> None:
+        try:
+            hottest = self._postgres.hottest(number, _WARM_PREFIXES)
+            if hottest and self._warm(name, hottest):
+                self._postgres.write_events([("warmed", number, None, (0, 0, 0, 0, 0))])
+        except ClosedError:
+            return
+        except Exception:
+            # It starts cold.
+            _log.exception("model %r could not be warmed up", name)
+
+    def _tell_all(self, _: list[_Batch]) -> None:
+        self._since = None
+
+    def _live(self) -> None:
+        if self._opened and self._is_due("beat", _BEAT_S):
+            self._postgres.beat(upkeep=self._is_due("upkeep", _UPKEEP_S))
+
+    def _is_due(self, what: str, interval_s: float) -> bool:
+        now = self._clock()
+        if now < self._due[what]:
+            return False
+        self._due[what] = now + interval_s
+        return True
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            self._postgres.watch(self._postgres.config.poll_s)
+            retired = None if self._stop.is_set() else self._postgres.retired()
+            if retired is None:
+                continue
+            try:
+                self._hear(retired)
+            except ClosedError:
+                return
+            except Exception:
+                # The next look tries again.
+                _log.exception("versions that are retired could not be dropped")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedPrefix:
+    """A prefix that is cached, or was used of late.
+
+    Attributes:
+        model: name of its model.
+        weights_version: names the weights.
+        adapter: name of the adapter; ``None``: not known, as of what was found on SSD and not asked for since.
+        tenant: name of the tenant; ``None``: not known.
+        name: names it, 32 hex digits.
+        tokens: its length.
+        places: leading tokens by node and tier; of this node alone where the local index was asked.
+        since: when its last block came.
+        used: when it was used last.
+        uses: by how many matches.
+        heat: its uses, being put among them, each halved for every day since.
+        score: how near it is to the text or tokens that were asked for, up to 1; ``None``: it was not asked by that.
+    """
+
+    model: str
+    weights_version: str
+    adapter: str | None
+    tenant: str | None
+    name: str
+    tokens: int
+    places: Mapping[str, Mapping[str, int]]
+    since: datetime
+    used: datetime
+    uses: int
+    heat: float
+    score: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        """What JSON takes."""
+        return {**asdict(self), "since": self.since.isoformat(), "used": self.used.isoformat()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """Where a prompt's prefix is.
+
+    Attributes:
+        asked_tokens: tokens of the prompt.
+        here: leading tokens that are here, by the tier that would be asked for them.
+        nodes: other nodes that were heard of within a minute, those first that hold most: leading tokens, and those of
+            them in RAM. ``None``: there is no database, or it does not answer.
+        dragonfly: leading tokens that are there; ``None``: there is no such tier, or it does not answer.
+    """
+
+    asked_tokens: int
+    here: Mapping[str, int]
+    nodes: Mapping[str, tuple[int, int]] | None
+    dragonfly: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageRow:
+    """What a tenant asked of a model in an hour, over all nodes.
+
+    Attributes:
+        hour: its begin.
+        model: name of the model.
+        weights_version: names the weights.
+        tenant: name of the tenant.
+        asked_blocks: blocks asked for by matches.
+        hit_blocks: blocks of them that were cached.
+        loaded_tokens: tokens loaded.
+        put_blocks: blocks put that were new.
+        put_bytes: payload bytes of those.
+    """
+
+    hour: datetime
+    model: str
+    weights_version: str
+    tenant: str | None
+    asked_blocks: int
+    hit_blocks: int
+    loaded_tokens: int
+    put_blocks: int
+    put_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What the catalog asks.
+
+    Attributes:
+        store: the native store.
+        entries: models that are registered, by name.
+        entry: one of them.
+        near: names of prefixes of a model, adapter and tenant near to a text or tokens, so many at most, and how near.
+        leading: how many of these blocks of a model are in Dragonfly, up to the first that is not.
+        postgres: the database, and who keeps it.
+    """
+
+    store: _native.Store
+    entries: Callable[[], Mapping[str, Entry]]
+    entry: Callable[[str], Entry]
+    near: Callable[[str, str, str, object, int], list[tuple[bytes, float]]]
+    leading: Callable[[str, list[bytes]], int | None]
+    postgres: tuple[Postgres, Keeper] | None
+
+    @property
+    def node(self) -> str:
+        """What this node is called."""
+        known = None if self.postgres is None else self.postgres[0].node
+        return known or socket.gethostname()
+
+
+class Catalog:
+    """Asks what is cached, of the database or, without one, of the local index. Requests need none of it."""
+
+    def __init__(self, source: Source) -> None:
+        """Of a store; `CacheManager.catalog` is its."""
+        self._source = source
+
+    def find(
+        self,
+        *,
+        model: str | None = None,
+        adapter: str | None = None,
+        tenant: str | None = None,
+        tokens: object = None,
+        text: str | None = None,
+        tier: str | None = None,
+        stored_within_s: float | None = None,
+        used_within_s: float | None = None,
+        unused_for_s: float | None = None,
+        least_heat: float | None = None,
+        limit: int = 100,
+        fleet: bool | None = None,
+    ) -> list[CachedPrefix]:
+        """Prefixes for which all of this holds, those first that are worth most; by text, those that are nearest.
+
+        Args:
+            model: of that model.
+            adapter: of that adapter; with ``tokens`` or ``text``, ``None`` is none.
+            tenant: of that tenant, likewise.
+            tokens: that begin with the whole blocks of these tokens, at least one; needs a model.
+            text: that are near to this text, by the vector index; needs a model.
+            tier: that have their first block in this tier, ``ram`` or ``ssd``, somewhere.
+            stored_within_s: whose last block came within so many seconds.
+            used_within_s: that were used within so many seconds.
+            unused_for_s: that were not used for so many seconds.
+            least_heat: that are worth so much at least.
+            limit: so many at most.
+            fleet: of all nodes; ``False``: of this one; ``None``: of all where the database answers, else of this one.
+
+        Raises:
+            InputError: a filter that makes no sense.
+            ModelNotFoundError: no such model.
+            StoreError: ``fleet`` was asked for, and the database does not answer.
+        """
+        if type(limit) is not int or limit < 1:
+            raise InputError(f"limit is {limit!r}, expected an integer from 1")
+        filters = _Filters.of(
+            self._source, model, adapter, tenant, tokens, tier, stored_within_s, used_within_s, unused_for_s, least_heat
+        )
+        if text is not None:
+            if model is None:
+                raise InputError("text is given and model is not: the vector index is asked by model")
+            near = dict(self._source.near(model, adapter or "", tenant or "", text, limit))
+            filters = replace(filters, ids=frozenset(near), tenant=None, adapter=None)
+        found = self._remote(filters, limit) if fleet is not False else None
+        if found is None:
+            if fleet:
+                raise StoreError("the catalog's database does not answer, or there is none; ask with fleet=False")
+            found = heapq.nlargest(limit, self._local(filters), key=lambda prefix: (prefix.heat, prefix.name))
+        if text is None:
+            return found
+        scored = [replace(prefix, score=near[bytes.fromhex(prefix.name)]) for prefix in found]
+        return sorted(scored, key=lambda prefix: -(prefix.score or 0.0))
+
+    def iterate(self, *, fleet: bool | None = None, **filters: Any) -> Iterator[CachedPrefix]:  # noqa: ANN401 - as of `find`
+        """All prefixes for which the filters of `find` hold, but text, in no order; they need not fit into memory."""
+        chosen = _Filters.of(self._source, **{name: filters.pop(name, None) for name in _NAMES})
+        if filters:
+            raise InputError(f"{next(iter(filters))!r} is no filter, expected some of {', '.join(_NAMES)}")
+        if fleet is not False and self._database is not None:
+            last: tuple[int, UUID] | None = (0, UUID(int=0))
+            while last is not None:
+                page = self._page(chosen, last)
+                if page is None:
+                    raise StoreError("the catalog's database does not answer")
+                found, last = page
+                yield from found
+            return
+        if fleet:
+            raise StoreError("there is no catalog's database; ask with fleet=False")
+        yield from self._local(chosen)
+
+    def export(self, path: str | os.PathLike[str], **filters: Any) -> int:  # noqa: ANN401 - as of `iterate`
+        """Writes what `iterate` finds as JSON, a line for each; how many. The file is there when it is whole."""
+        count = 0
+        part = f"{os.fspath(path)}.part"
+        try:
+            with open(part, "w", encoding="utf-8") as file:
+                for prefix in self.iterate(**filters):
+                    file.write(json.dumps(prefix.row()) + "\n")
+                    count += 1
+            os.replace(part, path)
+        except OSError as error:
+            raise InputError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(part)
+        return count
+
+    def where(self, tokens: object, *, model: str, adapter: str = "", tenant: str = "") -> Where:
+        """Where the longest cached prefix of a prompt is: here, on other nodes, in Dragonfly. Nothing is counted.
+
+        Raises:
+            InputError: the tokens are no 1-d sequence of non-negative integers.
+            ModelNotFoundError: no such model.
+        """
+        entry = self._source.entry(model)
+        names, asked = _names(entry, tokens, adapter, tenant)
+        size = entry.geometry.block_tokens
+        places = entry.model.places(names)
+        here = {tier: size * sum(place & 1 == bit for place in places) for tier, bit in (("ram", 1), ("ssd", 0))}
+        holders = self._holders(model, names)
+        nodes = None
+        if holders is not None:
+            others = (h for h in holders if h.node != self._source.node and h.seen_s_ago < _GONE_S)
+            nodes = {holder.node: (size * holder.blocks, size * holder.in_ram) for holder in others}
+        there = self._source.leading(model, names)
+        return Where(
+            asked_tokens=asked,
+            here={tier: tokens for tier, tokens in here.items() if tokens},
+            nodes=nodes,
+            dragonfly=None if there is None else size * there,
+        )
+
+    def usage(
+        self, *, model: str | None = None, tenant: str | None = None, within_s: float | None = None
+    ) -> list[UsageRow]:
+        """What tenants asked of models, by hour, over all nodes.
+
+        Raises:
+            StoreError: there is no database, or it does not answer.
+        """
+        conditions, values = ["true"], dict[str, object]()
+        for name, value, condition in (
+            ("model", model, "model = %(model)s"),
+            ("tenant", tenant, "tenant = %(tenant)s"),
+            ("within", within_s, "hour > now() - make_interval(secs => %(within)s)"),
+        ):
+            if value is not None:
+                conditions.append(condition)
+                values[name] = value
+        postgres = self._database
+        rows = None if postgres is None else postgres.usage(" AND ".join(conditions), values)
+        if rows is None:
+            raise StoreError("the catalog's database does not answer, or there is none: usage over time is kept there")
+        return [
+            UsageRow(
+                hour=datetime.fromtimestamp(float(hour), UTC),
+                model=of,
+                weights_version=version,
+                tenant=who,
+                asked_blocks=int(asked),
+                hit_blocks=int(hit),
+                loaded_tokens=int(loaded),
+                put_blocks=int(put),
+                put_bytes=int(put_bytes),
+            )
+            for hour, of, version, who, asked, hit, loaded, put, put_bytes in rows
+        ]
+
+    def retire(self, model: str, weights_version: str) -> int:
+        """Retires a version of a model's weights on all nodes, in one transaction.
+
+        Each node hears of it at once, or finds it within ``postgres.poll_s``. From then on it drops what it has of that
+        version, and stores nothing of it.
+
+        Returns:
+            How many shapes of it were retired; 0: none was known, or all were retired.
+
+        Raises:
+            StoreError: there is no database, or it does not answer; then nothing was retired.
+        """
+        return self._retire(model, weights_version, back=False)
+
+    def restore(self, model: str, weights_version: str) -> int:
+        """Takes back that a version was retired: nodes store it again.
+
+        Raises:
+            StoreError: as `retire`.
+        """
+        return self._retire(model, weights_version, back=True)
+
+    def _retire(self, model: str, weights_version: str, *, back: bool) -> int:
+        postgres = self._database
+        done = None if postgres is None else postgres.retire(model, weights_version, back=back)
+        if done is None:
+            raise StoreError("the catalog's database does not answer, or there is none: nothing was changed")
+        return done
+
+    @property
+    def _database(self) -> Postgres | None:
+        return None if self._source.postgres is None else self._source.postgres[0]
+
+    def _holders(self, model: str, names: list[bytes]) -> list[Holder] | None:
+        if self._source.postgres is None:
+            return None
+        postgres, keeper = self._source.postgres
+        number = keeper.id_of(model)
+        return None if number is None else postgres.holders(number, names)
+
+    def _local(self, filters: _Filters) -> Iterator[CachedPrefix]:
+        entries = self._source.entries()
+        now = time.time()
+        start: int | None = 0
+        while start is not None:
+            rows, start = self._source.store.prefixes(filters.model, start)
+            for model, _, names, blocks, places, since, used, uses in rows:
+                if model not in entries:
+                    continue
+                size = entries[model].geometry.block_tokens
+                tiers = {
+                    tier: size * sum(1 for _ in itertools.takewhile(lambda place, bit=bit: place & bit, places))  # type: ignore[misc]
+                    for tier, bit in _TIER_BITS.items()
+                }
+                prefix = CachedPrefix(
+                    model=model,
+                    weights_version=entries[model].weights_version,
+                    adapter=names and names[0],
+                    tenant=names and names[1],
+                    name=blocks[-16:].hex(),
+                    tokens=size * len(places),
+                    places={self._source.node: {tier: tokens for tier, tokens in tiers.items() if tokens}},
+                    since=datetime.fromtimestamp(since, UTC),
+                    used=datetime.fromtimestamp(used, UTC),
+                    uses=uses,
+                    heat=(uses + 1) * 0.5 ** (max(now - used, 0.0) / _DAY_S),
+                )
+                if filters.fit(prefix, blocks, now):
+                    yield prefix
+
+    def _remote(self, filters: _Filters, limit: int) -> list[CachedPrefix] | None:
+        postgres = self._database
+        if postgres is None:
+            return None
+        where, values = filters.condition()
+        rows = postgres.find(where, values, limit)
+        return None if rows is None else self._prefixes(rows)
+
+    def _page(
+        self, filters: _Filters, last: tuple[int, UUID]
+    ) -> tuple[list[CachedPrefix], tuple[int, UUID] | None] | None:
+        postgres = self._database
+        where, values = filters.condition()
+        where += " AND (p.model, p.name) > (%(last_model)s, %(last_name)s)"
+        values |= {"last_model": last[0], "last_name": last[1]}
+        rows = None if postgres is None else postgres.find(where, values, _PREFIXES, order="p.model, p.name")
+        if rows is None:
+            return None
+        end = (rows[-1][-1], UUID(bytes=bytes(rows[-1][6][-16:]))) if len(rows) == _PREFIXES else None
+        return self._prefixes(rows), end
+
+    def _prefixes(self, rows: list[tuple[Any, ...]]) -> list[CachedPrefix]:
+        found = []
+        for name, version, adapter, tenant, tokens, chain, places, since, used, uses, heat, _ in rows:
+            size = tokens * 16 // len(chain)
+            found.append(
+                CachedPrefix(
+                    model=name,
+                    weights_version=version,
+                    adapter=adapter,
+                    tenant=tenant,
+                    name=chain[-16:].hex(),
+                    tokens=tokens,
+                    places={
+                        node: {tier: size * blocks for tier, blocks in tiers.items()}
+                        for node, tiers in (places or {}).items()
+                    },
+                    since=datetime.fromtimestamp(float(since), UTC),
+                    used=datetime.fromtimestamp(float(used), UTC),
+                    uses=uses,
+                    heat=heat,
+                )
+            )
+        return found
+
+
+_NAMES = (
+    *("model", "adapter", "tenant", "tokens", "tier"),
+    *("stored_within_s", "used_within_s", "unused_for_s", "least_heat"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Filters:
+    """What has to hold for a prefix."""
+
+    model: str | None
+    adapter: str | None
+    tenant: str | None
+    start: bytes
+    tier: str | None
+    stored_within_s: float | None
+    used_within_s: float | None
+    unused_for_s: float | None
+    least_heat: float | None
+    # Names of prefixes; None: all.
+    ids: frozenset[bytes] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        model: str | None,
+        adapter: str | None,
+        tenant: str | None,
+        tokens: object,
+        tier: str | None,
+        *numbers: float | None,
+        **named: float | None,
+    ) -> _Filters:
+        stored_within_s, used_within_s, unused_for_s, least_heat = numbers = (*numbers, *named.values())
+        for name, number in zip(_NAMES[5:], numbers, strict=True):
+            if number is not None and not (type(number) in (int, float) and number >= 0):
+                raise InputError(f"{name} is {number!r}, expected a number from 0, or None")
+        if tier is not None and tier not in _TIER_BITS:
+            raise InputError(f"tier is {tier!r}, expected one of {', '.join(_TIER_BITS)}")
+        start = b""
+        if tokens is not None:
+            if model is None:
+                raise InputError("tokens are given and model is not: each model names its blocks in its own way")
+            adapter, tenant = adapter or "", tenant or ""
+            entry = source.entry(model)
+            names, asked = _names(entry, tokens, adapter, tenant)
+            if not names:
+                raise InputError(
+                    f"{asked} tokens are given, expected at least the {entry.geometry.block_tokens} of a block"
+                )
+            start = b"".join(names)
+        return cls(model, adapter, tenant, start, tier, stored_within_s, used_within_s, unused_for_s, least_heat)
+
+    def fit(self, prefix: CachedPrefix, blocks: bytes, now: float) -> bool:
+        """Whether a prefix of the local index, of these blocks, is one of them."""
+        (tiers,) = prefix.places.values()
+        age, idle = now - prefix.since.timestamp(), now - prefix.used.timestamp()
+        return (
+            self.model in (None, prefix.model)
+            and self.adapter in (None, prefix.adapter)
+            and self.tenant in (None, prefix.tenant)
+            and blocks.startswith(self.start)
+            and (self.tier is None or self.tier in tiers)
+            and (self.stored_within_s is None or age <= self.stored_within_s)
+            and (self.used_within_s is None or idle <= self.used_within_s)
+            and (self.unused_for_s is None or idle >= self.unused_for_s)
+            and (self.least_heat is None or prefix.heat >= self.least_heat)
+            and (self.ids is None or blocks[-16:] in self.ids)
+        )
+
+    def condition(self) -> tuple[str, dict[str, object]]:
+        """The same in SQL, and the values of its parameters."""
+        conditions: list[tuple[str, dict[str, object]]] = []
+        for name, value, text in (
+            ("model", self.model, "m.name = %(model)s"),
+            ("adapter", self.adapter, "p.adapter = %(adapter)s"),
+            ("tenant", self.tenant, "p.tenant = %(tenant)s"),
+            ("stored_within", self.stored_within_s, "p.since >= now() - make_interval(secs => %(stored_within)s)"),
+            ("used_within", self.used_within_s, "p.used >= now() - make_interval(secs => %(used_within)s)"),
+            ("unused_for", self.unused_for_s, "p.used <= now() - make_interval(secs => %(unused_for)s)"),
+            ("least_heat", self.least_heat, "stratakv.uses_now(p.heat) >= %(least_heat)s"),
+        ):
+            if value is not None:
+                conditions.append((text, {name: value}))
+        if self.start:
+            text = (
+                "substring(p.chain FROM 1 FOR 16) = %(first)s AND substring(p.chain FROM 1 FOR %(length)s) = %(start)s"
+            )
+            values = {"first": self.start[:16], "length": len(self.start), "start": self.start}
+            conditions.append((text, values))
+        if self.tier is not None:
+            text = (
+                "EXISTS (SELECT FROM stratakv.blocks b JOIN stratakv.nodes n ON n.id = b.node AND n.closed_at IS NULL"
+                " WHERE b.model = p.model AND b.name = encode(substring(p.chain FROM 1 FOR 16), 'hex')::uuid"
+                " AND b.tier = %(tier)s)"
+            )
+            conditions.append((text, {"tier": list(_TIER_BITS).index(self.tier)}))
+        if self.ids is not None:
+            conditions.append(("p.name = ANY(%(ids)s)", {"ids": [UUID(bytes=name) for name in sorted(self.ids)]}))
+        values = {}
+        for _, more in conditions:
+            values |= more
+        return " AND ".join(["true", *(text for text, _ in conditions)]), values
+
+
+def _names(entry: Entry, tokens: object, adapter: str, tenant: str) -> tuple[list[bytes], int]:
+    """Names of the whole blocks of some tokens, and how many tokens they are."""
+    sequence = tokens
+    if not isinstance(tokens, _native.TokenSequence):
+        sequence = entry.model.sequence(adapter, tenant)
+        sequence.extend(tokens)
+    assert isinstance(sequence, _native.TokenSequence)
+    return split(entry.model.names(sequence)), len(sequence)
