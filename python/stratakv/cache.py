@@ -250,23 +250,24 @@ class Behind:
 class Remote:
     """What of a match lies in the tier that nodes share, behind what is here."""
 
-    __slots__ = ("asked", "fetched", "model", "names", "reason", "tier")
+    __slots__ = ("asked", "before", "fetched", "model", "names", "reason", "tier")
 
     def __init__(
         self, tier: Dragonfly, model: _native.Model, asked: tuple[object, str, str], lease: _native.Lease
     ) -> None:
         """Asks the tier which of the blocks that are not here it has."""
         self.tier, self.model, self.asked = tier, model, asked
-        missing = lease.names[lease.blocks :]
-        count, self.reason = tier.leading(model.fingerprint, missing) if missing else (0, None)
-        self.names = missing[:count]
+        names, here = lease.names, lease.blocks
+        count, self.reason = tier.leading(model.fingerprint, names, here)
+        self.before, self.names = names[:here], names[here : here + count]
         # Which blocks of the match came from there.
         self.fetched = range(0)
 
     def fetch(self, lease: _native.Lease) -> _native.Lease:
         """Brings them to RAM; the match as it is then."""
         first = lease.blocks
-        records, reason = self.tier.fetch(self.model.fingerprint, self.names, self.model.record_bytes)
+        names = [*self.before, *self.names]
+        records, reason = self.tier.fetch(self.model.fingerprint, names, self.model.record_bytes, first)
         asked, self.names = len(self.names), []
         try:
             blocks, wrong = self.model.admit(self.asked, "", "", first, records)

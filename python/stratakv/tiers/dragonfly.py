@@ -3,9 +3,16 @@
     put ─▶ RAM ─ ─(events, behind)─ ─▶ which are not there yet? ─▶ SET in batches
     match ─▶ which of the blocks behind the local ones are there? ─▶ load ─▶ GET in batches ─▶ checked ─▶ RAM
 
-Keys are ``stratakv:<model>:<block>``, both in hex and of no use without the store's secret; a value is a record with a
-keyed digest, see docs/formats.md. What comes from here is hostile until the native half has checked it. No call takes
-longer than its deadline, and none raises: what cannot be had is a miss with a reason.
+Keys are ``stratakv:<model>:{<head>}:<block>``, in hex and of no use without the store's secret; a value is a record
+with a keyed digest, see docs/formats.md. What comes from here is hostile until the native half has checked it. No call
+takes longer than its deadline, and none raises: what cannot be had is a miss with a reason.
+
+A cluster puts keys with the same head on one node, and the head is the block that begins a run of 64: a node that is
+lost takes whole runs along, not some blocks of each prefix. Where prefixes part, the rest of that run stays on one
+node; longer runs would survive better and spread worse.
+
+The library connects, authenticates and says which node has which key. Commands and replies are written and read here:
+it copies what passes through it, and a value goes out from, and comes into, memory of its own.
 """
 
 from __future__ import annotations
@@ -14,12 +21,13 @@ import contextlib
 import functools
 import itertools
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from stratakv.config import DragonflyConfig
 from stratakv.errors import ClosedError, ConfigError, StoreError
@@ -31,6 +39,14 @@ _log = logging.getLogger(__name__)
 _BATCH_BYTES = 16 << 20
 # Keys that are asked for at once.
 _BATCH_KEYS = 256
+# Blocks of a run.
+_RUN_BLOCKS = 64
+# Bytes of values that are asked for before the first has come: what a server has to hold ready makes it slower.
+_AHEAD_BYTES = 8 << 20
+# Bytes of a value, at most: what servers take.
+_MOST_BYTES = 512 << 20
+# Bytes from which on something is sent without being copied, and is read so.
+_LARGE_BYTES = 1 << 16
 # Calls under way at once.
 _CALLS = 8
 
@@ -53,6 +69,9 @@ class Exports(Protocol):
     @property
     def record_bytes(self) -> int:
         """Bytes of a record, at most."""
+
+    def heads(self, names: list[bytes], run_blocks: int) -> list[bytes | None]:
+        """Of each block the one that begins its run; ``None``: it is gone."""
 
     def export(self, name: bytes) -> bytes | None:
         """The record of a block; ``None``: it left RAM."""
@@ -115,24 +134,27 @@ class Dragonfly:
                 raise StoreError(f"dragonfly.url does not answer ({kind}); start the server, or do not require it")
             _log.warning("dragonfly does not answer (%s): the store runs without it until it does", kind)
 
-    def leading(self, model: bytes, names: list[bytes]) -> tuple[int, str | None]:
-        """How many of these blocks are there, up to the first that is not; and why that is not known, if so."""
+    def leading(self, model: bytes, names: list[bytes], first: int = 0) -> tuple[int, str | None]:
+        """How many blocks of a sequence are there, from block `first` up to one that is not; and why, if unknown."""
         found = 0
-        for some in _some(names, _BATCH_KEYS):
-            there, reason = self._exist(_keys(model, some))
+        for keys in _some(_keys(model, names, first), _BATCH_KEYS):
+            there, reason = self._exist(keys)
             if there is None:
                 return self._found(found), reason
             leading = next((n for n, here in enumerate(there) if not here), len(there))
             found += leading
-            if leading < len(some):
+            if leading < len(keys):
                 break
         return self._found(found), None
 
-    def fetch(self, model: bytes, names: list[bytes], record_bytes: int) -> tuple[list[bytes], str | None]:
-        """The records of these blocks, up to the first that cannot be had; and why not all."""
+    def fetch(
+        self, model: bytes, names: list[bytes], record_bytes: int, first: int = 0
+    ) -> tuple[list[bytes], str | None]:
+        """The records of a sequence's blocks, from block `first` up to one that cannot be had; and why not all."""
         records: list[bytes] = []
-        for some in _some(_keys(model, names), max(_BATCH_BYTES // record_bytes, 1)):
-            values, reason = self._ask(functools.partial(self._pipeline, "GET", [(key,) for key in some]))
+        ahead = max(_AHEAD_BYTES // record_bytes, 1)
+        for keys in _some(_keys(model, names, first), max(_BATCH_BYTES // record_bytes, 1)):
+            values, reason = self._ask(functools.partial(self._pipeline, [("GET", key) for key in keys], ahead))
             if values is None:
                 return records, "timeout" if reason == "open" else reason
             for value in values:
@@ -148,14 +170,16 @@ class Dragonfly:
     def write(self, model: Exports, names: list[bytes]) -> None:
         """Writes those of these blocks that are not there yet."""
         for some in _some(names, max(min(_BATCH_BYTES // model.record_bytes, _BATCH_KEYS), 1)):
-            keys = _keys(model.fingerprint, some)
-            there, _ = self._exist(keys)
+            heads = zip(some, model.heads(some, _RUN_BLOCKS), strict=True)
+            held = {_key(model.fingerprint, head, name): name for name, head in heads if head is not None}
+            there, _ = self._exist(list(held)) if held else ([], None)
             if there is None:
                 self._count(dropped_blocks=len(some))
                 continue
-            new = [(key, name) for key, name, here in zip(keys, some, there, strict=True) if not here]
-            records = [(key, record) for key, name in new if (record := model.export(name)) is not None]
-            self._count(known_blocks=len(some) - len(new), dropped_blocks=len(new) - len(records))
+            new = [key for key, here in zip(held, there, strict=True) if not here]
+            records = [(key, record) for key in new if (record := model.export(held[key])) is not None]
+            known = len(held) - len(new)
+            self._count(known_blocks=known, dropped_blocks=len(some) - known - len(records))
             if records:
                 done, _ = self._ask(functools.partial(self._set, records))
                 sizes = [len(record) for (_, record), one in zip(records, done or [], strict=False) if one]
@@ -170,7 +194,7 @@ class Dragonfly:
         gone = 0
         pattern = f"stratakv:{model.hex()}:*"
         for keys in _some(self._client().scan_iter(match=pattern, count=1000), _BATCH_KEYS):
-            removed, _ = self._ask(functools.partial(self._pipeline, "UNLINK", [(key,) for key in keys]))
+            removed, _ = self._ask(functools.partial(self._pipeline, [("UNLINK", key) for key in keys]))
             gone += sum(one or 0 for one in removed or ())
         return gone
 
@@ -186,35 +210,38 @@ class Dragonfly:
             self._connected.close()
 
     def _exist(self, keys: list[str]) -> tuple[list[int] | None, str | None]:
-        there, reason = self._ask(lambda: self._pipeline("EXISTS", [(key,) for key in keys]))
+        there, reason = self._ask(lambda: self._pipeline([("EXISTS", key) for key in keys]))
         return there, "timeout" if reason == "open" else reason
 
     def _set(self, records: list[tuple[str, bytes]]) -> list[Any]:
         life = [] if self.config.ttl_s is None else ["PX", int(1000 * self.config.ttl_s)]
-        return self._pipeline("SET", [(key, record, *life) for key, record in records])
+        return self._pipeline([("SET", key, record, *life) for key, record in records])
 
-    def _pipeline(self, command: str, calls: list[tuple[Any, ...]]) -> list[Any]:
+    def _pipeline(self, commands: list[tuple[Any, ...]], ahead: int = _BATCH_KEYS) -> list[Any]:
         """The results of some commands; ``None`` of those that failed, unless all did."""
         client = self._client()
         if not self.config.cluster:
-            return _done(_execute(client, command, calls))
+            return _done(_execute(client, commands, ahead))
         # Node by node: one that is gone takes no others along.
         nodes: dict[str, list[int]] = {}
         by_name = {}
-        for n, call in enumerate(calls):
-            node = client.get_node_from_key(call[0])
+        for n, (_, key, *_) in enumerate(commands):
+            node = client.get_node_from_key(key)
             by_name[node.name] = node
             nodes.setdefault(node.name, []).append(n)
-        results: list[Any] = [None] * len(calls)
+        results: list[Any] = [None] * len(commands)
         for name, numbers in nodes.items():
             try:
-                some = _execute(client.get_redis_connection(by_name[name]), command, [calls[n] for n in numbers])
-            except _library().RedisError as error:
+                some = _execute(client.get_redis_connection(by_name[name]), [commands[n] for n in numbers], ahead)
+            except Exception as error:
                 some = [error] * len(numbers)
             for n, result in zip(numbers, some, strict=True):
                 results[n] = result
-        if any(isinstance(result, _library().exceptions.MovedError) for result in results):
-            client.nodes_manager.initialize()
+        # Keys moved, or their node is gone and another may have taken its place.
+        errors = _library().exceptions
+        if any(isinstance(result, (errors.MovedError, errors.ConnectionError, OSError)) for result in results):
+            with contextlib.suppress(errors.RedisError):
+                client.nodes_manager.initialize()
         return _done(results)
 
     def _ask(self, call: Callable[[], _T]) -> tuple[_T | None, str | None]:
@@ -320,6 +347,8 @@ def _connect(config: DragonflyConfig) -> Any:  # noqa: ANN401 - of one node, or 
         "username": config.username,
         "password": config.password,
         "ssl_ca_certs": None if config.ca_file is None else str(config.ca_file),
+        # Replies are read here; this is what servers speak from the start.
+        "protocol": 2,
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
     }
     kept = {name: value for name, value in options.items() if value is not None}
@@ -328,12 +357,70 @@ def _connect(config: DragonflyConfig) -> Any:  # noqa: ANN401 - of one node, or 
     return redis.Redis.from_url(str(config.url), **kept)
 
 
-def _execute(client: Any, command: str, calls: list[tuple[Any, ...]]) -> list[Any]:  # noqa: ANN401 - of one node
-    with client.pipeline(transaction=False) as pipeline:
-        for arguments in calls:
-            pipeline.execute_command(command, *arguments)
-        results: list[Any] = pipeline.execute(raise_on_error=False)
-        return results
+def _execute(client: Any, commands: list[tuple[Any, ...]], ahead: int) -> list[Any]:  # noqa: ANN401 - of one node
+    pool = client.connection_pool
+    connection = pool.get_connection()
+    try:
+        return _exchange(connection, commands, ahead)
+    except BaseException:
+        # Nobody knows what would be read next.
+        connection.disconnect()
+        raise
+    finally:
+        pool.release(connection)
+
+
+def _exchange(connection: Any, commands: list[tuple[Any, ...]], ahead: int) -> list[Any]:  # noqa: ANN401 - the library's
+    """Sends commands, so many ahead of their replies, and reads those; a reply may be an error."""
+    results: list[Any] = []
+    # Of the library's own: its public way to a reply goes through its parser.
+    link, parser = connection._sock, connection._parser
+    with link.makefile("rb", _LARGE_BYTES) as replies:
+        _send(link, commands[:ahead])
+        while len(results) < len(commands):
+            line = replies.readline(_LARGE_BYTES)
+            kind, said = line[:1], line[1:-2]
+            if not line.endswith(b"\r\n") or kind not in (b"$", b":", b"+", b"-"):
+                raise ConnectionError("the reply ends, or is none")
+            # While this one is read, the server gets another ready.
+            following = ahead + len(results)
+            _send(link, commands[following : following + 1])
+            if kind == b"$":
+                results.append(_value(replies, int(said)))
+            elif kind == b"-":
+                results.append(parser.parse_error(said.decode(errors="replace")))
+            else:
+                results.append(int(said) if kind == b":" else said)
+    return results
+
+
+def _value(replies: BinaryIO, length: int) -> bytes | None:
+    if length < 0:
+        return None
+    if length > _MOST_BYTES:
+        raise ConnectionError(f"a value of {length} bytes")
+    value = replies.read(length)
+    if len(value) < length or replies.read(2) != b"\r\n":
+        raise ConnectionError("the reply ends")
+    return value
+
+
+def _send(link: socket.socket, commands: list[tuple[Any, ...]]) -> None:
+    small = bytearray()
+    for command in commands:
+        small += b"*%d\r\n" % len(command)
+        for argument in command:
+            content = argument if isinstance(argument, bytes) else str(argument).encode()
+            small += b"$%d\r\n" % len(content)
+            if len(content) < _LARGE_BYTES:
+                small += content
+            else:
+                link.sendall(small)
+                link.sendall(content)
+                small.clear()
+            small += b"\r\n"
+    if small:
+        link.sendall(small)
 
 
 def _done(results: list[Any]) -> list[Any]:
@@ -353,9 +440,13 @@ def _disconnect(client: Any) -> None:  # noqa: ANN401 - see there
         client.disconnect_connection_pools()
 
 
-def _keys(model: bytes, names: list[bytes]) -> list[str]:
-    prefix = f"stratakv:{model.hex()}:"
-    return [prefix + name.hex() for name in names]
+def _keys(model: bytes, names: list[bytes], first: int) -> list[str]:
+    """Of a sequence's blocks from `first` on."""
+    return [_key(model, names[n - n % _RUN_BLOCKS], names[n]) for n in range(first, len(names))]
+
+
+def _key(model: bytes, head: bytes, name: bytes) -> str:
+    return f"stratakv:{model.hex()}:{{{head.hex()}}}:{name.hex()}"
 
 
 def _some(items: Iterable[_T], most: int) -> Iterator[list[_T]]:
