@@ -92,21 +92,27 @@ def redis(folder: Path, *options: str, kind: str = "redis") -> Iterator[Redis]:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path) -> Iterator[list[Redis]]:
-    """Three masters, each with a third of the keys; two go on without the third."""
+def cluster(folder: Path, *, replicas: int = 0) -> Iterator[list[Redis]]:
+    """Three masters, each with a third of the keys, and so many replicas of each; two go on without the third."""
     nodes: list[Redis] = []
     try:
-        for n in range(3):
+        for n in range(3 * (1 + replicas)):
             (folder / str(n)).mkdir()
             options = ("--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
-            nodes.append(Redis(folder / str(n), *options, "--cluster-node-timeout", "1000"))
+            options += ("--cluster-node-timeout", "1000", "--repl-diskless-sync-delay", "0")
+            nodes.append(Redis(folder / str(n), *options))
         addresses = [f"127.0.0.1:{node.port}" for node in nodes]
         client = shutil.which("redis-cli") or "valkey-cli"
-        create = [client, "--cluster", "create", *addresses, "--cluster-replicas", "0", "--cluster-yes"]
+        create = [client, "--cluster", "create", *addresses, "--cluster-replicas", str(replicas), "--cluster-yes"]
         subprocess.run(create, check=True, stdout=subprocess.DEVNULL)
         for _ in range(600):
-            asked = [[client, "-p", str(node.port), "cluster", "info"] for node in nodes]
-            if all(b"cluster_state:ok" in subprocess.run(one, capture_output=True).stdout for one in asked):
+            said = [
+                subprocess.run([client, "-p", str(node.port), *of], capture_output=True).stdout
+                for node in nodes
+                for of in (("cluster", "info"), ("info", "replication"))
+            ]
+            ready = [b"cluster_state:ok" in one or (b"role:" in one and b"link_status:down" not in one) for one in said]
+            if all(ready):
                 break
             time.sleep(0.05)
         yield nodes
@@ -163,7 +169,7 @@ class Proxy:
     def pump(self, source: socket.socket, sink: socket.socket, back: bool) -> None:
         passed = 0
         with contextlib.suppress(OSError):
-            while some := source.recv(1 << 20 if self.mode == "latency" else 1 << 16):
+            while some := source.recv(1 << 20):
                 while self.mode == "blackhole":
                     time.sleep(0.01)
                 if self.mode == "latency":

@@ -278,7 +278,7 @@ class Remote:
             return lease
         came = max(blocks - first, 0)
         self.tier.booked(asked, came, sum(map(len, records[:came])))
-        self.reason, self.fetched = wrong or reason, range(first, first + came)
+        self.reason, self.fetched = wrong or reason or self.reason, range(first, first + came)
         lease.release()
         return longer
 

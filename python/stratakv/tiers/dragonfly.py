@@ -47,6 +47,8 @@ _AHEAD_BYTES = 8 << 20
 _MOST_BYTES = 512 << 20
 # Bytes from which on something is sent without being copied, and is read so.
 _LARGE_BYTES = 1 << 16
+# Seconds for which a node of a cluster is not asked after it did not answer.
+_REST_S = 1.0
 # Calls under way at once.
 _CALLS = 8
 
@@ -123,6 +125,9 @@ class Dragonfly:
         self.config = config
         _library()
         self._connected: Any = None
+        # Nodes of a cluster that did not answer, and until when they are not asked.
+        self._resting: dict[str, float] = {}
+        self._clock = clock
         self._guard = Guard("dragonfly", deadline_s=config.deadline_s, clock=clock)
         self._calls = ThreadPoolExecutor(_CALLS, thread_name_prefix="stratakv-dragonfly")
         self._lock = threading.Lock()
@@ -141,10 +146,10 @@ class Dragonfly:
             there, reason = self._exist(keys)
             if there is None:
                 return self._found(found), reason
-            leading = next((n for n, here in enumerate(there) if not here), len(there))
+            leading = next((n for n, here in enumerate(there) if here != 1), len(there))
             found += leading
             if leading < len(keys):
-                break
+                return self._found(found), "error" if isinstance(there[leading], Exception) else None
         return self._found(found), None
 
     def fetch(
@@ -159,7 +164,7 @@ class Dragonfly:
                 return records, "timeout" if reason == "open" else reason
             for value in values:
                 if not isinstance(value, bytes):
-                    return records, "evicted"
+                    return records, "error" if isinstance(value, Exception) else "evicted"
                 records.append(value)
         return records, None
 
@@ -172,22 +177,18 @@ class Dragonfly:
         for some in _some(names, max(min(_BATCH_BYTES // model.record_bytes, _BATCH_KEYS), 1)):
             heads = zip(some, model.heads(some, _RUN_BLOCKS), strict=True)
             held = {_key(model.fingerprint, head, name): name for name, head in heads if head is not None}
-            there, _ = self._exist(list(held)) if held else ([], None)
-            if there is None:
-                self._count(dropped_blocks=len(some))
-                continue
-            new = [key for key, here in zip(held, there, strict=True) if not here]
+            there = self._exist(list(held))[0] or [None] * len(held)
+            new = [key for key, here in zip(held, there, strict=True) if here == 0]
             records = [(key, record) for key in new if (record := model.export(held[key])) is not None]
-            known = len(held) - len(new)
-            self._count(known_blocks=known, dropped_blocks=len(some) - known - len(records))
-            if records:
-                done, _ = self._ask(functools.partial(self._set, records))
-                sizes = [len(record) for (_, record), one in zip(records, done or [], strict=False) if one]
-                self._count(
-                    written_blocks=len(sizes),
-                    written_bytes=sum(sizes),
-                    dropped_blocks=len(records) - len(sizes),
-                )
+            done = self._ask(functools.partial(self._set, records))[0] or [] if records else []
+            sizes = [len(record) for (_, record), one in zip(records, done, strict=False) if isinstance(one, bytes)]
+            known = there.count(1)
+            self._count(
+                known_blocks=known,
+                written_blocks=len(sizes),
+                written_bytes=sum(sizes),
+                dropped_blocks=len(some) - known - len(sizes),
+            )
 
     def forget(self, model: bytes) -> int:
         """Unlinks what is there of a model; returns how many blocks. What comes meanwhile may stay."""
@@ -195,7 +196,7 @@ class Dragonfly:
         pattern = f"stratakv:{model.hex()}:*"
         for keys in _some(self._client().scan_iter(match=pattern, count=1000), _BATCH_KEYS):
             removed, _ = self._ask(functools.partial(self._pipeline, [("UNLINK", key) for key in keys]))
-            gone += sum(one or 0 for one in removed or ())
+            gone += sum(one for one in removed or () if isinstance(one, int))
         return gone
 
     def stats(self) -> DragonflyStats:
@@ -209,7 +210,7 @@ class Dragonfly:
         if self._connected is not None:
             self._connected.close()
 
-    def _exist(self, keys: list[str]) -> tuple[list[int] | None, str | None]:
+    def _exist(self, keys: list[str]) -> tuple[list[Any] | None, str | None]:
         there, reason = self._ask(lambda: self._pipeline([("EXISTS", key) for key in keys]))
         return there, "timeout" if reason == "open" else reason
 
@@ -218,10 +219,13 @@ class Dragonfly:
         return self._pipeline([("SET", key, record, *life) for key, record in records])
 
     def _pipeline(self, commands: list[tuple[Any, ...]], ahead: int = _BATCH_KEYS) -> list[Any]:
-        """The results of some commands; ``None`` of those that failed, unless all did."""
+        """The results of some commands, of those that failed the errors; raises where the server as a whole fails."""
         client = self._client()
         if not self.config.cluster:
-            return _done(_execute(client, commands, ahead))
+            results = _execute(client, commands, ahead)
+            if all(isinstance(result, Exception) for result in results):
+                raise results[0]
+            return results
         # Node by node: one that is gone takes no others along.
         nodes: dict[str, list[int]] = {}
         by_name = {}
@@ -229,20 +233,25 @@ class Dragonfly:
             node = client.get_node_from_key(key)
             by_name[node.name] = node
             nodes.setdefault(node.name, []).append(n)
-        results: list[Any] = [None] * len(commands)
+        results = [None] * len(commands)
         for name, numbers in nodes.items():
-            try:
-                some = _execute(client.get_redis_connection(by_name[name]), [commands[n] for n in numbers], ahead)
-            except Exception as error:
-                some = [error] * len(numbers)
+            some = self._of_node(client, by_name[name], [commands[n] for n in numbers], ahead)
             for n, result in zip(numbers, some, strict=True):
                 results[n] = result
-        # Keys moved, or their node is gone and another may have taken its place.
-        errors = _library().exceptions
-        if any(isinstance(result, (errors.MovedError, errors.ConnectionError, OSError)) for result in results):
-            with contextlib.suppress(errors.RedisError):
-                client.nodes_manager.initialize()
-        return _done(results)
+        if any(isinstance(result, _library().exceptions.MovedError) for result in results):
+            client.nodes_manager.initialize()
+        return results
+
+    def _of_node(self, client: Any, node: Any, commands: list[tuple[Any, ...]], ahead: int) -> list[Any]:  # noqa: ANN401
+        if self._clock() < self._resting.get(node.name, 0.0):
+            return [ConnectionError("it did not answer")] * len(commands)
+        try:
+            return _execute(client.get_redis_connection(node), commands, ahead)
+        except Exception as error:
+            self._resting[node.name] = self._clock() + _REST_S
+            # Another may have taken its place. If none is left, this raises.
+            client.nodes_manager.initialize()
+            return [error] * len(commands)
 
     def _ask(self, call: Callable[[], _T]) -> tuple[_T | None, str | None]:
         """Makes a call in a thread of its own: a socket's timeout is for each piece of a reply, not for all of it."""
@@ -421,14 +430,6 @@ def _send(link: socket.socket, commands: list[tuple[Any, ...]]) -> None:
             small += b"\r\n"
     if small:
         link.sendall(small)
-
-
-def _done(results: list[Any]) -> list[Any]:
-    """Results without errors; raises one where there is nothing else."""
-    failed = [result for result in results if isinstance(result, Exception)]
-    if failed and len(failed) == len(results):
-        raise failed[0]
-    return [None if isinstance(result, Exception) else result for result in results]
 
 
 def _disconnect(client: Any) -> None:  # noqa: ANN401 - see there
