@@ -444,6 +444,7 @@ def test_a_server_that_is_not_there_is_said_once_or_refused_if_it_is_required(ca
     [
         ({"url": "http://host"}, "begins with 'http'"),
         ({"url": 7}, "dragonfly.url is no text"),
+        ({"url": "redis://host", "ca_file": "ca.crt"}, "dragonfly.ca_file is for rediss://"),
         ({"ttl_s": 0}, "dragonfly.ttl_s is 0"),
         ({"ttl_s": -1}, "dragonfly.ttl_s is -1"),
         ({"deadline_s": 0}, "dragonfly.deadline_s is 0"),

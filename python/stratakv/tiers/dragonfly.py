@@ -143,7 +143,7 @@ class Dragonfly:
         """How many blocks of a sequence are there, from block `first` up to one that is not; and why, if unknown."""
         found = 0
         for keys in _some(_keys(model, names, first), _BATCH_KEYS):
-            there, reason = self._exist(keys)
+            there, reason = self._ask(functools.partial(self._exist, keys))
             if there is None:
                 return self._found(found), reason
             leading = next((n for n, here in enumerate(there) if here != 1), len(there))
@@ -161,7 +161,7 @@ class Dragonfly:
         for keys in _some(_keys(model, names, first), max(_BATCH_BYTES // record_bytes, 1)):
             values, reason = self._ask(functools.partial(self._pipeline, [("GET", key) for key in keys], ahead))
             if values is None:
-                return records, "timeout" if reason == "open" else reason
+                return records, reason
             for value in values:
                 if not isinstance(value, bytes):
                     return records, "error" if isinstance(value, Exception) else "evicted"
@@ -176,8 +176,8 @@ class Dragonfly:
         """Writes those of these blocks that are not there yet."""
         for some in _some(names, max(min(_BATCH_BYTES // model.record_bytes, _BATCH_KEYS), 1)):
             heads = zip(some, model.heads(some, _RUN_BLOCKS), strict=True)
-            held = {_key(model.fingerprint, head, name): name for name, head in heads if head is not None}
-            there = self._exist(list(held))[0] or [None] * len(held)
+            held = {_run(model.fingerprint, head) + name.hex(): name for name, head in heads if head is not None}
+            there = self._ask(functools.partial(self._exist, list(held)))[0] or [None] * len(held)
             new = [key for key, here in zip(held, there, strict=True) if here == 0]
             records = [(key, record) for key in new if (record := model.export(held[key])) is not None]
             done = self._ask(functools.partial(self._set, records))[0] or [] if records else []
@@ -210,9 +210,17 @@ class Dragonfly:
         if self._connected is not None:
             self._connected.close()
 
-    def _exist(self, keys: list[str]) -> tuple[list[Any] | None, str | None]:
-        there, reason = self._ask(lambda: self._pipeline([("EXISTS", key) for key in keys]))
-        return there, "timeout" if reason == "open" else reason
+    def _exist(self, keys: list[str]) -> list[Any]:
+        """Of each key 1, 0 or an error."""
+        runs = [list(run) for _, run in itertools.groupby(keys, lambda key: key.rpartition(":")[0])]
+        there: list[Any] = []
+        for run, count in zip(runs, self._pipeline([("EXISTS", *run) for run in runs]), strict=True):
+            # How many of a run costs less than which, and mostly says as much.
+            if isinstance(count, int) and 0 < count < len(run):
+                there += self._pipeline([("EXISTS", key) for key in run])
+            else:
+                there += [min(count, 1) if isinstance(count, int) else count] * len(run)
+        return there
 
     def _set(self, records: list[tuple[str, bytes]]) -> list[Any]:
         life = [] if self.config.ttl_s is None else ["PX", int(1000 * self.config.ttl_s)]
@@ -254,7 +262,7 @@ class Dragonfly:
             return [error] * len(commands)
 
     def _ask(self, call: Callable[[], _T]) -> tuple[_T | None, str | None]:
-        """Makes a call in a thread of its own: a socket's timeout is for each piece of a reply, not for all of it."""
+        """What a call gives, and why nothing; in a thread, as a socket's timeout is for each piece of a reply."""
 
         def within(deadline: Deadline) -> _T:
             future = self._calls.submit(call)
@@ -266,7 +274,9 @@ class Dragonfly:
                     _disconnect(self._connected)
                 raise
 
-        return self._guard.call(within)
+        result, reason = self._guard.call(within)
+        # It is not asked because it did not answer in time, or not at all.
+        return result, "timeout" if reason == "open" else reason
 
     def _client(self) -> Any:  # noqa: ANN401 - of one node, or of a cluster
         # A cluster is asked for its nodes at once, so that this is a call like any other.
@@ -415,21 +425,19 @@ def _value(replies: BinaryIO, length: int) -> bytes | None:
 
 
 def _send(link: socket.socket, commands: list[tuple[Any, ...]]) -> None:
-    small = bytearray()
+    small: list[bytes] = []
     for command in commands:
-        small += b"*%d\r\n" % len(command)
+        small.append(b"*%d\r\n" % len(command))
         for argument in command:
             content = argument if isinstance(argument, bytes) else str(argument).encode()
-            small += b"$%d\r\n" % len(content)
             if len(content) < _LARGE_BYTES:
-                small += content
+                small.append(b"$%d\r\n%b\r\n" % (len(content), content))
             else:
-                link.sendall(small)
+                link.sendall(b"%b$%d\r\n" % (b"".join(small), len(content)))
                 link.sendall(content)
-                small.clear()
-            small += b"\r\n"
+                small = [b"\r\n"]
     if small:
-        link.sendall(small)
+        link.sendall(b"".join(small))
 
 
 def _disconnect(client: Any) -> None:  # noqa: ANN401 - see there
@@ -443,11 +451,13 @@ def _disconnect(client: Any) -> None:  # noqa: ANN401 - see there
 
 def _keys(model: bytes, names: list[bytes], first: int) -> list[str]:
     """Of a sequence's blocks from `first` on."""
-    return [_key(model, names[n - n % _RUN_BLOCKS], names[n]) for n in range(first, len(names))]
+    runs = [_run(model, head) for head in names[::_RUN_BLOCKS]]
+    return [runs[n // _RUN_BLOCKS] + names[n].hex() for n in range(first, len(names))]
 
 
-def _key(model: bytes, head: bytes, name: bytes) -> str:
-    return f"stratakv:{model.hex()}:{{{head.hex()}}}:{name.hex()}"
+def _run(model: bytes, head: bytes) -> str:
+    """What keys of a run begin with."""
+    return f"stratakv:{model.hex()}:{{{head.hex()}}}:"
 
 
 def _some(items: Iterable[_T], most: int) -> Iterator[list[_T]]:
