@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from statistics import median
 
 from rows import Row, paired, row, run, skipped
@@ -102,7 +102,9 @@ def server(binary: str) -> Iterator[str]:
         command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             try:
-                while socket.socket().connect_ex(("127.0.0.1", port)):
+                for _ in range(500):
+                    with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                        break
                     time.sleep(0.01)
                 yield f"redis://127.0.0.1:{port}"
             finally:
