@@ -346,14 +346,8 @@ impl Model {
     }
 
     /// Of each block the name of the one that begins its run of so many blocks; `None`: it is not there.
-    fn heads<'py>(
-        &self,
-        py: Python<'py>,
-        names: Vec<[u8; 16]>,
-        run_blocks: u32,
-    ) -> PyResult<Vec<Option<Bound<'py, PyBytes>>>> {
-        let heads = py.detach(|| self.store.heads(&self.model, &names, run_blocks)).or_raise(py)?;
-        Ok(heads.into_iter().map(|head| head.map(|head| PyBytes::new(py, &head))).collect())
+    fn heads(&self, py: Python<'_>, names: Vec<[u8; 16]>, run_blocks: u32) -> PyResult<Vec<Option<[u8; 16]>>> {
+        py.detach(|| self.store.heads(&self.model, &names, run_blocks)).or_raise(py)
     }
 
     /// The record of a block for such a tier, by its name; `None`: it is not in RAM.

@@ -296,11 +296,16 @@ def test_a_server_that_stops_dies_and_comes_back_costs_hits_alone(tmp_path: Path
 
 
 def test_nodes_share_a_cluster_and_go_on_with_what_is_left_of_it(tmp_path: Path) -> None:
+    import redis as library
+
     # Ten blocks behind a run of 64.
     chain, prompts = 74 * SHAPE.block_tokens, range(48)
     # Where keys lie depends on the secret: with this one always alike.
-    fixed = {"run": "", "cluster": True, "ram": "64MiB"}
+    fixed = {"run": "", "cluster": True, "ram": "64MiB", "username": "kv", "password": "hush-hush"}
+    may = ["on", ">hush-hush", "~stratakv:*", "+ping", "+exists", "+get", "+set", "+command", "+cluster|slots"]
     with cluster(tmp_path) as servers:
+        for each in servers:
+            library.Redis(port=each.port).execute_command("ACL", "SETUSER", "kv", *may)
         url = f"redis://127.0.0.1:{servers[0].port}"
         with node(url, **fixed) as one, node(url, **fixed) as two, node(url, **fixed) as three:
             a, b, c = (each.register("m", SHAPE) for each in (one, two, three))
