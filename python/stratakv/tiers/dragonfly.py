@@ -24,6 +24,7 @@ import logging
 import socket
 import threading
 import time
+from binascii import hexlify
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ class Dragonfly:
         """Writes those of these blocks that are not there yet."""
         for some in _some(names, max(min(_BATCH_BYTES // model.record_bytes, _BATCH_KEYS), 1)):
             heads = zip(some, model.heads(some, _RUN_BLOCKS), strict=True)
-            held = {_run(model.fingerprint, head) + name.hex(): name for name, head in heads if head is not None}
+            held = {_run(model.fingerprint, head) + hexlify(name): name for name, head in heads if head is not None}
             there = self._ask(functools.partial(self._exist, list(held)))[0] or [None] * len(held)
             new = [key for key, here in zip(held, there, strict=True) if here == 0]
             records = [(key, record) for key in new if (record := model.export(held[key])) is not None]
@@ -210,9 +211,9 @@ class Dragonfly:
         if self._connected is not None:
             self._connected.close()
 
-    def _exist(self, keys: list[str]) -> list[Any]:
+    def _exist(self, keys: list[bytes]) -> list[Any]:
         """Of each key 1, 0 or an error."""
-        runs = [list(run) for _, run in itertools.groupby(keys, lambda key: key.rpartition(":")[0])]
+        runs = [list(run) for _, run in itertools.groupby(keys, lambda key: key[:-32])]
         there: list[Any] = []
         for run, count in zip(runs, self._pipeline([("EXISTS", *run) for run in runs]), strict=True):
             # How many of a run costs less than which, and mostly says as much.
@@ -222,7 +223,7 @@ class Dragonfly:
                 there += [min(count, 1) if isinstance(count, int) else count] * len(run)
         return there
 
-    def _set(self, records: list[tuple[str, bytes]]) -> list[Any]:
+    def _set(self, records: list[tuple[bytes, bytes]]) -> list[Any]:
         life = [] if self.config.ttl_s is None else ["PX", int(1000 * self.config.ttl_s)]
         return self._pipeline([("SET", key, record, *life) for key, record in records])
 
@@ -449,15 +450,15 @@ def _disconnect(client: Any) -> None:  # noqa: ANN401 - see there
         client.disconnect_connection_pools()
 
 
-def _keys(model: bytes, names: list[bytes], first: int) -> list[str]:
+def _keys(model: bytes, names: list[bytes], first: int) -> list[bytes]:
     """Of a sequence's blocks from `first` on."""
     runs = [_run(model, head) for head in names[::_RUN_BLOCKS]]
-    return [runs[n // _RUN_BLOCKS] + names[n].hex() for n in range(first, len(names))]
+    return [runs[n // _RUN_BLOCKS] + hexlify(names[n]) for n in range(first, len(names))]
 
 
-def _run(model: bytes, head: bytes) -> str:
-    """What keys of a run begin with."""
-    return f"stratakv:{model.hex()}:{{{head.hex()}}}:"
+def _run(model: bytes, head: bytes) -> bytes:
+    """What keys of a run begin with; the rest is 32 digits."""
+    return b"stratakv:%b:{%b}:" % (hexlify(model), hexlify(head))
 
 
 def _some(items: Iterable[_T], most: int) -> Iterator[list[_T]]:
