@@ -125,6 +125,7 @@ class Dragonfly:
         """
         self.config = config
         _library()
+        _keep_memory()
         self._connected: Any = None
         # Nodes of a cluster that did not answer, and until when they are not asked.
         self._resting: dict[str, float] = {}
@@ -349,6 +350,17 @@ class Feeder:
         # The store may be closed.
         with contextlib.suppress(ClosedError):
             self.look()
+
+
+def _keep_memory() -> None:
+    """Has the C library keep the memory of values, to be used again without being touched page by page.
+
+    Pieces that are larger than any that was freed before go back to the system at once (mallopt(3),
+    ``M_MMAP_THRESHOLD``), and what lies free behind the others does beyond twice that size. Where the C library is
+    another, nothing comes of it.
+    """
+    spare = bytes(2 * _BATCH_BYTES - (1 << 16))
+    del spare
 
 
 def _library() -> Any:  # noqa: ANN401 - a module
