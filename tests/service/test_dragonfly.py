@@ -357,6 +357,7 @@ def test_a_full_server_refuses_and_requests_do_not_notice(tmp_path: Path) -> Non
         stats = one.status().dragonfly
         assert stats.dropped_blocks > 0
         assert assert_right(a, tokens_of(29, TOKENS)).loaded_tokens == TOKENS
+        assert stats.guard.state == "closed", "what is there can be had"
 
 
 def test_a_password_is_needed_and_never_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -230,11 +230,13 @@ class Dragonfly:
 
     def _pipeline(self, commands: list[tuple[Any, ...]], ahead: int = _BATCH_KEYS) -> list[Any]:
         """The results of some commands, of those that failed the errors; raises where the server as a whole fails."""
-        client = self._client()
+        client, errors = self._client(), _library().exceptions
         if not self.config.cluster:
             results = _execute(client, commands, ahead)
-            if all(isinstance(result, Exception) for result in results):
-                raise results[0]
+            failed = [result for result in results if isinstance(result, Exception)]
+            # One that is full still has what is there.
+            if failed and len(failed) == len(results) and not isinstance(failed[0], errors.OutOfMemoryError):
+                raise failed[0]
             return results
         # Node by node: one that is gone takes no others along.
         nodes: dict[str, list[int]] = {}
@@ -248,7 +250,7 @@ class Dragonfly:
             some = self._of_node(client, by_name[name], [commands[n] for n in numbers], ahead)
             for n, result in zip(numbers, some, strict=True):
                 results[n] = result
-        if any(isinstance(result, _library().exceptions.MovedError) for result in results):
+        if any(isinstance(result, errors.MovedError) for result in results):
             client.nodes_manager.initialize()
         return results
 
