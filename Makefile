@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-engines chaos fuzz prove check bench bench-peers accuracy wheel clean
+.PHONY: help setup demo test test-engines test-service chaos fuzz prove check bench bench-peers accuracy wheel clean
 
 PYTHON ?= python3
 SUITE ?= main
@@ -48,6 +48,9 @@ test-engines: $(NATIVE) $(ENGINES) ## Run the tests against torch and transforme
 	@echo 'make: Python tests on real engines, and the demo on a tiny model'
 	$(BIN)/python -m pytest tests/engines
 	$(BIN)/stratakv demo --tiny
+
+test-service: $(NATIVE) ## Run the tests of what nodes share, on servers that they start, or on yours: STRATAKV_TEST_REDIS_URL=redis://...
+	$(BIN)/python -m pytest tests/service
 
 chaos: SUITE := ssd
 chaos: export ROUNDS ?= 100

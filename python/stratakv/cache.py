@@ -263,23 +263,24 @@ class Behind:
 class Remote:
     """What of a match lies in the tier that nodes share, behind what is here."""
 
-    __slots__ = ("asked", "fetched", "model", "names", "reason", "tier")
+    __slots__ = ("asked", "before", "fetched", "model", "names", "reason", "tier")
 
     def __init__(
         self, tier: Dragonfly, model: _native.Model, asked: tuple[object, str, str], lease: _native.Lease
     ) -> None:
         """Asks the tier which of the blocks that are not here it has."""
         self.tier, self.model, self.asked = tier, model, asked
-        missing = lease.names[lease.blocks :]
-        count, self.reason = tier.leading(model.fingerprint, missing) if missing else (0, None)
-        self.names = missing[:count]
+        names, here = lease.names, lease.blocks
+        count, self.reason = tier.leading(model.fingerprint, names, here)
+        self.before, self.names = names[:here], names[here : here + count]
         # Which blocks of the match came from there.
         self.fetched = range(0)
 
     def fetch(self, lease: _native.Lease) -> _native.Lease:
         """Brings them to RAM; the match as it is then."""
         first = lease.blocks
-        records, reason = self.tier.fetch(self.model.fingerprint, self.names, self.model.record_bytes)
+        names = [*self.before, *self.names]
+        records, reason = self.tier.fetch(self.model.fingerprint, names, self.model.record_bytes, first)
         asked, self.names = len(self.names), []
         try:
             blocks, wrong = self.model.admit(self.asked, "", "", first, records)
@@ -290,7 +291,7 @@ class Remote:
             return lease
         came = max(blocks - first, 0)
         self.tier.booked(asked, came, sum(map(len, records[:came])))
-        self.reason, self.fetched = wrong or reason, range(first, first + came)
+        self.reason, self.fetched = wrong or reason or self.reason, range(first, first + came)
         lease.release()
         return longer
 
@@ -564,13 +565,13 @@ class ModelCache:
         blocks, came = self._model.lift(names, lifter, most_bytes)
         tier: Dragonfly | None = self._manager.dragonfly
         size = self._model.record_bytes
-        wanted = names[blocks : blocks + (most_bytes - came) // size]
-        if tier is None or not wanted or adapter is None or tenant is None:
+        wanted = names[: blocks + (most_bytes - came) // size]
+        if tier is None or len(wanted) <= blocks or adapter is None or tenant is None:
             return came
-        records, _ = tier.fetch(self._model.fingerprint, wanted, size)
+        records, _ = tier.fetch(self._model.fingerprint, wanted, size, blocks)
         found, _ = self._model.admit_named(adapter, tenant, names, blocks, records, lifter)
         right = max(found - blocks, 0)
-        tier.booked(len(wanted), right, sum(map(len, records[:right])))
+        tier.booked(len(wanted) - blocks, right, sum(map(len, records[:right])))
         return came + right * size
 
     @property

@@ -461,6 +461,8 @@ class DragonflyConfig:
         scheme = (self.url or "redis:").partition(":")[0]
         if scheme not in ("redis", "rediss", "unix"):
             raise ConfigError(f"dragonfly.url begins with {scheme!r}, expected redis://, rediss:// or unix://")
+        if self.ca_file is not None and self.url is not None and scheme != "rediss":
+            raise ConfigError(f"dragonfly.ca_file is for rediss://, dragonfly.url begins with {scheme!r}")
         for name in ("cluster", "required"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"dragonfly.{name} is {getattr(self, name)!r}, expected true or false")

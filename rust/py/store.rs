@@ -345,6 +345,11 @@ impl Model {
         PyBytes::new(py, &self.store.fingerprint(&self.model))
     }
 
+    /// Of each block the name of the one that begins its run of so many blocks; `None`: it is not there.
+    fn heads(&self, py: Python<'_>, names: Vec<[u8; 16]>, run_blocks: u32) -> PyResult<Vec<Option<[u8; 16]>>> {
+        py.detach(|| self.store.heads(&self.model, &names, run_blocks)).or_raise(py)
+    }
+
     /// The record of a block for such a tier, by its name; `None`: it is not in RAM.
     fn export<'py>(&self, py: Python<'py>, name: [u8; 16]) -> PyResult<Option<Bound<'py, PyBytes>>> {
         let record = py.detach(|| self.store.export(&self.model, name)).or_raise(py)?;

@@ -41,6 +41,29 @@ impl Store {
         self.shared.secret.fingerprint(&spec.name, &spec.weights_version, &spec.geometry)
     }
 
+    /// Of each block the one that begins its run of so many blocks, counted from the start of its sequence; `None`: it is
+    /// in no tier of this store.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn heads(&self, model: &Model, names: &[Sealed], run_blocks: u32) -> Result<Vec<Option<Sealed>>> {
+        let state = self.shared.open_state()?;
+        let (nodes, secret) = (&state.nodes, &self.shared.secret);
+        let mut before = None;
+        let head = |&name: &Sealed| {
+            let id = nodes.find(secret.unseal(name)).filter(|&id| nodes.model(id) == model.id)?;
+            let steps = nodes.depth(id) % run_blocks.max(1);
+            let head = match before {
+                // As blocks mostly come: one after the other.
+                Some((last, head)) if steps > 0 && nodes.parent(id) == Some(last) => head,
+                _ => (0..steps).try_fold(id, |id, _| nodes.parent(id))?,
+            };
+            before = Some((id, head));
+            Some(secret.seal(nodes.hash(head)))
+        };
+        Ok(names.iter().map(head).collect())
+    }
+
     /// The record of a block for a shared tier, encoded as blocks are that go to SSD; `None`: it is not in RAM.
     ///
     /// # Errors

@@ -1,35 +1,53 @@
-"""The tier that nodes share, on a real server: what one stored another hits, and no fault of it reaches a request."""
+"""The tier that nodes share, on real servers: what one stored another hits, and no fault of it reaches a request.
+
+Where ``STRATAKV_TEST_REDIS_URL`` names a server, what needs no control over one runs against that alone.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+import uuid
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import stratakv
-from servers import Proxy, Redis, cluster, redis
+from servers import GIVEN, Proxy, certificate, cluster, free_port, redis
 from stores import assert_right, config, geometry, kv_of, loaded, tokens_of
 
 SHAPE = geometry(block_tokens=8, head_dim=32)
 TOKENS = 64
+# Blocks of 1 MiB.
+LARGE = geometry(layers=8, kv_heads=8, head_dim=128, block_tokens=16)
+# What is written to a server that stays is found by this run alone, and expires.
+RUN, TTL_S = uuid.uuid4().hex, 600.0
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    with redis(tmp_path_factory.mktemp("redis")) as running:
+@dataclass
+class Given:
+    url: str
+
+
+@pytest.fixture(scope="module", params=["given"] if GIVEN else ["redis", "valkey"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    if GIVEN:
+        yield Given(GIVEN)
+        return
+    with redis(tmp_path_factory.mktemp(request.param), kind=request.param) as running:
         yield running
 
 
-def node(url: str, **more: object) -> stratakv.CacheManager:
-    options = {"deadline_s": 2.0} | more
-    secret = str(options.pop("secret", "shared"))
+def node(url: str, *, run: str = RUN, **more: object) -> stratakv.CacheManager:
+    options = {"deadline_s": 2.0, "ttl_s": TTL_S} | more
+    secret, ram = f"{run} {options.pop('secret', 'shared')}", options.pop("ram", "4MiB")
     shared = stratakv.DragonflyConfig(url=url, **options)
-    return stratakv.open(replace(config(None, secret=secret), dragonfly=shared))
+    return stratakv.open(replace(config(None, secret=secret, ram=ram), dragonfly=shared))
 
 
 def put(cache: stratakv.ModelCache, seed: int, **more: str) -> None:
@@ -37,7 +55,25 @@ def put(cache: stratakv.ModelCache, seed: int, **more: str) -> None:
     assert cache.put(tokens, kv_of(tokens, SHAPE), layout="LKHND", **more) == TOKENS
 
 
-def test_what_one_node_stored_another_hits(server: Redis) -> None:
+def keys_of(cache: stratakv.ModelCache, tokens: np.ndarray) -> list[str]:
+    names = [name.hex() for name in cache.match(tokens)._lease.names]
+    return [f"stratakv:{cache._model.fingerprint.hex()}:{{{names[n - n % 64]}}}:{name}" for n, name in enumerate(names)]
+
+
+def assert_counted(caches: stratakv.CacheManager) -> None:
+    stats = caches.status().dragonfly
+    assert stats.asked_blocks == stats.hit_blocks + stats.miss_blocks
+
+
+def until_served(cache: stratakv.ModelCache, tokens: np.ndarray) -> None:
+    for _ in range(100):
+        if assert_right(cache, tokens).loaded_tokens == len(tokens):
+            return
+        time.sleep(0.1)
+    raise AssertionError("it is not asked again")
+
+
+def test_what_one_node_stored_another_hits(server: Any) -> None:
     with node(server.url) as one, node(server.url) as two:
         a, b = one.register("m", SHAPE), two.register("m", SHAPE)
         for seed in range(10):
@@ -60,7 +96,7 @@ def test_what_one_node_stored_another_hits(server: Redis) -> None:
         assert (stats.written_blocks, stats.known_blocks) == (0, 80), "what came from there is not sent back"
 
 
-def test_a_prefix_that_is_here_goes_on_there(server: Redis) -> None:
+def test_a_prefix_that_is_here_goes_on_there(server: Any) -> None:
     with node(server.url, secret="halves") as one, node(server.url, secret="halves") as two:
         a, b = one.register("m", SHAPE), two.register("m", SHAPE)
         put(a, 1)
@@ -73,9 +109,7 @@ def test_a_prefix_that_is_here_goes_on_there(server: Redis) -> None:
             assert (hit.tokens, hit.explain().reason) == (TOKENS, "never_stored")
 
 
-def test_a_store_that_is_closed_under_a_match_is_a_miss(server: Redis) -> None:
-    import numpy as np
-
+def test_a_store_that_is_closed_under_a_match_is_a_miss(server: Any) -> None:
     with node(server.url, secret="closing") as one:
         put(one.register("m", SHAPE), 1)
     with node(server.url, secret="closing") as two:
@@ -86,7 +120,7 @@ def test_a_store_that_is_closed_under_a_match_is_a_miss(server: Redis) -> None:
     assert hit.explain().reason in ("closed", "error")
 
 
-def test_a_match_that_was_released_loads_nothing_from_there_either(server: Redis) -> None:
+def test_a_match_that_was_released_loads_nothing_from_there_either(server: Any) -> None:
     with node(server.url, secret="released") as one, node(server.url, secret="released") as two:
         put(one.register("m", SHAPE), 1)
         one.flush()
@@ -97,7 +131,7 @@ def test_a_match_that_was_released_loads_nothing_from_there_either(server: Redis
         assert two.status().dragonfly.asked_blocks == 0
 
 
-def test_tenants_models_and_secrets_share_nothing(server: Redis) -> None:
+def test_tenants_models_and_secrets_share_nothing(server: Any) -> None:
     with node(server.url, secret="apart") as one, node(server.url, secret="apart") as two:
         put(one.register("m", SHAPE), 1, tenant="t")
         one.flush()
@@ -110,7 +144,7 @@ def test_tenants_models_and_secrets_share_nothing(server: Redis) -> None:
         assert three.register("m", SHAPE).match(tokens, tenant="t").tokens == 0
 
 
-def test_a_value_that_is_not_right_is_a_miss_and_never_a_wrong_byte(server: Redis) -> None:
+def test_a_value_that_is_not_right_is_a_miss_and_never_a_wrong_byte(server: Any) -> None:
     import redis as library
 
     client = library.Redis.from_url(server.url)
@@ -119,9 +153,8 @@ def test_a_value_that_is_not_right_is_a_miss_and_never_a_wrong_byte(server: Redi
         put(a, 1)
         put(a, 2)
         one.flush()
-        prefix = f"stratakv:{a._model.fingerprint.hex()}:"
-        names = [prefix + name.hex() for name in a.match(tokens_of(1, TOKENS))._lease.names]
-        foreign = client.get(prefix + a.match(tokens_of(2, TOKENS))._lease.names[3].hex())
+        names = [keys_of(a, tokens_of(seed, TOKENS)) for seed in (1, 2)]
+    names, foreign = names[0], client.get(names[1][3])
     right = client.get(names[3])
     for value in (right[:-1], right[:100], b"", right[:50] + b"\1" + right[51:], right + b"\0", foreign):
         client.set(names[3], value)
@@ -134,7 +167,7 @@ def test_a_value_that_is_not_right_is_a_miss_and_never_a_wrong_byte(server: Redi
         assert assert_right(two.register("m", SHAPE), tokens_of(1, TOKENS)).loaded_tokens == 24
 
 
-def test_blocks_expire_there_if_they_are_to(server: Redis) -> None:
+def test_blocks_expire_there_if_they_are_to(server: Any) -> None:
     import redis as library
 
     client = library.Redis.from_url(server.url)
@@ -150,15 +183,14 @@ def test_blocks_expire_there_if_they_are_to(server: Redis) -> None:
 
 
 @pytest.mark.parametrize("mode", ["blackhole", "reset", "refuse", "truncate"])
-def test_a_network_that_fails_is_a_miss_within_the_deadline_and_recovers(server: Redis, mode: str) -> None:
-    proxy = Proxy(server.port)
+def test_a_network_that_fails_is_a_miss_within_the_deadline_and_recovers(server: Any, mode: str) -> None:
+    proxy = Proxy(server.url)
     secret = f"proxy {mode}"
     with node(server.url, secret=secret) as one:
         put(one.register("m", SHAPE), 1)
         one.flush()
     try:
-        url = f"redis://127.0.0.1:{proxy.port}/0"
-        with node(url, secret=secret, deadline_s=0.2) as two:
+        with node(proxy.url, secret=secret, deadline_s=0.2) as two:
             b = two.register("m", SHAPE)
             tokens = tokens_of(1, TOKENS)
             hit = b.match(tokens)
@@ -180,11 +212,59 @@ def test_a_network_that_fails_is_a_miss_within_the_deadline_and_recovers(server:
             assert assert_right(b, tokens_of(2, TOKENS)).loaded_tokens == TOKENS, "what is here is served"
             hit.release()
             proxy.mode = "pass"
-            for _ in range(100):
-                if assert_right(b, tokens).loaded_tokens == TOKENS:
-                    break
-                time.sleep(0.1)
+            until_served(b, tokens)
             assert two.status().dragonfly.guard.state == "closed"
+            assert_counted(two)
+    finally:
+        proxy.close()
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "deadline_s", "served"),
+    [
+        ("latency", {}, 5.0, True),
+        ("latency", {"latency_s": 0.3, "jitter_s": 0.1}, 0.2, False),
+        ("throttle", {}, 5.0, True),
+        ("throttle", {}, 0.1, False),
+    ],
+)
+def test_a_network_that_is_slow_is_waited_for_until_the_deadline_and_no_longer(
+    server: Any, mode: str, changes: dict[str, float], deadline_s: float, served: bool
+) -> None:
+    proxy, secret = Proxy(server.url), f"slow {mode} {served}"
+    vars(proxy).update(changes)
+    # At 50 MB/s these 8 MiB take 0.17 s.
+    tokens = tokens_of(1, 8 * LARGE.block_tokens)
+    kv = kv_of(tokens, LARGE)
+    with node(server.url, secret=secret, ram="32MiB", deadline_s=5.0) as one:
+        assert one.register("m", LARGE).put(tokens, kv, layout="LKHND") == len(tokens)
+        one.flush()
+        assert one.status().dragonfly.written_blocks == 8
+    try:
+        with node(proxy.url, secret=secret, ram="32MiB", deadline_s=deadline_s) as two:
+            b = two.register("m", LARGE)
+            hit = b.match(tokens)
+            assert hit.tokens == len(tokens)
+            proxy.mode = mode
+            out = np.zeros_like(kv)
+            for _ in range(1 if served else 6):
+                started = time.monotonic()
+                loaded_tokens = hit.load(out, layout="LKHND")
+                assert time.monotonic() - started < deadline_s + 1.0
+                reason = hit.explain().reason
+                hit.release()
+                assert (loaded_tokens, reason) == ((len(tokens), None) if served else (0, "timeout"))
+                assert not out.any() or np.array_equal(out, kv)
+                started = time.monotonic()
+                hit = b.match(tokens)
+                assert time.monotonic() - started < deadline_s + 1.0
+                if not served and not hit.tokens:
+                    break
+            hit.release()
+            proxy.mode = "pass"
+            until_served(b, tokens)
+            assert_counted(two)
+            assert b.stats().hit_blocks + b.stats().miss_blocks == b.stats().asked_blocks
     finally:
         proxy.close()
 
@@ -216,26 +296,56 @@ def test_a_server_that_stops_dies_and_comes_back_costs_hits_alone(tmp_path: Path
 
 
 def test_nodes_share_a_cluster_and_go_on_with_what_is_left_of_it(tmp_path: Path) -> None:
+    import redis as library
+
+    # Ten blocks behind a run of 64.
+    chain, prompts = 74 * SHAPE.block_tokens, range(48)
+    # Where keys lie depends on the secret: with this one always alike.
+    fixed = {"run": "", "cluster": True, "ram": "64MiB", "username": "kv", "password": "hush-hush"}
+    may = ["on", ">hush-hush", "~stratakv:*", "+ping", "+exists", "+get", "+set", "+command", "+cluster|slots"]
     with cluster(tmp_path) as servers:
+        for each in servers:
+            library.Redis(port=each.port).execute_command("ACL", "SETUSER", "kv", *may)
+        url = f"redis://127.0.0.1:{servers[0].port}"
+        with node(url, **fixed) as one, node(url, **fixed) as two, node(url, **fixed) as three:
+            a, b, c = (each.register("m", SHAPE) for each in (one, two, three))
+            for seed in prompts:
+                tokens = tokens_of(seed, chain)
+                assert a.put(tokens, kv_of(tokens, SHAPE), layout="LKHND") == chain
+            one.flush()
+            assert one.status().dragonfly.written_blocks == 48 * 74
+            assert all(assert_right(b, tokens_of(seed, chain)).loaded_tokens == chain for seed in prompts)
+            servers[2].kill()
+            started = time.monotonic()
+            explained = [assert_right(c, tokens_of(seed, chain)) for seed in prompts]
+            assert time.monotonic() - started < 48 * 2.0
+            loaded_blocks = [each.loaded_tokens // SHAPE.block_tokens for each in explained]
+            assert set(loaded_blocks) == {0, 64, 74}, "whole runs are there, or none of it"
+            assert loaded_blocks.count(0) <= 48 // 2, "a third of them, by chance more"
+            assert {each.reason for each in explained if each.loaded_tokens < chain} == {"error"}
+            assert three.status().dragonfly.guard.state == "closed"
+            assert_counted(three)
+            before = one.status().dragonfly.written_blocks
+            for seed in range(100, 120):
+                put(a, seed)
+            one.flush()
+            assert before < one.status().dragonfly.written_blocks < before + 160
+            assert sum(assert_right(c, tokens_of(seed, TOKENS)).loaded_tokens for seed in range(100, 120)) > 0
+
+
+def test_a_node_of_a_cluster_that_is_replaced_is_asked_again_without_help(tmp_path: Path) -> None:
+    with cluster(tmp_path, replicas=1) as servers:
         url = f"redis://127.0.0.1:{servers[0].port}"
         with node(url, cluster=True) as one, node(url, cluster=True) as two:
             a, b = one.register("m", SHAPE), two.register("m", SHAPE)
             for seed in range(24):
                 put(a, seed)
             one.flush()
-            assert one.status().dragonfly.written_blocks == 192
-            assert all(assert_right(b, tokens_of(seed, TOKENS)).loaded_tokens == TOKENS for seed in range(10))
+            assert b.match(tokens_of(0, TOKENS)).tokens == TOKENS
             servers[2].kill()
-            started = time.monotonic()
-            found = [assert_right(b, tokens_of(seed, TOKENS)).loaded_tokens for seed in range(10, 24)]
-            assert time.monotonic() - started < 14 * 2.0
-            # Of each prompt what lies before the first block that was on the node that is gone.
-            assert 0 < sum(found) < 14 * TOKENS
-            for seed in range(100, 120):
-                put(a, seed)
-            one.flush()
-            assert 192 < one.status().dragonfly.written_blocks < 192 + 160
-            assert sum(assert_right(b, tokens_of(seed, TOKENS)).loaded_tokens for seed in range(100, 120)) > 0
+            for seed in range(24):
+                until_served(b, tokens_of(seed, TOKENS))
+            assert_counted(two)
 
 
 def test_a_full_server_refuses_and_requests_do_not_notice(tmp_path: Path) -> None:
@@ -247,6 +357,7 @@ def test_a_full_server_refuses_and_requests_do_not_notice(tmp_path: Path) -> Non
         stats = one.status().dragonfly
         assert stats.dropped_blocks > 0
         assert assert_right(a, tokens_of(29, TOKENS)).loaded_tokens == TOKENS
+        assert stats.guard.state == "closed", "what is there can be had"
 
 
 def test_a_password_is_needed_and_never_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -264,6 +375,67 @@ def test_a_password_is_needed_and_never_shown(tmp_path: Path, caplog: pytest.Log
             assert one.status().dragonfly.written_blocks == 8
 
 
+def test_an_acl_user_needs_few_commands_and_its_own_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    may = ["on", ">hush-hush", "~stratakv:*", "+ping", "+exists", "+get", "+set", "+unlink", "+scan"]
+    with redis(tmp_path, "--user", "default", "off", "--user", "kv", *may) as server:
+        with node(server.url, username="kv", password="wrong-word") as one:
+            a = one.register("m", SHAPE)
+            put(a, 1)
+            one.flush()
+            assert (a.match(tokens_of(2, TOKENS)).tokens, one.status().dragonfly.written_blocks) == (0, 0)
+            assert one.status().dragonfly.guard.last_error == "AuthenticationError"
+            assert_counted(one)
+            with pytest.raises(stratakv.StoreError) as refused:
+                node(server.url, username="kv", password="wrong-word", required=True)
+            shown = caplog.text + repr(one.config) + repr(one.status()) + repr(refused.value)
+            assert not any(secret in shown for secret in ("hush", "wrong-word"))
+        given = {"username": "kv", "password": "hush-hush"}
+        in_url = {"url": server.url.replace("//", "//kv:hush-hush@")}
+        with node(**{"url": server.url} | given, required=True) as one, node(**in_url, required=True) as two:
+            put(one.register("m", SHAPE), 1)
+            one.flush()
+            b = two.register("m", SHAPE)
+            assert assert_right(b, tokens_of(1, TOKENS)).blocks == ("dragonfly",) * 8
+            assert two.dragonfly.forget(b._model.fingerprint) == 8
+            assert "hush" not in caplog.text + repr(two.config) + repr(two.status()) + repr(two.dragonfly)
+
+
+def test_tls_is_verified_by_the_certificate_and_the_name(tmp_path: Path) -> None:
+    (right, key), (other, _) = certificate(tmp_path, "right"), certificate(tmp_path, "other")
+    elsewhere, its_key = certificate(tmp_path, "elsewhere", "127.0.0.2")
+    for made, its in ((right, key), (elsewhere, its_key)):
+        port = free_port()
+        options = ["--tls-port", str(port), "--tls-cert-file", str(made), "--tls-key-file", str(its)]
+        url = f"rediss://127.0.0.1:{port}/0"
+        with redis(tmp_path, *options, "--tls-auth-clients", "no"):
+            # What is not the certificate's authority, the system's authorities, and what is, but for another address.
+            for refused in (other, None, elsewhere) if made is right else (elsewhere,):
+                with node(url, ca_file=refused) as one:
+                    put(one.register("m", SHAPE), 1)
+                    one.flush()
+                    assert assert_right(one["m"], tokens_of(2, TOKENS)).loaded_tokens == 0
+                    assert one.status().dragonfly.written_blocks == 0
+                with pytest.raises(stratakv.StoreError, match="does not answer"):
+                    node(url, ca_file=refused, required=True)
+            if made is right:
+                with node(url, ca_file=right, required=True) as one, node(url, ca_file=right, ram="32MiB") as two:
+                    tokens = tokens_of(1, 4 * LARGE.block_tokens)
+                    a = one.register("m", LARGE)
+                    assert a.put(tokens, kv_of(tokens, LARGE), layout="LKHND") > 0
+                    one.flush()
+                    b = two.register("m", LARGE)
+                    assert assert_right(b, tokens).blocks == ("dragonfly",) * one.status().dragonfly.written_blocks
+
+
+def test_a_socket_of_the_same_machine_serves_too(tmp_path: Path) -> None:
+    with redis(tmp_path, "--unixsocket", str(tmp_path / "s")):
+        url = f"unix://{tmp_path / 's'}"
+        with node(url, required=True) as one, node(url, required=True) as two:
+            put(one.register("m", SHAPE), 1)
+            one.flush()
+            assert assert_right(two.register("m", SHAPE), tokens_of(1, TOKENS)).blocks == ("dragonfly",) * 8
+
+
 def test_a_server_that_is_not_there_is_said_once_or_refused_if_it_is_required(caplog: pytest.LogCaptureFixture) -> None:
     with node("redis://127.0.0.1:1/0", deadline_s=0.2) as one:
         assert "dragonfly does not answer" in caplog.text
@@ -278,6 +450,7 @@ def test_a_server_that_is_not_there_is_said_once_or_refused_if_it_is_required(ca
     [
         ({"url": "http://host"}, "begins with 'http'"),
         ({"url": 7}, "dragonfly.url is no text"),
+        ({"url": "redis://host", "ca_file": "ca.crt"}, "dragonfly.ca_file is for rediss://"),
         ({"ttl_s": 0}, "dragonfly.ttl_s is 0"),
         ({"ttl_s": -1}, "dragonfly.ttl_s is -1"),
         ({"deadline_s": 0}, "dragonfly.deadline_s is 0"),

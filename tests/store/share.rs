@@ -46,6 +46,22 @@ fn what_one_node_exports_another_admits_and_loads() {
 }
 
 #[test]
+fn blocks_of_one_run_have_the_same_head_however_they_are_asked_for() {
+    let one = node("shared");
+    let (model, other) = (register(&one, "m", FINE), register(&one, "n", FINE));
+    let tokens = sequence(1, 10, &FINE);
+    put(&one, &model, &tokens);
+    let names = hold(&one, &model, &tokens).names();
+    let expected: Vec<_> = (0..10).map(|n| Some(names[n - n % 4])).collect();
+    assert_eq!(one.heads(&model, &names, 4).expect("it is open"), expected);
+    let backwards: Vec<_> = names.iter().rev().copied().collect();
+    let found = one.heads(&model, &backwards, 4).expect("it is open");
+    assert_eq!(found, expected.into_iter().rev().collect::<Vec<_>>());
+    assert_eq!(one.heads(&model, &[names[9], [7; 16]], 4).expect("it is open"), [Some(names[8]), None]);
+    assert_eq!(one.heads(&other, &names[..1], 4).expect("it is open"), [None]);
+}
+
+#[test]
 fn what_is_encoded_on_the_way_is_so_at_the_other_end() {
     let (one, two) = (node("shared"), node("shared"));
     let geometry = Geometry { dtype: stratakv::Dtype::Fp32, ..FINE };

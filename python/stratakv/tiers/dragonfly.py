@@ -3,9 +3,16 @@
     put ─▶ RAM ─ ─(events, behind)─ ─▶ which are not there yet? ─▶ SET in batches
     match ─▶ which of the blocks behind the local ones are there? ─▶ load ─▶ GET in batches ─▶ checked ─▶ RAM
 
-Keys are ``stratakv:<model>:<block>``, both in hex and of no use without the store's secret; a value is a record with a
-keyed digest, see docs/formats.md. What comes from here is hostile until the native half has checked it. No call takes
-longer than its deadline, and none raises: what cannot be had is a miss with a reason.
+Keys are ``stratakv:<model>:{<head>}:<block>``, in hex and of no use without the store's secret; a value is a record
+with a keyed digest, see docs/formats.md. What comes from here is hostile until the native half has checked it. No call
+takes longer than its deadline, and none raises: what cannot be had is a miss with a reason.
+
+A cluster puts keys with the same head on one node, and the head is the block that begins a run of 64: a node that is
+lost takes whole runs along, not some blocks of each prefix. Where prefixes part, the rest of that run stays on one
+node; longer runs would survive better and spread worse.
+
+The library connects, authenticates and says which node has which key. Commands and replies are written and read here:
+it copies what passes through it, and a value goes out from, and comes into, memory of its own.
 """
 
 from __future__ import annotations
@@ -14,12 +21,14 @@ import contextlib
 import functools
 import itertools
 import logging
+import socket
 import threading
 import time
+from binascii import hexlify
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from stratakv.config import DragonflyConfig
 from stratakv.errors import ClosedError, ConfigError, StoreError
@@ -31,6 +40,16 @@ _log = logging.getLogger(__name__)
 _BATCH_BYTES = 16 << 20
 # Keys that are asked for at once.
 _BATCH_KEYS = 256
+# Blocks of a run.
+_RUN_BLOCKS = 64
+# Bytes of values that are asked for before the first has come: what a server has to hold ready makes it slower.
+_AHEAD_BYTES = 8 << 20
+# Bytes of a value, at most: what servers take.
+_MOST_BYTES = 512 << 20
+# Bytes from which on something is sent without being copied, and is read so.
+_LARGE_BYTES = 1 << 16
+# Seconds for which a node of a cluster is not asked after it did not answer.
+_REST_S = 1.0
 # Calls under way at once.
 _CALLS = 8
 
@@ -53,6 +72,9 @@ class Exports(Protocol):
     @property
     def record_bytes(self) -> int:
         """Bytes of a record, at most."""
+
+    def heads(self, names: list[bytes], run_blocks: int) -> list[bytes | None]:
+        """Of each block the one that begins its run; ``None``: it is gone."""
 
     def export(self, name: bytes) -> bytes | None:
         """The record of a block; ``None``: it left RAM."""
@@ -103,7 +125,11 @@ class Dragonfly:
         """
         self.config = config
         _library()
+        _keep_memory()
         self._connected: Any = None
+        # Nodes of a cluster that did not answer, and until when they are not asked.
+        self._resting: dict[str, float] = {}
+        self._clock = clock
         self._guard = Guard("dragonfly", deadline_s=config.deadline_s, clock=clock)
         self._calls = ThreadPoolExecutor(_CALLS, thread_name_prefix="stratakv-dragonfly")
         self._lock = threading.Lock()
@@ -115,29 +141,32 @@ class Dragonfly:
                 raise StoreError(f"dragonfly.url does not answer ({kind}); start the server, or do not require it")
             _log.warning("dragonfly does not answer (%s): the store runs without it until it does", kind)
 
-    def leading(self, model: bytes, names: list[bytes]) -> tuple[int, str | None]:
-        """How many of these blocks are there, up to the first that is not; and why that is not known, if so."""
+    def leading(self, model: bytes, names: list[bytes], first: int = 0) -> tuple[int, str | None]:
+        """How many blocks of a sequence are there, from block `first` up to one that is not; and why, if unknown."""
         found = 0
-        for some in _some(names, _BATCH_KEYS):
-            there, reason = self._exist(_keys(model, some))
+        for keys in _some(_keys(model, names, first), _BATCH_KEYS):
+            there, reason = self._ask(functools.partial(self._exist, keys))
             if there is None:
                 return self._found(found), reason
-            leading = next((n for n, here in enumerate(there) if not here), len(there))
+            leading = next((n for n, here in enumerate(there) if here != 1), len(there))
             found += leading
-            if leading < len(some):
-                break
+            if leading < len(keys):
+                return self._found(found), "error" if isinstance(there[leading], Exception) else None
         return self._found(found), None
 
-    def fetch(self, model: bytes, names: list[bytes], record_bytes: int) -> tuple[list[bytes], str | None]:
-        """The records of these blocks, up to the first that cannot be had; and why not all."""
+    def fetch(
+        self, model: bytes, names: list[bytes], record_bytes: int, first: int = 0
+    ) -> tuple[list[bytes], str | None]:
+        """The records of a sequence's blocks, from block `first` up to one that cannot be had; and why not all."""
         records: list[bytes] = []
-        for some in _some(_keys(model, names), max(_BATCH_BYTES // record_bytes, 1)):
-            values, reason = self._ask(functools.partial(self._pipeline, "GET", [(key,) for key in some]))
+        ahead = max(_AHEAD_BYTES // record_bytes, 1)
+        for keys in _some(_keys(model, names, first), max(_BATCH_BYTES // record_bytes, 1)):
+            values, reason = self._ask(functools.partial(self._pipeline, [("GET", key) for key in keys], ahead))
             if values is None:
-                return records, "timeout" if reason == "open" else reason
+                return records, reason
             for value in values:
                 if not isinstance(value, bytes):
-                    return records, "evicted"
+                    return records, "error" if isinstance(value, Exception) else "evicted"
                 records.append(value)
         return records, None
 
@@ -148,30 +177,28 @@ class Dragonfly:
     def write(self, model: Exports, names: list[bytes]) -> None:
         """Writes those of these blocks that are not there yet."""
         for some in _some(names, max(min(_BATCH_BYTES // model.record_bytes, _BATCH_KEYS), 1)):
-            keys = _keys(model.fingerprint, some)
-            there, _ = self._exist(keys)
-            if there is None:
-                self._count(dropped_blocks=len(some))
-                continue
-            new = [(key, name) for key, name, here in zip(keys, some, there, strict=True) if not here]
-            records = [(key, record) for key, name in new if (record := model.export(name)) is not None]
-            self._count(known_blocks=len(some) - len(new), dropped_blocks=len(new) - len(records))
-            if records:
-                done, _ = self._ask(functools.partial(self._set, records))
-                sizes = [len(record) for (_, record), one in zip(records, done or [], strict=False) if one]
-                self._count(
-                    written_blocks=len(sizes),
-                    written_bytes=sum(sizes),
-                    dropped_blocks=len(records) - len(sizes),
-                )
+            heads = zip(some, model.heads(some, _RUN_BLOCKS), strict=True)
+            held = {_run(model.fingerprint, head) + hexlify(name): name for name, head in heads if head is not None}
+            there = self._ask(functools.partial(self._exist, list(held)))[0] or [None] * len(held)
+            new = [key for key, here in zip(held, there, strict=True) if here == 0]
+            records = [(key, record) for key in new if (record := model.export(held[key])) is not None]
+            done = self._ask(functools.partial(self._set, records))[0] or [] if records else []
+            sizes = [len(record) for (_, record), one in zip(records, done, strict=False) if isinstance(one, bytes)]
+            known = there.count(1)
+            self._count(
+                known_blocks=known,
+                written_blocks=len(sizes),
+                written_bytes=sum(sizes),
+                dropped_blocks=len(some) - known - len(sizes),
+            )
 
     def forget(self, model: bytes) -> int:
         """Unlinks what is there of a model; returns how many blocks. What comes meanwhile may stay."""
         gone = 0
         pattern = f"stratakv:{model.hex()}:*"
         for keys in _some(self._client().scan_iter(match=pattern, count=1000), _BATCH_KEYS):
-            removed, _ = self._ask(functools.partial(self._pipeline, "UNLINK", [(key,) for key in keys]))
-            gone += sum(one or 0 for one in removed or ())
+            removed, _ = self._ask(functools.partial(self._pipeline, [("UNLINK", key) for key in keys]))
+            gone += sum(one for one in removed or () if isinstance(one, int))
         return gone
 
     def stats(self) -> DragonflyStats:
@@ -185,40 +212,61 @@ class Dragonfly:
         if self._connected is not None:
             self._connected.close()
 
-    def _exist(self, keys: list[str]) -> tuple[list[int] | None, str | None]:
-        there, reason = self._ask(lambda: self._pipeline("EXISTS", [(key,) for key in keys]))
-        return there, "timeout" if reason == "open" else reason
+    def _exist(self, keys: list[bytes]) -> list[Any]:
+        """Of each key 1, 0 or an error."""
+        runs = [list(run) for _, run in itertools.groupby(keys, lambda key: key[:-32])]
+        there: list[Any] = []
+        for run, count in zip(runs, self._pipeline([("EXISTS", *run) for run in runs]), strict=True):
+            # How many of a run costs less than which, and mostly says as much.
+            if isinstance(count, int) and 0 < count < len(run):
+                there += self._pipeline([("EXISTS", key) for key in run])
+            else:
+                there += [min(count, 1) if isinstance(count, int) else count] * len(run)
+        return there
 
-    def _set(self, records: list[tuple[str, bytes]]) -> list[Any]:
+    def _set(self, records: list[tuple[bytes, bytes]]) -> list[Any]:
         life = [] if self.config.ttl_s is None else ["PX", int(1000 * self.config.ttl_s)]
-        return self._pipeline("SET", [(key, record, *life) for key, record in records])
+        return self._pipeline([("SET", key, record, *life) for key, record in records])
 
-    def _pipeline(self, command: str, calls: list[tuple[Any, ...]]) -> list[Any]:
-        """The results of some commands; ``None`` of those that failed, unless all did."""
-        client = self._client()
+    def _pipeline(self, commands: list[tuple[Any, ...]], ahead: int = _BATCH_KEYS) -> list[Any]:
+        """The results of some commands, of those that failed the errors; raises where the server as a whole fails."""
+        client, errors = self._client(), _library().exceptions
         if not self.config.cluster:
-            return _done(_execute(client, command, calls))
+            results = _execute(client, commands, ahead)
+            failed = [result for result in results if isinstance(result, Exception)]
+            # One that is full still has what is there.
+            if failed and len(failed) == len(results) and not isinstance(failed[0], errors.OutOfMemoryError):
+                raise failed[0]
+            return results
         # Node by node: one that is gone takes no others along.
         nodes: dict[str, list[int]] = {}
         by_name = {}
-        for n, call in enumerate(calls):
-            node = client.get_node_from_key(call[0])
+        for n, (_, key, *_) in enumerate(commands):
+            node = client.get_node_from_key(key)
             by_name[node.name] = node
             nodes.setdefault(node.name, []).append(n)
-        results: list[Any] = [None] * len(calls)
+        results = [None] * len(commands)
         for name, numbers in nodes.items():
-            try:
-                some = _execute(client.get_redis_connection(by_name[name]), command, [calls[n] for n in numbers])
-            except _library().RedisError as error:
-                some = [error] * len(numbers)
+            some = self._of_node(client, by_name[name], [commands[n] for n in numbers], ahead)
             for n, result in zip(numbers, some, strict=True):
                 results[n] = result
-        if any(isinstance(result, _library().exceptions.MovedError) for result in results):
+        if any(isinstance(result, errors.MovedError) for result in results):
             client.nodes_manager.initialize()
-        return _done(results)
+        return results
+
+    def _of_node(self, client: Any, node: Any, commands: list[tuple[Any, ...]], ahead: int) -> list[Any]:  # noqa: ANN401
+        if self._clock() < self._resting.get(node.name, 0.0):
+            return [ConnectionError("it did not answer")] * len(commands)
+        try:
+            return _execute(client.get_redis_connection(node), commands, ahead)
+        except Exception as error:
+            self._resting[node.name] = self._clock() + _REST_S
+            # Another may have taken its place. If none is left, this raises.
+            client.nodes_manager.initialize()
+            return [error] * len(commands)
 
     def _ask(self, call: Callable[[], _T]) -> tuple[_T | None, str | None]:
-        """Makes a call in a thread of its own: a socket's timeout is for each piece of a reply, not for all of it."""
+        """What a call gives, and why nothing; in a thread, as a socket's timeout is for each piece of a reply."""
 
         def within(deadline: Deadline) -> _T:
             future = self._calls.submit(call)
@@ -230,7 +278,9 @@ class Dragonfly:
                     _disconnect(self._connected)
                 raise
 
-        return self._guard.call(within)
+        result, reason = self._guard.call(within)
+        # It is not asked because it did not answer in time, or not at all.
+        return result, "timeout" if reason == "open" else reason
 
     def _client(self) -> Any:  # noqa: ANN401 - of one node, or of a cluster
         # A cluster is asked for its nodes at once, so that this is a call like any other.
@@ -304,6 +354,17 @@ class Feeder:
             self.look()
 
 
+def _keep_memory() -> None:
+    """Has the C library keep the memory of values, to be used again without being touched page by page.
+
+    Pieces that are larger than any that was freed before go back to the system at once (mallopt(3),
+    ``M_MMAP_THRESHOLD``), and what lies free behind the others does beyond twice that size. Where the C library is
+    another, nothing comes of it.
+    """
+    spare = bytes(2 * _BATCH_BYTES - (1 << 16))
+    del spare
+
+
 def _library() -> Any:  # noqa: ANN401 - a module
     try:
         import redis
@@ -320,6 +381,8 @@ def _connect(config: DragonflyConfig) -> Any:  # noqa: ANN401 - of one node, or 
         "username": config.username,
         "password": config.password,
         "ssl_ca_certs": None if config.ca_file is None else str(config.ca_file),
+        # Replies are read here; this is what servers speak from the start.
+        "protocol": 2,
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
     }
     kept = {name: value for name, value in options.items() if value is not None}
@@ -328,20 +391,68 @@ def _connect(config: DragonflyConfig) -> Any:  # noqa: ANN401 - of one node, or 
     return redis.Redis.from_url(str(config.url), **kept)
 
 
-def _execute(client: Any, command: str, calls: list[tuple[Any, ...]]) -> list[Any]:  # noqa: ANN401 - of one node
-    with client.pipeline(transaction=False) as pipeline:
-        for arguments in calls:
-            pipeline.execute_command(command, *arguments)
-        results: list[Any] = pipeline.execute(raise_on_error=False)
-        return results
+def _execute(client: Any, commands: list[tuple[Any, ...]], ahead: int) -> list[Any]:  # noqa: ANN401 - of one node
+    pool = client.connection_pool
+    connection = pool.get_connection()
+    try:
+        return _exchange(connection, commands, ahead)
+    except BaseException:
+        # Nobody knows what would be read next.
+        connection.disconnect()
+        raise
+    finally:
+        pool.release(connection)
 
 
-def _done(results: list[Any]) -> list[Any]:
-    """Results without errors; raises one where there is nothing else."""
-    failed = [result for result in results if isinstance(result, Exception)]
-    if failed and len(failed) == len(results):
-        raise failed[0]
-    return [None if isinstance(result, Exception) else result for result in results]
+def _exchange(connection: Any, commands: list[tuple[Any, ...]], ahead: int) -> list[Any]:  # noqa: ANN401 - the library's
+    """Sends commands, so many ahead of their replies, and reads those; a reply may be an error."""
+    results: list[Any] = []
+    # Of the library's own: its public way to a reply goes through its parser.
+    link, parser = connection._sock, connection._parser
+    with link.makefile("rb", _LARGE_BYTES) as replies:
+        _send(link, commands[:ahead])
+        while len(results) < len(commands):
+            line = replies.readline(_LARGE_BYTES)
+            kind, said = line[:1], line[1:-2]
+            if not line.endswith(b"\r\n") or kind not in (b"$", b":", b"+", b"-"):
+                raise ConnectionError("the reply ends, or is none")
+            # While this one is read, the server gets another ready.
+            following = ahead + len(results)
+            _send(link, commands[following : following + 1])
+            if kind == b"$":
+                results.append(_value(replies, int(said)))
+            elif kind == b"-":
+                results.append(parser.parse_error(said.decode(errors="replace")))
+            else:
+                results.append(int(said) if kind == b":" else said)
+    return results
+
+
+def _value(replies: BinaryIO, length: int) -> bytes | None:
+    if length < 0:
+        return None
+    if length > _MOST_BYTES:
+        raise ConnectionError(f"a value of {length} bytes")
+    value = replies.read(length)
+    if len(value) < length or replies.read(2) != b"\r\n":
+        raise ConnectionError("the reply ends")
+    return value
+
+
+def _send(link: socket.socket, commands: list[tuple[Any, ...]]) -> None:
+    small: list[bytes] = []
+    for command in commands:
+        small.append(b"*%d\r\n" % len(command))
+        for argument in command:
+            content = argument if isinstance(argument, bytes) else str(argument).encode()
+            if len(content) < _LARGE_BYTES:
+                small.append(b"$%d\r\n%b\r\n" % (len(content), content))
+            else:
+                link.sendall(b"%b$%d\r\n" % (b"".join(small), len(content)))
+                link.sendall(content)
+                small = [b"\r\n"]
+    if small:
+        link.sendall(b"".join(small))
 
 
 def _disconnect(client: Any) -> None:  # noqa: ANN401 - see there
@@ -353,9 +464,15 @@ def _disconnect(client: Any) -> None:  # noqa: ANN401 - see there
         client.disconnect_connection_pools()
 
 
-def _keys(model: bytes, names: list[bytes]) -> list[str]:
-    prefix = f"stratakv:{model.hex()}:"
-    return [prefix + name.hex() for name in names]
+def _keys(model: bytes, names: list[bytes], first: int) -> list[bytes]:
+    """Of a sequence's blocks from `first` on."""
+    runs = [_run(model, head) for head in names[::_RUN_BLOCKS]]
+    return [runs[n // _RUN_BLOCKS] + hexlify(names[n]) for n in range(first, len(names))]
+
+
+def _run(model: bytes, head: bytes) -> bytes:
+    """What keys of a run begin with; the rest is 32 digits."""
+    return b"stratakv:%b:{%b}:" % (hexlify(model), hexlify(head))
 
 
 def _some(items: Iterable[_T], most: int) -> Iterator[list[_T]]:

@@ -277,7 +277,8 @@ class Postgres:
         """Adapter, tenant and blocks' names of the prefixes that are worth most; ``None``: there was no answer."""
         rows = self.ask(
             lambda connection: connection.execute(
-                "SELECT adapter, tenant, chain FROM stratakv.prefixes WHERE model = %s ORDER BY heat DESC, name LIMIT %s",
+                "SELECT adapter, tenant, chain FROM stratakv.prefixes WHERE model = %s"
+                " ORDER BY heat DESC, name LIMIT %s",
                 (model, limit),
             ).fetchall()
         )
