@@ -140,9 +140,9 @@ class Proxy:
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
-        if parts.scheme != "redis":
-            pytest.skip("a proxy stands before redis:// alone")
-        self.upstream, self.mode = (parts.hostname or "localhost", parts.port or 6379), "pass"
+        if parts.scheme == "rediss" or parts.port is None:
+            pytest.skip("a proxy stands before a port, without TLS")
+        self.upstream, self.mode = (parts.hostname or "localhost", parts.port), "pass"
         # Of each connection, from the server, in mode truncate.
         self.most_bytes = 0
         # In mode latency; and in mode throttle.

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from stratakv import _native
 from stratakv.config import Codec, Geometry
-from stratakv.errors import ClosedError, InputError
+from stratakv.errors import ClosedError, InputError, StoreError
 from stratakv.quotas import Admission
 from stratakv.tiers.dragonfly import Dragonfly
 
@@ -29,6 +29,8 @@ MAX_PRIORITY = 10
 _TOLD_FROM = 64 << 20
 # Matches that may wait to be prefetched.
 _WAITING = 64
+# A block that is on SSD is read from the tier that nodes share where that takes so many times less.
+_QUICKER = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +265,7 @@ class Behind:
 class Remote:
     """What of a match lies in the tier that nodes share, behind what is here."""
 
-    __slots__ = ("asked", "before", "fetched", "model", "names", "reason", "tier")
+    __slots__ = ("asked", "before", "fetched", "model", "names", "reason", "released", "space", "tier")
 
     def __init__(
         self, tier: Dragonfly, model: _native.Model, asked: tuple[object, str, str], lease: _native.Lease
@@ -271,29 +273,56 @@ class Remote:
         """Asks the tier which of the blocks that are not here it has."""
         self.tier, self.model, self.asked = tier, model, asked
         names, here = lease.names, lease.blocks
-        count, self.reason = tier.leading(model.fingerprint, names, here)
+        self.space = model.fingerprint + lease.space
+        count, self.reason = tier.leading(self.space, names, here)
         self.before, self.names = names[:here], names[here : here + count]
         # Which blocks of the match came from there.
-        self.fetched = range(0)
+        self.fetched: set[int] = set()
+        self.released = False
 
     def fetch(self, lease: _native.Lease) -> _native.Lease:
-        """Brings them to RAM; the match as it is then."""
-        first = lease.blocks
-        names = [*self.before, *self.names]
-        records, reason = self.tier.fetch(self.model.fingerprint, names, self.model.record_bytes, first)
-        asked, self.names = len(self.names), []
+        """Brings to RAM what of them is worth it, and what it has quicker than the SSD; the match as it is then."""
+        size = self.model.record_bytes
         try:
+            self._overtake(lease, size)
+            first, rate = lease.blocks, self.model.prefill_rate()
+            saved_s = None if rate is None else lease.block_tokens * len(self.names) / rate
+            if self.names and not self.tier.cost.is_worth(size * len(self.names), saved_s):
+                self.names, self.reason = [], "not_worth_it"
+                self.tier.passed_over()
+            if not self.names:
+                return lease
+            names = [*self.before, *self.names]
+            records, reason = self.tier.fetch(self.space, names, size, first)
+            asked, self.names = len(self.names), []
             blocks, wrong = self.model.admit(self.asked, "", "", first, records)
             longer = lease.extended(self.model, self.asked, "", "")
         except ClosedError:
             # The store went away under the match.
-            self.reason = "closed"
+            self.names, self.reason = [], "closed"
             return lease
         came = max(blocks - first, 0)
         self.tier.booked(asked, came, sum(map(len, records[:came])))
-        self.reason, self.fetched = wrong or reason or self.reason, range(first, first + came)
+        self.reason = wrong or reason or self.reason
+        self.fetched |= set(range(first, first + came))
         lease.release()
         return longer
+
+    def _overtake(self, lease: _native.Lease, size: int) -> None:
+        """Brings blocks that are on SSD alone from there, where that takes much less than reading them."""
+        on_ssd = [n for n, place in enumerate(lease.places) if place == "ssd"]
+        terms, read_s = self.tier.cost.terms(), self.model.read_s()
+        if not on_ssd or terms is None or read_s is None:
+            return
+        first, count = on_ssd[0], on_ssd[-1] + 1 - on_ssd[0]
+        quick = _QUICKER * (terms[0] + terms[1] * size * count) < read_s * size * len(on_ssd)
+        if not quick or self.tier.leading(self.space, self.before, first)[0] < count:
+            return
+        records, _ = self.tier.fetch(self.space, self.before, size, first)
+        self.model.admit(self.asked, "", "", first, records)
+        came = {n for n, place in enumerate(lease.places) if place == "ram"}.intersection(on_ssd)
+        self.tier.booked(len(on_ssd), len(came), sum(len(records[n - first]) for n in came if n - first < len(records)))
+        self.fetched |= came
 
 
 class Match:
@@ -340,7 +369,7 @@ class Match:
             ClosedError: the match was released.
         """
         remote, cut = self._remote, None
-        if remote is not None and remote.names:
+        if remote is not None and not remote.released and (remote.names or "ssd" in self._lease.places):
             expected = self.tokens
             self._lease = remote.fetch(self._lease)
             cut = (remote.reason or "evicted") if self._lease.tokens < expected else None
@@ -407,7 +436,7 @@ class Match:
     def release(self) -> None:
         """Gives the blocks free; again does nothing."""
         if self._remote is not None:
-            self._remote.names = []
+            self._remote.names, self._remote.released = [], True
         self._lease.release()
 
     def __enter__(self) -> Match:
@@ -568,7 +597,8 @@ class ModelCache:
         wanted = names[: blocks + (most_bytes - came) // size]
         if tier is None or len(wanted) <= blocks or adapter is None or tenant is None:
             return came
-        records, _ = tier.fetch(self._model.fingerprint, wanted, size, blocks)
+        space = self._model.fingerprint + self._model.space(adapter, tenant)
+        records, _ = tier.fetch(space, wanted, size, blocks)
         found, _ = self._model.admit_named(adapter, tenant, names, blocks, records, lifter)
         right = max(found - blocks, 0)
         tier.booked(len(wanted) - blocks, right, sum(map(len, records[:right])))
@@ -698,10 +728,25 @@ class ModelCache:
 
         Raises:
             ModelNotFoundError: the model is not registered.
-            StoreError: the drop cannot be noted on SSD; then nothing was dropped.
+            StoreError: the drop cannot be noted on SSD; then nothing was dropped. Or the tier that nodes share does not
+                answer: it is dropped here, and nothing of it is loaded from there; what lies there is unlinked as soon
+                as that tier answers this process.
             ClosedError: the store is closed.
         """
-        return self._model.drop_namespace(adapter, tenant)
+        tier: Dragonfly | None = self._manager.dragonfly
+        if tier is None:
+            return self._model.drop_namespace(adapter, tenant)
+        before = self._model.space(adapter, tenant)
+        forgotten = self._model.drop_namespace(adapter, tenant)
+        # A process that has no directory counts drops from none on: what it stored in this epoch, it may have before.
+        spaces = (before, self._model.space(adapter, tenant))
+        unlinked = [tier.forget(self._model.fingerprint + space) for space in spaces]
+        if not all(unlinked):
+            raise StoreError(
+                f"{forgotten} blocks were dropped here, and dragonfly does not answer: what is there is unlinked"
+                " as soon as it does, and is not loaded until then"
+            )
+        return forgotten
 
     def stats(self) -> Stats:
         """Counters of this model."""

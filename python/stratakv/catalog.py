@@ -355,7 +355,7 @@ class Source:
         entries: models that are registered, by name.
         entry: one of them.
         near: names of prefixes of a model, adapter and tenant near to a text or tokens, so many at most, and how near.
-        leading: how many of these blocks of a model are in Dragonfly, up to the first that is not.
+        leading: how many of these blocks are in Dragonfly, up to the first that is not; by model and namespace.
         postgres: the database, and who keeps it.
     """
 
@@ -363,7 +363,7 @@ class Source:
     entries: Callable[[], Mapping[str, Entry]]
     entry: Callable[[str], Entry]
     near: Callable[[str, str, str, object, int], list[tuple[bytes, float]]]
-    leading: Callable[[str, list[bytes]], int | None]
+    leading: Callable[[bytes, list[bytes]], int | None]
     postgres: tuple[Postgres, Keeper] | None
 
     @property
@@ -489,7 +489,7 @@ class Catalog:
         if holders is not None:
             others = (h for h in holders if h.node != self._source.node and h.seen_s_ago < _GONE_S)
             nodes = {holder.node: (size * holder.blocks, size * holder.in_ram) for holder in others}
-        there = self._source.leading(model, names)
+        there = self._source.leading(entry.model.fingerprint + entry.model.space(adapter, tenant), names)
         return Where(
             asked_tokens=asked,
             here={tier: tokens for tier, tokens in here.items() if tokens},

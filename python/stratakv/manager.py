@@ -528,10 +528,10 @@ class CacheManager:
     def _near(self, model: str, adapter: str, tenant: str, asked: object, limit: int) -> list[tuple[bytes, float]]:
         return []
 
-    def _leading(self, model: str, names: list[bytes]) -> int | None:
+    def _leading(self, space: bytes, names: list[bytes]) -> int | None:
         if self.dragonfly is None:
             return None
-        found, reason = self.dragonfly.leading(self._entry_of(model).model.fingerprint, names)
+        found, reason = self.dragonfly.leading(space, names)
         return found if reason is None or found else None
 
     def _rebalance(self) -> None:
@@ -645,7 +645,7 @@ class CacheManager:
         """
         self._store.flush()
         if self._feeder is not None:
-            self._feeder.look()
+            self._feeder.flush()
         if self._keeper is not None:
             self._keeper.flush()
 

@@ -345,8 +345,13 @@ impl Model {
         PyBytes::new(py, &self.store.fingerprint(&self.model))
     }
 
-    /// Of each block the name of the one that begins its run of so many blocks; `None`: it is not there.
-    fn heads(&self, py: Python<'_>, names: Vec<[u8; 16]>, run_blocks: u32) -> PyResult<Vec<Option<[u8; 16]>>> {
+    /// Of each block the name of the one that begins its run of so many blocks, and of its namespace; `None`: it is gone.
+    fn heads(
+        &self,
+        py: Python<'_>,
+        names: Vec<[u8; 16]>,
+        run_blocks: u32,
+    ) -> PyResult<Vec<Option<([u8; 16], [u8; 16])>>> {
         py.detach(|| self.store.heads(&self.model, &names, run_blocks)).or_raise(py)
     }
 
@@ -649,6 +654,12 @@ impl Lease {
         let asked = Asked::read(tokens, adapter, tenant)?;
         let lease = py.detach(|| self.lease.extended(&asked.sequence(model, adapter, tenant)));
         Ok(Self { lease: lease.or_raise(py)? })
+    }
+
+    /// Names the namespace.
+    #[getter]
+    fn space<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.lease.space())
     }
 
     /// Names of all whole blocks that were asked for, 16 bytes each.

@@ -41,25 +41,28 @@ impl Store {
         self.shared.secret.fingerprint(&spec.name, &spec.weights_version, &spec.geometry)
     }
 
-    /// Of each block the one that begins its run of so many blocks, counted from the start of its sequence; `None`: it is
-    /// in no tier of this store.
+    /// Of each block the one that begins its run of so many blocks, counted from the start of its sequence, and what names
+    /// its namespace; `None`: it is in no tier of this store.
     ///
     /// # Errors
     /// The store is closed.
-    pub fn heads(&self, model: &Model, names: &[Sealed], run_blocks: u32) -> Result<Vec<Option<Sealed>>> {
+    pub fn heads(&self, model: &Model, names: &[Sealed], run_blocks: u32) -> Result<Vec<Option<(Sealed, Sealed)>>> {
         let state = self.shared.open_state()?;
         let (nodes, secret) = (&state.nodes, &self.shared.secret);
         let mut before = None;
         let head = |&name: &Sealed| {
             let id = nodes.find(secret.unseal(name)).filter(|&id| nodes.model(id) == model.id)?;
             let steps = nodes.depth(id) % run_blocks.max(1);
-            let head = match before {
+            let (head, seed) = match before {
                 // As blocks mostly come: one after the other.
-                Some((last, head)) if steps > 0 && nodes.parent(id) == Some(last) => head,
-                _ => (0..steps).try_fold(id, |id, _| nodes.parent(id))?,
+                Some((last, head, seed)) if nodes.parent(id) == Some(last) => (if steps > 0 { head } else { id }, seed),
+                _ => {
+                    let seed = nodes.hash_before(nodes.path(id).last()?);
+                    ((0..steps).try_fold(id, |id, _| nodes.parent(id))?, seed)
+                }
             };
-            before = Some((id, head));
-            Some(secret.seal(nodes.hash(head)))
+            before = Some((id, head, seed));
+            Some((secret.seal(nodes.hash(head)), secret.seal(seed)))
         };
         Ok(names.iter().map(head).collect())
     }
@@ -300,6 +303,11 @@ impl super::Lease {
             asked_tokens: self.asked_tokens,
             released: AtomicBool::new(false),
         })
+    }
+
+    /// What names the namespace, in its epoch of then.
+    pub fn space(&self) -> Sealed {
+        self.shared.secret.seal(self.namespace.hasher.seed())
     }
 
     /// Names of all whole blocks that were asked for, to everyone who has the store's secret.

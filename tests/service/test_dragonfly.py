@@ -57,7 +57,8 @@ def put(cache: stratakv.ModelCache, seed: int, **more: str) -> None:
 
 def keys_of(cache: stratakv.ModelCache, tokens: np.ndarray) -> list[str]:
     names = [name.hex() for name in cache.match(tokens)._lease.names]
-    return [f"stratakv:{cache._model.fingerprint.hex()}:{{{names[n - n % 64]}}}:{name}" for n, name in enumerate(names)]
+    start = f"stratakv:{cache._model.fingerprint.hex()}:{cache._model.space('', '').hex()}"
+    return [f"{start}:{{{names[n - n % 64]}}}:{name}" for n, name in enumerate(names)]
 
 
 def assert_counted(caches: stratakv.CacheManager) -> None:
@@ -178,8 +179,10 @@ def test_blocks_expire_there_if_they_are_to(server: Any) -> None:
         keys = list(client.scan_iter(match=f"stratakv:{a._model.fingerprint.hex()}:*"))
         assert len(keys) == 8
         assert all(900 < client.ttl(key) <= 1000 for key in keys)
-        assert one.dragonfly.forget(a._model.fingerprint) == 8
-        assert one.dragonfly.leading(a._model.fingerprint, a.match(tokens_of(1, TOKENS))._lease.names) == (0, None)
+        assert one.dragonfly.forget(a._model.fingerprint)
+        assert one.dragonfly.leading(
+            a._model.fingerprint + a._model.space("", ""), a.match(tokens_of(1, TOKENS))._lease.names
+        ) == (0, None)
 
 
 @pytest.mark.parametrize("mode", ["blackhole", "reset", "refuse", "truncate"])
@@ -396,7 +399,7 @@ def test_an_acl_user_needs_few_commands_and_its_own_keys(tmp_path: Path, caplog:
             one.flush()
             b = two.register("m", SHAPE)
             assert assert_right(b, tokens_of(1, TOKENS)).blocks == ("dragonfly",) * 8
-            assert two.dragonfly.forget(b._model.fingerprint) == 8
+            assert two.dragonfly.forget(b._model.fingerprint)
             assert "hush" not in caplog.text + repr(two.config) + repr(two.status()) + repr(two.dragonfly)
 
 
@@ -465,3 +468,142 @@ def test_settings_that_make_no_sense_are_refused(wrong: dict[str, object], says:
 def test_nodes_share_by_a_secret() -> None:
     with pytest.raises(stratakv.ConfigError, match="the same secret"):
         stratakv.Config(dragonfly=stratakv.DragonflyConfig(url="redis://host"))
+
+
+def test_what_was_dropped_is_unlinked_so_that_a_node_that_forgets_its_drops_finds_nothing_old(server: Any) -> None:
+    tokens, other = tokens_of(1, TOKENS), tokens_of(2, TOKENS)
+    for life in range(2):
+        # Without a directory a process counts drops from none on.
+        with node(server.url, secret="drops") as one:
+            a = one.register("m", SHAPE)
+            assert [a.match(tokens, adapter="lora").tokens for _ in range(2)] == [0, 0], f"life {life}"
+            put(a, 1, adapter="lora")
+            put(a, 2)
+            one.flush()
+            assert a.drop(adapter="lora") == 8
+            assert a.match(tokens, adapter="lora").tokens == 0
+            put(a, 1, adapter="lora")
+            one.flush()
+            assert a.drop(adapter="lora") == 8
+            assert a.match(other).tokens == TOKENS
+    with node(server.url, secret="drops") as two:
+        b = two.register("m", SHAPE)
+        assert (b.match(tokens, adapter="lora").tokens, b.match(other).tokens) == (0, TOKENS)
+
+
+def test_a_drop_that_the_tier_does_not_hear_of_says_so_and_is_made_good(tmp_path: Path) -> None:
+    with redis(tmp_path) as server:
+        proxy = Proxy(server.url)
+        try:
+            with node(proxy.url, deadline_s=0.2) as one, node(server.url) as two:
+                a, b = one.register("m", SHAPE), two.register("m", SHAPE)
+                put(a, 1)
+                one.flush()
+                proxy.mode = "blackhole"
+                with pytest.raises(stratakv.StoreError, match="unlinked as soon as it does"):
+                    a.drop()
+                assert a.match(tokens_of(1, TOKENS)).tokens == 0
+                proxy.mode = "pass"
+                for _ in range(100):
+                    if b.match(tokens_of(1, TOKENS)).tokens == 0:
+                        break
+                    time.sleep(0.1)
+                assert b.match(tokens_of(1, TOKENS)).tokens == 0
+        finally:
+            proxy.close()
+
+
+def test_what_was_stored_while_the_tier_was_away_is_written_when_it_is_back(tmp_path: Path) -> None:
+    with redis(tmp_path) as server:
+        proxy = Proxy(server.url)
+        try:
+            with node(proxy.url, deadline_s=0.2) as one, node(server.url) as two:
+                a, b = one.register("m", SHAPE), two.register("m", SHAPE)
+                proxy.mode = "reset"
+                put(a, 1)
+                time.sleep(0.5)
+                assert one.status().dragonfly.written_blocks == 0
+                proxy.mode = "pass"
+                for _ in range(100):
+                    if one.status().dragonfly.written_blocks == 8:
+                        break
+                    time.sleep(0.1)
+                assert assert_right(b, tokens_of(1, TOKENS)).loaded_tokens == TOKENS
+                assert one.status().dragonfly.dropped_blocks == 0
+        finally:
+            proxy.close()
+
+
+def test_a_load_that_takes_longer_than_computing_is_not_made_and_says_so(tmp_path: Path) -> None:
+    with redis(tmp_path) as server:
+        proxy = Proxy(server.url)
+        try:
+            with node(server.url) as one, node(proxy.url) as two:
+                a, b = one.register("m", SHAPE), two.register("m", SHAPE)
+                for seed in range(40):
+                    put(a, seed)
+                one.flush()
+                # What the tier takes is not known before the first load.
+                b.set_prefill_rate(1e6)
+                proxy.mode, proxy.latency_s, proxy.jitter_s = "latency", 0.05, 0.0
+                assert assert_right(b, tokens_of(0, TOKENS)).loaded_tokens == TOKENS
+                found = [assert_right(b, tokens_of(seed, TOKENS)) for seed in range(1, 33)]
+                made = [explanation for explanation in found if explanation.loaded_tokens]
+                assert len(made) == 2, "one of sixteen is"
+                assert {e.reason for e in found if not e.loaded_tokens} == {"not_worth_it"}
+                stats = two.status().dragonfly
+                assert stats.not_worth_it_loads == 30
+                assert stats.bytes_per_s is not None
+                # An engine that is slow is helped all the same; and a tier that has recovered is used again.
+                b.set_prefill_rate(10)
+                assert assert_right(b, tokens_of(33, TOKENS)).loaded_tokens == TOKENS
+                proxy.mode = "pass"
+                b.set_prefill_rate(5e3)
+                assert any(assert_right(b, tokens_of(seed, TOKENS)).loaded_tokens for seed in [*range(1, 40)] * 2)
+        finally:
+            proxy.close()
+
+
+def test_a_prefill_rate_that_is_learned_counts_as_one_that_is_told(server: Any) -> None:
+    with node(server.url, secret="learned") as one:
+        a = one.register("m", SHAPE)
+        a.set_prefill_rate("learned")
+        assert a.prefill_tokens_per_s is None
+        for seed in range(5):
+            assert a.match(tokens_of(seed, TOKENS)).tokens == 0
+            time.sleep(0.05)
+            put(a, seed)
+        rate = a.prefill_tokens_per_s
+        assert rate is not None
+        assert 0.3 * TOKENS / 0.05 < rate <= TOKENS / 0.05
+        with pytest.raises(stratakv.InputError, match="'learned' or None"):
+            a.set_prefill_rate("fast")
+
+
+def test_a_block_on_ssd_is_read_from_the_tier_where_that_is_quicker_and_from_ssd_where_it_is_not(
+    server: Any, tmp_path: Path
+) -> None:
+    def opened() -> stratakv.CacheManager:
+        shared = stratakv.DragonflyConfig(url=server.url, deadline_s=2.0)
+        return stratakv.open(replace(config(tmp_path, secret="quicker"), dragonfly=shared))
+
+    with opened() as one:
+        a = one.register("m", SHAPE)
+        for seed in range(6):
+            put(a, seed)
+        one.flush()
+    with opened() as two:
+        a = two.register("m", SHAPE)
+        # Both are known after a load from each.
+        assert set(assert_right(a, tokens_of(0, TOKENS)).blocks) == {"ssd"}
+        two.dragonfly.fetch(a._model.fingerprint + a._model.space("", ""), [bytes(16)], 1)
+        for _ in range(20):
+            two.dragonfly.cost.note(1 << 20, 10.0)
+        assert set(assert_right(a, tokens_of(1, TOKENS)).blocks) == {"ssd"}
+        for _ in range(200):
+            two.dragonfly.cost.note(1 << 20, 1e-9)
+        explanation = assert_right(a, tokens_of(2, TOKENS))
+        assert (explanation.loaded_tokens, set(explanation.blocks)) == (TOKENS, {"dragonfly"})
+        assert set(assert_right(a, tokens_of(2, TOKENS)).blocks) == {"ram"}
+        stats = two.status().dragonfly
+        assert (stats.asked_blocks, stats.hit_blocks) == (8, 8)

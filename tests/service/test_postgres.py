@@ -482,12 +482,11 @@ def test_many_processes_may_make_the_schema_at_once(database: str) -> None:
 
 @pytest.mark.parametrize("mode", ["blackhole", "reset", "refuse", "truncate"])
 def test_a_network_that_fails_costs_no_request_and_what_happened_meanwhile_is_told_later(
-    server: Postgres, database: str, mode: str
+    database: str, mode: str
 ) -> None:
-    proxy = Proxy(server.port)
-    url = database.replace(str(server.port), str(proxy.port))
+    proxy = Proxy(database)
     try:
-        with node(url, deadline_s=0.5) as caches:
+        with node(proxy.url, deadline_s=0.5) as caches:
             a = caches.register("m", SHAPE)
             put(a, 1)
             wait(lambda: caches.flush() or caches.catalog.find(fleet=True))

@@ -52,12 +52,14 @@ fn blocks_of_one_run_have_the_same_head_however_they_are_asked_for() {
     let tokens = sequence(1, 10, &FINE);
     put(&one, &model, &tokens);
     let names = hold(&one, &model, &tokens).names();
-    let expected: Vec<_> = (0..10).map(|n| Some(names[n - n % 4])).collect();
+    let space = one.space(&model, "", "");
+    let expected: Vec<_> = (0..10).map(|n| Some((names[n - n % 4], space))).collect();
+    assert_eq!(hold(&one, &model, &tokens).space(), space);
     assert_eq!(one.heads(&model, &names, 4).expect("it is open"), expected);
     let backwards: Vec<_> = names.iter().rev().copied().collect();
     let found = one.heads(&model, &backwards, 4).expect("it is open");
     assert_eq!(found, expected.into_iter().rev().collect::<Vec<_>>());
-    assert_eq!(one.heads(&model, &[names[9], [7; 16]], 4).expect("it is open"), [Some(names[8]), None]);
+    assert_eq!(one.heads(&model, &[names[9], [7; 16]], 4).expect("it is open"), [Some((names[8], space)), None]);
     assert_eq!(one.heads(&other, &names[..1], 4).expect("it is open"), [None]);
 }
 

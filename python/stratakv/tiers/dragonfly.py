@@ -3,9 +3,9 @@
     put ─▶ RAM ─ ─(events, behind)─ ─▶ which are not there yet? ─▶ SET in batches
     match ─▶ which of the blocks behind the local ones are there? ─▶ load ─▶ GET in batches ─▶ checked ─▶ RAM
 
-Keys are ``stratakv:<model>:{<head>}:<block>``, in hex and of no use without the store's secret; a value is a record
-with a keyed digest, see docs/formats.md. What comes from here is hostile until the native half has checked it. No call
-takes longer than its deadline, and none raises: what cannot be had is a miss with a reason.
+Keys are ``stratakv:<model>:<namespace>:{<head>}:<block>``, in hex and of no use without the store's secret; a value is
+a record with a keyed digest, see docs/formats.md. What comes from here is hostile until the native half has checked it.
+No call takes longer than its deadline, and none raises: what cannot be had is a miss with a reason.
 
 A cluster puts keys with the same head on one node, and the head is the block that begins a run of 64: a node that is
 lost takes whole runs along, not some blocks of each prefix. Where prefixes part, the rest of that run stays on one
@@ -17,7 +17,6 @@ it copies what passes through it, and a value goes out from, and comes into, mem
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import logging
@@ -31,8 +30,10 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 from stratakv.config import DragonflyConfig
-from stratakv.errors import ClosedError, ConfigError, StoreError
+from stratakv.errors import ConfigError, StoreError
 from stratakv.guard import Deadline, Guard, GuardStats
+from stratakv.tiers.behind import BehindStats, WriteBehind
+from stratakv.tiers.cost import Cost
 
 _log = logging.getLogger(__name__)
 
@@ -52,13 +53,15 @@ _LARGE_BYTES = 1 << 16
 _REST_S = 1.0
 # Calls under way at once.
 _CALLS = 8
+# Seconds that flushing and closing wait for what is to be written.
+_DRAIN_S = 2.0
 
 _T = TypeVar("_T")
 
 
 _COUNTS = (
     *("asked_blocks", "hit_blocks", "miss_blocks", "found_blocks", "read_bytes"),
-    *("written_blocks", "written_bytes", "known_blocks", "dropped_blocks"),
+    *("written_blocks", "written_bytes", "known_blocks", "dropped_blocks", "not_worth_it_loads"),
 )
 
 
@@ -73,8 +76,8 @@ class Exports(Protocol):
     def record_bytes(self) -> int:
         """Bytes of a record, at most."""
 
-    def heads(self, names: list[bytes], run_blocks: int) -> list[bytes | None]:
-        """Of each block the one that begins its run; ``None``: it is gone."""
+    def heads(self, names: list[bytes], run_blocks: int) -> list[tuple[bytes, bytes] | None]:
+        """Of each block the one that begins its run, and its namespace; ``None``: it is gone."""
 
     def export(self, name: bytes) -> bytes | None:
         """The record of a block; ``None``: it left RAM."""
@@ -94,6 +97,9 @@ class DragonflyStats:
         written_bytes: bytes of their records.
         known_blocks: blocks that were there when they were to be written.
         dropped_blocks: blocks that were not written: they left RAM before their turn, or the server did not take them.
+        not_worth_it_loads: loads that were not made, since computing takes less.
+        latency_s: seconds that a load takes before its first byte, as learned; ``None``: nothing is known yet.
+        bytes_per_s: how fast it comes then.
         guard: of its calls.
     """
 
@@ -106,6 +112,9 @@ class DragonflyStats:
     written_bytes: int
     known_blocks: int
     dropped_blocks: int
+    not_worth_it_loads: int
+    latency_s: float | None
+    bytes_per_s: float | None
     guard: GuardStats
 
 
@@ -129,8 +138,12 @@ class Dragonfly:
         self._connected: Any = None
         # Nodes of a cluster that did not answer, and until when they are not asked.
         self._resting: dict[str, float] = {}
+        # What is to be unlinked, and could not be yet.
+        self._forgotten: set[bytes] = set()
         self._clock = clock
         self._guard = Guard("dragonfly", deadline_s=config.deadline_s, clock=clock)
+        # What loads from here take.
+        self.cost = Cost()
         self._calls = ThreadPoolExecutor(_CALLS, thread_name_prefix="stratakv-dragonfly")
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(_COUNTS, 0)
@@ -141,10 +154,18 @@ class Dragonfly:
                 raise StoreError(f"dragonfly.url does not answer ({kind}); start the server, or do not require it")
             _log.warning("dragonfly does not answer (%s): the store runs without it until it does", kind)
 
-    def leading(self, model: bytes, names: list[bytes], first: int = 0) -> tuple[int, str | None]:
-        """How many blocks of a sequence are there, from block `first` up to one that is not; and why, if unknown."""
+    def leading(self, space: bytes, names: list[bytes], first: int = 0) -> tuple[int, str | None]:
+        """How many blocks of a sequence are there, from block `first` up to one that is not; and why, if unknown.
+
+        Args:
+            space: fingerprint of the model and name of the namespace, 32 bytes.
+            names: of its blocks, from the start on.
+            first: number of the first that is asked for.
+        """
         found = 0
-        for keys in _some(_keys(model, names, first), _BATCH_KEYS):
+        if self._is_forgotten(space):
+            return 0, "dropped"
+        for keys in _some(_keys(space, names, first), _BATCH_KEYS):
             there, reason = self._ask(functools.partial(self._exist, keys))
             if there is None:
                 return self._found(found), reason
@@ -155,15 +176,24 @@ class Dragonfly:
         return self._found(found), None
 
     def fetch(
-        self, model: bytes, names: list[bytes], record_bytes: int, first: int = 0
+        self, space: bytes, names: list[bytes], record_bytes: int, first: int = 0
     ) -> tuple[list[bytes], str | None]:
-        """The records of a sequence's blocks, from block `first` up to one that cannot be had; and why not all."""
+        """The records of a sequence's blocks, from block `first` up to one that cannot be had; and why not all.
+
+        Args:
+            space: as of `leading`.
+            names: as of `leading`.
+            record_bytes: bytes of a record, at most.
+            first: as of `leading`.
+        """
         records: list[bytes] = []
         ahead = max(_AHEAD_BYTES // record_bytes, 1)
-        for keys in _some(_keys(model, names, first), max(_BATCH_BYTES // record_bytes, 1)):
+        for keys in _some(_keys(space, names, first), max(_BATCH_BYTES // record_bytes, 1)):
+            begun = time.perf_counter()
             values, reason = self._ask(functools.partial(self._pipeline, [("GET", key) for key in keys], ahead))
             if values is None:
                 return records, reason
+            self.cost.note(sum(len(value) for value in values if isinstance(value, bytes)), time.perf_counter() - begun)
             for value in values:
                 if not isinstance(value, bytes):
                     return records, "error" if isinstance(value, Exception) else "evicted"
@@ -174,37 +204,103 @@ class Dragonfly:
         """Counts what became of a load: of so many blocks so many were right."""
         self._count(asked_blocks=asked, hit_blocks=hit, miss_blocks=asked - hit, read_bytes=read_bytes)
 
-    def write(self, model: Exports, names: list[bytes]) -> None:
-        """Writes those of these blocks that are not there yet."""
+    def passed_over(self) -> None:
+        """Counts a load that was not made, since computing takes less."""
+        self._count(not_worth_it_loads=1)
+
+    def write(self, model: Exports, names: list[bytes]) -> list[bytes]:
+        """Writes those of these blocks that are not there yet; returns those to be tried again, as nobody answered."""
+        left: list[bytes] = []
         for some in _some(names, max(min(_BATCH_BYTES // model.record_bytes, _BATCH_KEYS), 1)):
-            heads = zip(some, model.heads(some, _RUN_BLOCKS), strict=True)
-            held = {_run(model.fingerprint, head) + hexlify(name): name for name, head in heads if head is not None}
-            there = self._ask(functools.partial(self._exist, list(held)))[0] or [None] * len(held)
+            runs = zip(some, model.heads(some, _RUN_BLOCKS), strict=True)
+            held = {
+                _run(model.fingerprint + run[1], run[0]) + hexlify(name): name for name, run in runs if run is not None
+            }
+            there, _ = self._ask(functools.partial(self._exist, list(held)))
+            if there is None:
+                left += some
+                continue
             new = [key for key, here in zip(held, there, strict=True) if here == 0]
             records = [(key, record) for key in new if (record := model.export(held[key])) is not None]
-            done = self._ask(functools.partial(self._set, records))[0] or [] if records else []
-            sizes = [len(record) for (_, record), one in zip(records, done, strict=False) if isinstance(one, bytes)]
+            done: list[Any] | None = []
+            if records:
+                done, _ = self._ask(functools.partial(self._set, records))
+            again = [held[key] for key, _ in records] if done is None else []
+            sizes = [
+                len(record) for (_, record), one in zip(records, done or [], strict=False) if isinstance(one, bytes)
+            ]
             known = there.count(1)
+            left += again
             self._count(
                 known_blocks=known,
                 written_blocks=len(sizes),
                 written_bytes=sum(sizes),
-                dropped_blocks=len(some) - known - len(sizes),
+                dropped_blocks=len(some) - known - len(sizes) - len(again),
             )
+        return left
 
-    def forget(self, model: bytes) -> int:
-        """Unlinks what is there of a model; returns how many blocks. What comes meanwhile may stay."""
-        gone = 0
-        pattern = f"stratakv:{model.hex()}:*"
-        for keys in _some(self._client().scan_iter(match=pattern, count=1000), _BATCH_KEYS):
-            removed, _ = self._ask(functools.partial(self._pipeline, [("UNLINK", key) for key in keys]))
-            gone += sum(one for one in removed or () if isinstance(one, int))
-        return gone
+    def dropped(self, blocks: int) -> None:
+        """Counts blocks that were given up."""
+        self._count(dropped_blocks=blocks)
+
+    def forget(self, space: bytes) -> bool:
+        """Unlinks what is there of a model, or of one of its namespaces; what comes meanwhile may stay.
+
+        Until that is done, nothing of it is found; `forget_again` goes on with it.
+
+        Args:
+            space: fingerprint of the model, 16 bytes; and the name of the namespace, if it is one, 32 bytes in all.
+
+        Returns:
+            Whether it is done.
+        """
+        with self._lock:
+            self._forgotten.add(space)
+        return self.forget_again()
+
+    def forget_again(self) -> bool:
+        """Unlinks what could not be before; whether nothing is left to be."""
+        with self._lock:
+            waiting = list(self._forgotten)
+        for space in waiting:
+            if not self._unlink(
+                b"stratakv:%b:*" % b":".join(hexlify(space[n : n + 16]) for n in range(0, len(space), 16))
+            ):
+                return False
+            with self._lock:
+                self._forgotten.discard(space)
+        return True
+
+    def _is_forgotten(self, space: bytes) -> bool:
+        return bool(self._forgotten) and not self._forgotten.isdisjoint((space, space[:16]))
+
+    def _unlink(self, pattern: bytes) -> bool:
+        # Of a cluster each node is asked for its own.
+        nodes, _ = self._ask(lambda: self._client().get_primaries() if self.config.cluster else [None])
+        for node in nodes or ():
+            cursor: int | None = None
+            while cursor != 0:
+                scan = functools.partial(self._scan, node, cursor or 0, pattern)
+                found, _ = self._ask(scan)
+                if found is None:
+                    return False
+                cursor, keys = found
+                if keys and self._ask(functools.partial(self._pipeline, [("UNLINK", key) for key in keys]))[0] is None:
+                    return False
+        return nodes is not None
+
+    def _scan(self, node: Any, cursor: int, pattern: bytes) -> tuple[int, list[bytes]]:  # noqa: ANN401 - of a cluster
+        of = {} if node is None else {"target_nodes": node}
+        cursors, keys = self._client().scan(cursor, match=pattern, count=1000, **of)
+        return (next(iter(cursors.values())) if isinstance(cursors, dict) else cursors), keys
 
     def stats(self) -> DragonflyStats:
         """What was asked of it."""
+        latency_s, byte_s = self.cost.terms() or (None, None)
+        bytes_per_s = 1 / byte_s if byte_s else None
         with self._lock:
-            return DragonflyStats(**self._counts, guard=self._guard.stats())
+            known = {"latency_s": latency_s, "bytes_per_s": bytes_per_s, "guard": self._guard.stats()}
+            return DragonflyStats(**self._counts, **known)  # type: ignore[arg-type]
 
     def close(self) -> None:
         """Disconnects; calls that are under way fail."""
@@ -317,41 +413,43 @@ class Feeder:
             models: those registered now, by name.
             interval_s: seconds between two looks.
         """
-        self._tier, self._events, self._models, self._interval_s = tier, events, models, interval_s
+        self._tier, self._events, self._models = tier, events, models
         self._since: int | None = None
-        self._looking = threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="stratakv-feeder", daemon=True)
-        self._thread.start()
+        self._behind = WriteBehind(
+            "stratakv-feeder",
+            self._take,
+            self._write,
+            interval_s=interval_s,
+            # For some 20 seconds.
+            tries=12,
+            dropped=lambda blocks: tier.dropped(len(blocks)),
+        )
 
-    def look(self) -> None:
-        """Writes what RAM got up to now."""
-        with self._looking:
-            _, rows, self._since = self._events(self._since)
-            fresh = [(model, name) for model, name, _, tier, stored in rows if tier == "ram" and stored]
-            models = self._models()
-            for model, of_model in itertools.groupby(fresh, lambda row: row[0]):
-                if model in models:
-                    self._tier.write(models[model], [name for _, name in of_model])
+    def flush(self) -> bool:
+        """Writes what RAM got up to now; whether the server took it."""
+        return self._behind.flush(_DRAIN_S)
 
-    def _run(self) -> None:
-        while not self._stop.wait(self._interval_s):
-            try:
-                self.look()
-            except ClosedError:
-                # The store is; there is nothing more to write.
-                return
-            except Exception:
-                _log.exception("blocks are written to dragonfly no more")
-                return
+    def stats(self) -> BehindStats:
+        """What became of what was to be written."""
+        return self._behind.stats()
 
     def close(self) -> None:
         """Writes what is left, if the server takes it, and ends."""
-        self._stop.set()
-        self._thread.join()
-        # The store may be closed.
-        with contextlib.suppress(ClosedError):
-            self.look()
+        self._behind.close(_DRAIN_S)
+
+    def _take(self) -> list[tuple[str, bytes]]:
+        _, rows, self._since = self._events(self._since)
+        self._tier.forget_again()
+        return [(model, name) for model, name, _, tier, stored in rows if tier == "ram" and stored]
+
+    def _write(self, blocks: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+        left: list[tuple[str, bytes]] = []
+        models = self._models()
+        for model, of_model in itertools.groupby(blocks, lambda block: block[0]):
+            names = [name for _, name in of_model]
+            if model in models:
+                left += ((model, name) for name in self._tier.write(models[model], names))
+        return left
 
 
 def _keep_memory() -> None:
@@ -464,15 +562,15 @@ def _disconnect(client: Any) -> None:  # noqa: ANN401 - see there
         client.disconnect_connection_pools()
 
 
-def _keys(model: bytes, names: list[bytes], first: int) -> list[bytes]:
+def _keys(space: bytes, names: list[bytes], first: int) -> list[bytes]:
     """Of a sequence's blocks from `first` on."""
-    runs = [_run(model, head) for head in names[::_RUN_BLOCKS]]
+    runs = [_run(space, head) for head in names[::_RUN_BLOCKS]]
     return [runs[n // _RUN_BLOCKS] + hexlify(names[n]) for n in range(first, len(names))]
 
 
-def _run(model: bytes, head: bytes) -> bytes:
+def _run(space: bytes, head: bytes) -> bytes:
     """What keys of a run begin with; the rest is 32 digits."""
-    return b"stratakv:%b:{%b}:" % (hexlify(model), hexlify(head))
+    return b"stratakv:%b:%b:{%b}:" % (hexlify(space[:16]), hexlify(space[16:]), hexlify(head))
 
 
 def _some(items: Iterable[_T], most: int) -> Iterator[list[_T]]:
