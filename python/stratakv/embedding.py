@@ -95,7 +95,7 @@ def token_embedding(tokens: Sequence[int] | NDArray[Any], dimension: int, salt: 
 
 
 def text_embedding(texts: Sequence[str], dimension: int) -> Vectors:
-    """The vectors [n, dimension] of texts by a static model of words, WordLlama's of 256 elements, and zeros behind them.
+    """The vectors [n, dimension] of texts by a static model of words, WordLlama's of 256 elements, and zeros behind.
 
     It is not keyed. The model is loaded once, from the installed package; nothing is fetched.
 
