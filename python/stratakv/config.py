@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from stratakv.errors import ConfigError, InputError
-from stratakv.settings import check_seconds, from_text, parse_budget, parse_bytes, read_toml, unknown
+from stratakv.settings import check_seconds, from_text, parse_budget, parse_bytes, read_toml, unknown_name
 
 Dtype = Literal["fp32", "fp16", "bf16", "uint8"]
 """Element types of cached tensors; ``uint8`` carries either FP8 format."""
@@ -137,7 +137,7 @@ class Codec:
         if isinstance(value, Mapping) and "name" in value:
             valid = [each.name for each in fields(cls)]
             if unknown := [key for key in value if key not in valid]:
-                raise InputError(str(unknown("key", str(unknown[0]), valid, "codec")))
+                raise InputError(str(unknown_name("key", str(unknown[0]), valid, "codec")))
             return cls(**value)
         raise InputError(f"codec is {value!r}, expected a name, a table with a name, or a stratakv.Codec")
 
@@ -270,7 +270,7 @@ def _of(kind: type[_Kind], value: object, where: str) -> _Kind:
     if isinstance(value, Mapping):
         valid = [each.name for each in fields(kind)]
         if unknown := [key for key in value if key not in valid]:
-            raise InputError(str(unknown("key", str(unknown[0]), valid, where)))
+            raise InputError(str(unknown_name("key", str(unknown[0]), valid, where)))
         return kind(**value)
     raise InputError(f"{where} is {value!r}, expected a stratakv.{kind.__name__}, or a table of its fields")
 
@@ -615,7 +615,7 @@ class Config:
         if path is not None:
             for section, table in read_toml(Path(path)).items():
                 if section not in _SECTIONS:
-                    raise unknown("section", section, list(_SECTIONS), str(path))
+                    raise unknown_name("section", section, list(_SECTIONS), str(path))
                 if not isinstance(table, dict):
                     raise ConfigError(f"{path}: {section} is {table!r}, expected a table [{section}]")
                 values[section].update(table)
@@ -629,7 +629,7 @@ class Config:
             valid = [f.name for f in fields(_SECTIONS[section])]
             for key in table:
                 if key not in valid:
-                    raise unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in valid], "configuration")
+                    raise unknown_name("key", f"{section}.{key}", [f"{section}.{name}" for name in valid], "configuration")
         return cls(**{section: _SECTIONS[section](**table) for section, table in values.items()})
 
 

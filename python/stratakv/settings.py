@@ -94,7 +94,7 @@ def from_text(section: str, key: str, text: str) -> object:
     return text
 
 
-def unknown(kind: str, name: str, valid: list[str], where: str) -> ConfigError:
+def unknown_name(kind: str, name: str, valid: list[str], where: str) -> ConfigError:
     """The error of a name that is none, with the nearest that is."""
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0)
     return ConfigError(f"{where}: unknown {kind} {name!r}; did you mean {near[0]!r}?")
