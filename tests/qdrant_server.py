@@ -1,4 +1,4 @@
-"""A server of Qdrant's REST protocol around Qdrant's own engine, as far as it is asked here: ``python qdrant_server.py``.
+"""A server of Qdrant's REST protocol around Qdrant's own engine, as far as it is asked here.
 
 Collections lie in a folder, a shard each, and outlive a kill. ``POST /collections/<name>/optimize`` builds the index,
 which the real server does by itself.
@@ -103,7 +103,9 @@ class Collection:
             case "PUT", "/points":
                 points = body.get("points") or [
                     {"id": point, "vector": vector, "payload": payload}
-                    for point, vector, payload in zip(*(body["batch"][f] for f in ("ids", "vectors", "payloads")), strict=True)
+                    for point, vector, payload in zip(
+                        *(body["batch"][f] for f in ("ids", "vectors", "payloads")), strict=True
+                    )
                 ]
                 if any(len(point["vector"]) != self.vectors["size"] for point in points):
                     raise Refused(400, "Wrong input: Vector dimension error")
@@ -195,7 +197,10 @@ def serve(port: int, folder: str, api_key: str) -> None:
             body = json.loads(self.rfile.read(length)) if length else {}
             try:
                 path = self.path.partition("?")[0]
-                status, said = 200, {"result": collections.answer(self.command, path, body, self.headers.get("api-key"))}
+                status, said = (
+                    200,
+                    {"result": collections.answer(self.command, path, body, self.headers.get("api-key"))},
+                )
             except Refused as refused:
                 status, said = refused.args[0], {"status": {"error": refused.args[1]}}
             except Exception as error:

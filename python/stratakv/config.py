@@ -629,7 +629,9 @@ class Config:
             valid = [f.name for f in fields(_SECTIONS[section])]
             for key in table:
                 if key not in valid:
-                    raise unknown_name("key", f"{section}.{key}", [f"{section}.{name}" for name in valid], "configuration")
+                    raise unknown_name(
+                        "key", f"{section}.{key}", [f"{section}.{name}" for name in valid], "configuration"
+                    )
         return cls(**{section: _SECTIONS[section](**table) for section, table in values.items()})
 
 

@@ -3,9 +3,9 @@
     put ─ ─(behind)─ ─▶ embedded ─▶ store: points in batches
     prompt ─▶ embedded ─▶ suggest: the nearest points of its model and space ─▶ the chains of their blocks
 
-Keys and values of near tokens are other keys and values: nothing here is ever served as a hit. A point carries the names
-of its blocks, which are of no use without the store's secret, and no tokens. What comes from here is hostile until it has
-been checked. No call takes longer than its deadline, and none raises.
+Keys and values of near tokens are other keys and values: nothing here is ever served as a hit. A point carries the
+names of its blocks, which are of no use without the store's secret, and no tokens. What comes from here is hostile
+until it has been checked. No call takes longer than its deadline, and none raises.
 """
 
 from __future__ import annotations
@@ -181,8 +181,8 @@ class Qdrant:
             least_score: so near at least.
 
         Returns:
-            Them, nearest first; and ``error``, ``timeout`` or ``open``, as the guard has it, or ``misfit``: the collection
-            cannot be used.
+            Them, nearest first; and ``error``, ``timeout`` or ``open``, as the guard has it, or ``misfit``: the
+            collection cannot be used.
         """
         self._count(asked=1)
         if not self._fits(vector):
@@ -257,8 +257,8 @@ class Qdrant:
         return result, reason if self._misfit is None else "misfit"
 
     def _made(self, call: Callable[[Any], _T]) -> _T:
-        client, library = self._client(), _library()
         try:
+            client = self._client()
             if not self._ready:
                 self._prepare(client)
             return call(client)
@@ -280,7 +280,9 @@ class Qdrant:
         vectors = described.config.params.vectors
         kind = getattr(vectors, "size", None), getattr(vectors, "distance", None)
         if kind != (dimension, models.Distance.COSINE):
-            there = "named vectors" if kind[0] is None else f"vectors of dimension {kind[0]}, compared by {kind[1].value}"
+            there = (
+                "named vectors" if kind[0] is None else f"vectors of dimension {kind[0]}, compared by {kind[1].value}"
+            )
             self._misfit = (
                 f"collection {name!r} of qdrant holds {there}, expected dimension {dimension}, compared by Cosine: "
                 "set qdrant.dimension to what it has, name another in qdrant.collection, or delete it"
@@ -376,7 +378,12 @@ def _near(point: Any, model: bytes, space: bytes, least_score: float) -> Near | 
     chain, tokens = payload.get("chain"), payload.get("tokens")
     if (payload.get("model"), payload.get("space")) != (model.hex(), space.hex()):
         return None
-    if not isinstance(chain, str) or type(tokens) is not int or not 0 < tokens < 2**31 or not point.score >= least_score:
+    if (
+        not isinstance(chain, str)
+        or type(tokens) is not int
+        or not 0 < tokens < 2**31
+        or not point.score >= least_score
+    ):
         return None
     try:
         name, names = uuid.UUID(str(point.id)).bytes, base64.b64decode(chain, validate=True)
