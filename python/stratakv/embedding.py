@@ -30,6 +30,8 @@ Vectors = NDArray[np.float32]
 _TEXT_DIMENSION = 256
 # In which n-grams of an element and sign are counted.
 _CELLS = 8
+# Times more that what occurs very often weighs.
+_SATURATION = 4.0
 
 
 class Embedding(Protocol):
@@ -72,8 +74,8 @@ def token_embedding(tokens: Sequence[int] | NDArray[Any], dimension: int, salt: 
     """The vector [dimension] of some tokens, of length 1; zeros if there are none.
 
     Its n-grams of one to three tokens are hashed, each to an element and a sign (Weinberger et al. 2009); one that
-    occurs n times weighs about the square root of n. The hash is splitmix64's (Steele et al. 2014), keyed. Every
-    machine gets the same bits.
+    occurs often weighs a few times as much as one that occurs once, as terms in BM25 (Robertson, Zaragoza 2009). The
+    hash is splitmix64's (Steele et al. 2014), keyed. Every machine gets the same bits.
 
     Args:
         tokens: ids [tokens], 0 or more each.
@@ -88,10 +90,11 @@ def token_embedding(tokens: Sequence[int] | NDArray[Any], dimension: int, salt: 
     high = np.concatenate((ones, twos, threes)) >> np.uint64(32)
     cells = high * np.uint64(2 * _CELLS * dimension) >> np.uint64(32)
     counts = np.bincount(cells.view(np.int64), minlength=2 * _CELLS * dimension)
-    plus, minus = np.sqrt(counts).reshape(2, _CELLS, dimension).sum(1)
+    plus, minus = (counts * (_SATURATION + 1) / (counts + _SATURATION)).reshape(2, _CELLS, dimension).sum(1)
     # In whole numbers sums are exact.
     vector = np.rint((plus - minus) * 4096).astype(np.int64)
-    return (vector / (math.sqrt(vector @ vector) or 1.0)).astype(np.float32)
+    unit: Vectors = (vector / (math.sqrt(vector @ vector) or 1.0)).astype(np.float32)
+    return unit
 
 
 def text_embedding(texts: Sequence[str], dimension: int) -> Vectors:
@@ -168,9 +171,10 @@ class _Named:
         return _unit(vectors)
 
 
-def _unit(vectors: Vectors) -> Vectors:
+def _unit(vectors: NDArray[Any]) -> Vectors:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(lengths > 0, lengths, 1)
+    unit: Vectors = (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+    return unit
 
 
 @functools.lru_cache(maxsize=1024)

@@ -90,7 +90,7 @@ def test_the_nearest_come_first_with_the_names_of_their_blocks(place: dict[str, 
         near, reason = one.suggest(MODEL, SPACE, vector_of(7, kept=230))
         assert reason is None
         assert [(each.name, each.chain, each.tokens) for each in near] == [(point(7).name, point(7).chain, TOKENS)]
-        assert 0.8 < near[0].score < 0.95
+        assert near[0].score == pytest.approx(vector_of(7) @ vector_of(7, kept=230), abs=1e-3)
         assert one.suggest(MODEL, SPACE, vector_of(5000)) == ([], None), "nothing is near"
         near, _ = one.suggest(MODEL, SPACE, vector_of(7), limit=5, least_score=-1.0)
         assert len(near) == 5
