@@ -10,12 +10,12 @@ import contextlib
 import json
 import os
 import re
+import socketserver
 import subprocess
 import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,9 @@ class Collection:
                 made = [e.Point(id=uuid.UUID(p["id"]), vector=p["vector"], payload=p["payload"]) for p in points]
                 return self.update("upsert_points", made)
             case "POST", "/points/query":
+                ef = (body.get("params") or {}).get("hnsw_ef")
                 request = e.QueryRequest(
+                    params=e.SearchParams(hnsw_ef=ef),
                     limit=body["limit"],
                     query=e.Query.Nearest(body["query"]["nearest"]),
                     filter=self.filter(body),
@@ -187,42 +189,37 @@ class Collections:
 def serve(port: int, folder: str, api_key: str) -> None:
     collections = Collections(Path(folder), api_key)
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    # The library's own handler of HTTP takes as long as the engine.
+    class Handler(socketserver.StreamRequestHandler):
         disable_nagle_algorithm = True
-        wbufsize = -1
 
-        def answer(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            body = json.loads(self.rfile.read(length)) if length else {}
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                while line := self.rfile.readline():
+                    self.respond(*line.decode().split()[:2])
+
+        def respond(self, method: str, target: str) -> None:
+            headers = {}
+            while header := self.rfile.readline().decode().strip():
+                name, _, value = header.partition(":")
+                headers[name.lower()] = value.strip()
+            text = self.rfile.read(int(headers.get("content-length", 0)))
             try:
-                path = self.path.partition("?")[0]
-                status, said = (
-                    200,
-                    {"result": collections.answer(self.command, path, body, self.headers.get("api-key"))},
-                )
+                body = json.loads(text) if text else {}
+                said = {"result": collections.answer(method, target.partition("?")[0], body, headers.get("api-key"))}
+                status = 200
             except Refused as refused:
                 status, said = refused.args[0], {"status": {"error": refused.args[1]}}
             except Exception as error:
                 status, said = 500, {"status": {"error": f"Service internal error: {error!r}"}}
             text = json.dumps({"time": 0.0, "status": "ok"} | said).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
+            head = f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
+            self.wfile.write(head.encode() + text)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        do_GET = do_PUT = do_POST = do_DELETE = answer
-
-    class Server(ThreadingHTTPServer):
+    class Server(socketserver.ThreadingTCPServer):
         daemon_threads = True
+        allow_reuse_address = True
         request_queue_size = 64
-
-        def handle_error(self, *_: Any) -> None:
-            """Clients go as they like."""
 
     Server(("127.0.0.1", port), Handler).serve_forever()
 

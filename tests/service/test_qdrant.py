@@ -239,6 +239,7 @@ class Liar:
 
         class Handler(BaseHTTPRequestHandler):
             def answer(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 text = liar.said.get(self.path.partition("?")[0].rpartition("/")[2], "{}").encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(text)))
