@@ -7,16 +7,15 @@ as ``"8GiB"`` or ``"500 MB"``. An unknown key is an error that names the nearest
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from stratakv.errors import ConfigError, InputError
+from stratakv.settings import check_seconds, from_text, parse_budget, parse_bytes, read_toml, unknown_name
 
 Dtype = Literal["fp32", "fp16", "bf16", "uint8"]
 """Element types of cached tensors; ``uint8`` carries either FP8 format."""
@@ -35,35 +34,7 @@ Demand = Literal["bytes", "weights", "token_bytes"]
 
 CodecName = Literal["none", "fp16", "int8_sym", "int8_asym", "k8v4", "int4"]
 
-_UNITS = {"": 1, "B": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("B", 1000), ("iB", 1024), ("", 1024))
-}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 _ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "uint8": 1}
-
-
-def parse_bytes(value: int | str, name: str) -> int:
-    """Reads a size in bytes.
-
-    Args:
-        value: bytes, or text such as ``"8GB"`` (powers of 1000), ``"8GiB"`` or ``"8G"`` (powers of 1024).
-        name: the setting, for the error.
-
-    Raises:
-        ConfigError: the text is no size, or the size is not positive.
-    """
-    parsed: float | None = None
-    if isinstance(value, int) and not isinstance(value, bool):
-        parsed = value
-    elif isinstance(value, str) and (found := _SIZE.fullmatch(value)):
-        units = {unit.lower(): factor for unit, factor in _UNITS.items()}
-        factor = units.get(found[2].lower())
-        parsed = None if factor is None else float(found[1]) * factor
-    if parsed is None or not 1 <= parsed <= 2**60:
-        raise ConfigError(f'{name} is {value!r}, expected a positive size in bytes, as 8589934592, "8GiB" or "8GB"')
-    return int(parsed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +137,7 @@ class Codec:
         if isinstance(value, Mapping) and "name" in value:
             valid = [each.name for each in fields(cls)]
             if unknown := [key for key in value if key not in valid]:
-                raise InputError(str(_unknown("key", str(unknown[0]), valid, "codec")))
+                raise InputError(str(unknown_name("key", str(unknown[0]), valid, "codec")))
             return cls(**value)
         raise InputError(f"codec is {value!r}, expected a name, a table with a name, or a stratakv.Codec")
 
@@ -299,7 +270,7 @@ def _of(kind: type[_Kind], value: object, where: str) -> _Kind:
     if isinstance(value, Mapping):
         valid = [each.name for each in fields(kind)]
         if unknown := [key for key in value if key not in valid]:
-            raise InputError(str(_unknown("key", str(unknown[0]), valid, where)))
+            raise InputError(str(unknown_name("key", str(unknown[0]), valid, where)))
         return kind(**value)
     raise InputError(f"{where} is {value!r}, expected a stratakv.{kind.__name__}, or a table of its fields")
 
@@ -466,9 +437,9 @@ class DragonflyConfig:
         for name in ("cluster", "required"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"dragonfly.{name} is {getattr(self, name)!r}, expected true or false")
-        _check_seconds("dragonfly.deadline_s", self.deadline_s)
+        check_seconds("dragonfly.deadline_s", self.deadline_s)
         if self.ttl_s is not None:
-            _check_seconds("dragonfly.ttl_s", self.ttl_s)
+            check_seconds("dragonfly.ttl_s", self.ttl_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -512,18 +483,65 @@ class PostgresConfig:
         if not isinstance(self.required, bool):
             raise ConfigError(f"postgres.required is {self.required!r}, expected true or false")
         for name in ("deadline_s", "interval_s", "poll_s"):
-            _check_seconds(f"postgres.{name}", getattr(self, name))
+            check_seconds(f"postgres.{name}", getattr(self, name))
         if type(self.keep_days) is not int or not 1 <= self.keep_days <= 36_500:
             raise ConfigError(f"postgres.keep_days is {self.keep_days!r}, expected days from 1 to 36500")
-        if self.warm_start_bytes != 0 or isinstance(self.warm_start_bytes, bool):
-            size = parse_bytes(self.warm_start_bytes, "postgres.warm_start_bytes")
-            object.__setattr__(self, "warm_start_bytes", size)
+        budget = parse_budget(self.warm_start_bytes, "postgres.warm_start_bytes")
+        object.__setattr__(self, "warm_start_bytes", budget)
 
 
-def _check_seconds(name: str, value: object) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and 0.001 <= value <= 1e9):  # type: ignore[operator]  # it is a number
-        raise ConfigError(f"{name} is {value!r}, expected seconds from 0.001")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QdrantConfig:
+    """Which stored prefixes are near a prompt: points in Qdrant, for prefetch and routing, never for a hit.
+
+    Attributes:
+        url: as ``http://host:6333`` or ``https://...``; ``None``, and no ``path``: there is no such tier.
+        path: instead of a server a folder, or ``":memory:"``, in which the client library searches by itself: for one
+            process and some thousand prefixes.
+        api_key: of the server.
+        ca_file: certificates by which TLS is verified; ``None``: the system's.
+        collection: where the points are.
+        dimension: elements of a vector; of a collection that exists, those it has.
+        embedding: what makes the vectors: ``"tokens"``, ``"text"``, or a callable ``"module:function"``; see
+            `stratakv.embedding`.
+        deadline_s: seconds that a call may take. No request waits for one.
+        prefetch_bytes: bytes under way to RAM at once of what is near; 0: none.
+        required: whether a server that does not answer, or cannot be used, is an error when the store is opened.
+    """
+
+    url: str | None = field(default=None, repr=False)
+    path: str | os.PathLike[str] | None = None
+    api_key: str | None = field(default=None, repr=False)
+    ca_file: str | os.PathLike[str] | None = None
+    collection: str = "stratakv"
+    dimension: int = 512
+    embedding: str = "tokens"
+    deadline_s: float = 0.25
+    prefetch_bytes: int | str = "256MiB"
+    required: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        for name in ("url", "api_key"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigError(f"qdrant.{name} is no text")
+        scheme, _, rest = (self.url or "http://").partition("://")
+        if scheme not in ("http", "https"):
+            raise ConfigError(f"qdrant.url begins with {scheme!r}, expected http:// or https://")
+        if "@" in rest:
+            raise ConfigError("qdrant.url holds a user, expected none: the server takes a key, see qdrant.api_key")
+        if self.url is not None and self.path is not None:
+            raise ConfigError(f"qdrant.path is {str(self.path)!r} and qdrant.url is set, expected one of them")
+        if not isinstance(self.collection, str) or not re.fullmatch(r"[\w-]{1,255}", self.collection, re.ASCII):
+            raise ConfigError(f"qdrant.collection is {self.collection!r}, expected letters, digits, _ and -")
+        if type(self.dimension) is not int or not 8 <= self.dimension <= 65_535:
+            raise ConfigError(f"qdrant.dimension is {self.dimension!r}, expected an integer from 8 to 65535")
+        if not isinstance(self.embedding, str) or not re.fullmatch(r"tokens|text|[\w.]+:\w+", self.embedding):
+            raise ConfigError(f"qdrant.embedding is {self.embedding!r}, expected 'tokens', 'text' or 'module:function'")
+        if not isinstance(self.required, bool):
+            raise ConfigError(f"qdrant.required is {self.required!r}, expected true or false")
+        check_seconds("qdrant.deadline_s", self.deadline_s)
+        object.__setattr__(self, "prefetch_bytes", parse_budget(self.prefetch_bytes, "qdrant.prefetch_bytes"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -562,6 +580,7 @@ class Config:
         quotas: what models and tenants may have.
         dragonfly: the tier that nodes share.
         postgres: the catalog.
+        qdrant: which prefixes are near.
         store: what all tiers share.
     """
 
@@ -571,6 +590,7 @@ class Config:
     quotas: QuotasConfig = field(default_factory=QuotasConfig)
     dragonfly: DragonflyConfig = field(default_factory=DragonflyConfig)
     postgres: PostgresConfig = field(default_factory=PostgresConfig)
+    qdrant: QdrantConfig = field(default_factory=QdrantConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
@@ -578,7 +598,7 @@ class Config:
         for name, kind in _SECTIONS.items():
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected a {kind.__name__}")
-        for name in ("dragonfly", "postgres"):
+        for name in ("dragonfly", "postgres", "qdrant"):
             if getattr(self, name).url is not None and self.store.secret is None:
                 raise ConfigError(f"{name}.url is set and store.secret is not: nodes that share need the same secret")
 
@@ -595,9 +615,9 @@ class Config:
         """
         values: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
         if path is not None:
-            for section, table in _read_toml(Path(path)).items():
+            for section, table in read_toml(Path(path)).items():
                 if section not in _SECTIONS:
-                    raise _unknown("section", section, list(_SECTIONS), str(path))
+                    raise unknown_name("section", section, list(_SECTIONS), str(path))
                 if not isinstance(table, dict):
                     raise ConfigError(f"{path}: {section} is {table!r}, expected a table [{section}]")
                 values[section].update(table)
@@ -606,12 +626,14 @@ class Config:
                 prefix = f"STRATAKV_{section.upper()}_"
                 if name.startswith(prefix):
                     key = name.removeprefix(prefix).lower()
-                    values[section][key] = _from_text(section, key, text)
+                    values[section][key] = from_text(section, key, text)
         for section, table in values.items():
             valid = [f.name for f in fields(_SECTIONS[section])]
             for key in table:
                 if key not in valid:
-                    raise _unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in valid], "configuration")
+                    raise unknown_name(
+                        "key", f"{section}.{key}", [f"{section}.{name}" for name in valid], "configuration"
+                    )
         return cls(**{section: _SECTIONS[section](**table) for section, table in values.items()})
 
 
@@ -622,11 +644,9 @@ _SECTIONS: dict[str, type[Any]] = {
     "quotas": QuotasConfig,
     "dragonfly": DragonflyConfig,
     "postgres": PostgresConfig,
+    "qdrant": QdrantConfig,
     "store": StoreConfig,
 }
-_NUMBERS = ("floor", "interval_s", "half_life_s", "idle_s", "deadline_s", "ttl_s", "poll_s")
-_INTEGERS = ("threads", "keep_days")
-_FLAGS = ("enabled", "cluster", "required")
 
 
 def _codec(name: str, value: object) -> Codec:
@@ -638,34 +658,3 @@ def _codec(name: str, value: object) -> Codec:
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stratakv" / "store"
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not TOML: {error}") from error
-
-
-def _from_text(section: str, key: str, text: str) -> object:
-    if section in ("ssd", "dragonfly", "postgres") and key in _FLAGS:
-        if text.lower() not in ("true", "false", "1", "0"):
-            raise ConfigError(f"STRATAKV_{section.upper()}_{key.upper()} is {text!r}, expected true or false")
-        return text.lower() in ("true", "1")
-    if key in _INTEGERS:
-        if not text.isdecimal():
-            raise ConfigError(f"STRATAKV_{section.upper()}_{key.upper()} is {text!r}, expected an integer")
-        return int(text)
-    if section in ("models", "dragonfly", "postgres") and key in _NUMBERS:
-        try:
-            return float(text)
-        except ValueError:
-            raise ConfigError(f"STRATAKV_{section.upper()}_{key.upper()} is {text!r}, expected a number") from None
-    return text
-
-
-def _unknown(kind: str, name: str, valid: list[str], where: str) -> ConfigError:
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0)
-    return ConfigError(f"{where}: unknown {kind} {name!r}; did you mean {near[0]!r}?")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import stratakv
-from stratakv.config import parse_bytes
+from stratakv.settings import parse_bytes
 
 
 @pytest.mark.parametrize(
