@@ -174,6 +174,21 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Suggestion:
+    """A stored prefix that is near to a prompt.
+
+    Attributes:
+        name: names it, 32 hex digits, as in the catalog.
+        tokens: its length.
+        score: how near it is: the cosine of the angle between the two, up to 1.
+    """
+
+    name: str
+    tokens: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LiftStats:
     """What became of blocks that were brought to RAM ahead of requests.
 
@@ -473,12 +488,14 @@ class ModelCache:
         # Whether its version is: then it finds nothing, and stores nothing.
         self.retired = False
 
-    def match(self, tokens: object, *, adapter: str = "", tenant: str = "") -> Match:
+    def match(self, tokens: object, *, text: str | None = None, adapter: str = "", tenant: str = "") -> Match:
         """Finds the longest cached prefix and leases it.
 
         Args:
             tokens: token ids: a list, an array or a tensor, 1-d, integers from 0 to 2**32 - 1. Or a `sequence`, which
                 has its adapter and tenant already.
+            text: of the prompt, where the vector index embeds texts. Where too little is found, what is near may be
+                brought to RAM.
             adapter: name of the LoRA adapter, or of whatever else alters keys and values.
             tenant: salt of the tenant; nothing is shared across tenants.
 
@@ -491,13 +508,24 @@ class ModelCache:
         """
         tier: Dragonfly | None = self._manager.dragonfly
         if tier is None:
-            return Match(self._model.match_prefix(tokens, adapter, tenant), self._behind, self._say_that_ssd_is_slow)
+            lease = self._model.match_prefix(tokens, adapter, tenant)
+            self._missed(lease, lease.tokens, tokens, text, adapter, tenant)
+            return Match(lease, self._behind, self._say_that_ssd_is_slow)
         # What a load asks for later is what was asked for now.
         own = isinstance(tokens, _native.TokenSequence) and not adapter and not tenant
         asked = tokens if own else self.sequence(tokens, adapter=adapter, tenant=tenant)
         lease = self._model.match_prefix(asked, "", "")
         remote = Remote(tier, self._model, asked, lease)  # type: ignore[arg-type]  # it is a sequence in both cases
-        return Match(lease, self._behind, self._say_that_ssd_is_slow, remote)
+        match = Match(lease, self._behind, self._say_that_ssd_is_slow, remote)
+        self._missed(lease, match.tokens, tokens, text, adapter, tenant)
+        return match
+
+    def _missed(
+        self, lease: _native.Lease, found: int, tokens: object, text: str | None, adapter: str, tenant: str
+    ) -> None:
+        """Has what is near brought up, where too little was found."""
+        if self._manager.semantic is not None and found + lease.block_tokens <= lease.asked_tokens:
+            self._manager.semantic.note("missed", self, tokens, text, adapter, tenant)
 
     def sequence(
         self,
@@ -532,6 +560,7 @@ class ModelCache:
         layout: str = "BHND",
         batch: int = 0,
         pages: object = None,
+        text: str | None = None,
         adapter: str = "",
         tenant: str = "",
         priority: int = 0,
@@ -551,6 +580,7 @@ class ModelCache:
                 ``"KPNHD"`` a paged cache with one tensor per layer; ``"LKHND"`` one array for all.
             batch: row to use where the layout has B.
             pages: page numbers in the order of the sequence, where the layout has P.
+            text: of the prompt, where the vector index embeds texts: it is not kept.
             adapter: as for `match`.
             tenant: as for `match`.
             priority: how often these blocks are passed over when their turn to leave RAM comes, 0 to 10, and anew
@@ -571,7 +601,10 @@ class ModelCache:
         # Written so that it refuses what is not a number, too.
         if ttl_s is not None and not (isinstance(ttl_s, (int, float)) and ttl_s >= 0):
             raise InputError(f"ttl_s is {ttl_s!r}, expected seconds from 0 up, or None")
-        return self._model.put(tokens, kv, layout, batch, pages, adapter, tenant, priority, ttl_s)
+        stored = self._model.put(tokens, kv, layout, batch, pages, adapter, tenant, priority, ttl_s)
+        if self._manager.semantic is not None and stored:
+            self._manager.semantic.note("put", self, tokens, text, adapter, tenant)
+        return stored
 
     def admission(self, tokens: int, *, tenant: str = "") -> Admission:
         """What quotas let a prompt of so many new tokens do now: how much is stored, and whether it may load.
@@ -588,6 +621,48 @@ class ModelCache:
             raise InputError(f"tokens is {tokens!r}, expected an integer from 0")
         admission: Admission = self._manager.admission(self.name, tokens, tenant)
         return admission
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Names the model, its version and its geometry to all nodes that have the store's secret, 16 bytes."""
+        return self._model.fingerprint
+
+    def space(self, adapter: str, tenant: str) -> bytes:
+        """Names a namespace of the model in its present epoch, 16 bytes."""
+        return self._model.space(adapter, tenant)
+
+    def names(self, tokens: object, adapter: str, tenant: str) -> list[bytes]:
+        """Names of the whole blocks of some tokens, 16 bytes each."""
+        names = self._model.names(self.sequence(tokens, adapter=adapter, tenant=tenant))
+        return [names[at : at + 16] for at in range(0, len(names), 16)]
+
+    def suggest(
+        self, tokens: object = None, *, text: str | None = None, limit: int = 3, adapter: str = "", tenant: str = ""
+    ) -> list[Suggestion]:
+        """Stored prefixes that are near to a prompt, nearest first. They are hints: their keys and values are others.
+
+        Args:
+            tokens: of the prompt, as for `match`, if tokens are what is embedded.
+            text: of the prompt, if texts are.
+            limit: so many at most.
+            adapter: as for `match`; what belongs to another is never suggested.
+            tenant: as for `match`, likewise.
+
+        Returns:
+            None of them where there is no vector index, or it does not answer.
+
+        Raises:
+            InputError: not just one of tokens and text, or that which is not embedded; or a limit below 1.
+        """
+        if (tokens is None) == (text is None):
+            raise InputError("give either tokens or text")
+        if type(limit) is not int or limit < 1:
+            raise InputError(f"limit is {limit!r}, expected an integer from 1")
+        index = self._manager.semantic
+        if index is None:
+            return []
+        found, _ = index.near(self, tokens if text is None else text, adapter, tenant, limit)
+        return [Suggestion(name=near.name.hex(), tokens=near.tokens, score=near.score) for near in found]
 
     def lift(self, names: list[bytes], adapter: str | None, tenant: str | None, lifter: str, most_bytes: int) -> int:
         """Brings blocks of one sequence to RAM, from its first on, from where they are; how many bytes came."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import stratakv
-from stratakv import archive, demo, routing
+from stratakv import archive, demo, routing, status
 
 __all__ = ["main"]
 
@@ -58,9 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     routing.add_arguments(route)
 
+    health = commands.add_parser(
+        "status",
+        help="ask each tier of a configuration whether it answers",
+        description="Asks each tier that is configured, and says what a store would run without.",
+        epilog="Exit status: 0 if all answer, 1 if one does not, 2 if the configuration makes no sense.",
+    )
+    status.add_arguments(health)
+
     args = parser.parse_args(argv)
-    status: int = args.run(args)
-    return status
+    done: int = args.run(args)
+    return done
 
 
 def _list_models(args: argparse.Namespace) -> int:

@@ -484,10 +484,14 @@ class PostgresConfig:
             raise ConfigError(f"postgres.required is {self.required!r}, expected true or false")
         for name in ("deadline_s", "interval_s", "poll_s"):
             check_seconds(f"postgres.{name}", getattr(self, name))
-        if type(self.keep_days) is not int or not 1 <= self.keep_days <= 36_500:
-            raise ConfigError(f"postgres.keep_days is {self.keep_days!r}, expected days from 1 to 36500")
+        _check_days("postgres.keep_days", self.keep_days)
         budget = parse_budget(self.warm_start_bytes, "postgres.warm_start_bytes")
         object.__setattr__(self, "warm_start_bytes", budget)
+
+
+def _check_days(name: str, value: object) -> None:
+    if type(value) is not int or not 1 <= value <= 36_500:
+        raise ConfigError(f"{name} is {value!r}, expected days from 1 to 36500")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -505,7 +509,8 @@ class QdrantConfig:
         embedding: what makes the vectors: ``"tokens"``, ``"text"``, or a callable ``"module:function"``; see
             `stratakv.embedding`.
         deadline_s: seconds that a call may take. No request waits for one.
-        prefetch_bytes: bytes under way to RAM at once of what is near; 0: none.
+        prefetch_bytes: bytes that are brought to RAM of what is near to one prompt; 0: none.
+        keep_days: days that points are kept.
         required: whether a server that does not answer, or cannot be used, is an error when the store is opened.
     """
 
@@ -518,6 +523,7 @@ class QdrantConfig:
     embedding: str = "tokens"
     deadline_s: float = 0.25
     prefetch_bytes: int | str = "256MiB"
+    keep_days: int = 30
     required: bool = False
 
     def __post_init__(self) -> None:
@@ -541,6 +547,7 @@ class QdrantConfig:
         if not isinstance(self.required, bool):
             raise ConfigError(f"qdrant.required is {self.required!r}, expected true or false")
         check_seconds("qdrant.deadline_s", self.deadline_s)
+        _check_days("qdrant.keep_days", self.keep_days)
         object.__setattr__(self, "prefetch_bytes", parse_budget(self.prefetch_bytes, "qdrant.prefetch_bytes"))
 
 

@@ -53,6 +53,7 @@ class GuardStats:
 
     Attributes:
         state: of its breaker.
+        failing: whether it is not closed, or the last call failed.
         asked: calls that were asked for; ``asked = answered + errors + timeouts + refused`` holds exactly.
         answered: calls that gave a result.
         errors: calls that failed.
@@ -63,6 +64,7 @@ class GuardStats:
     """
 
     state: State
+    failing: bool
     asked: int
     answered: int
     errors: int
@@ -155,7 +157,9 @@ class Guard:
     def stats(self) -> GuardStats:
         """What became of its calls."""
         with self._lock:
-            return GuardStats(state=self._state(), last_error=self._last_error, **self._counts)
+            state, failed = self._state(), bool(self._last and self._last[-1])
+            failing = state != "closed" or failed
+            return GuardStats(state=state, failing=failing, last_error=self._last_error, **self._counts)
 
     def _state(self) -> State:
         if self._probe_at is None:

@@ -31,10 +31,12 @@ from stratakv.errors import (
     StrataKVError,
 )
 from stratakv.events import Row
+from stratakv.near import NearStats, SemanticIndex
 from stratakv.quotas import Admission, Tier, Usage, admit, check
 from stratakv.registry import Discovery, RefusedModel, discover
 from stratakv.tiers.dragonfly import Dragonfly, DragonflyStats, Feeder
 from stratakv.tiers.postgres import Postgres, PostgresStats
+from stratakv.tiers.qdrant import Qdrant, QdrantStats
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +63,10 @@ class Status:
         ssd_read_only: why the SSD takes no writes at present; ``None`` if it does.
         dragonfly: what was asked of the tier that nodes share, and how it is; ``None``: there is none.
         postgres: the same of the catalog.
+        qdrant: the same of the vector index.
+        semantic_prefetch: what was brought to RAM because it was near to a prompt.
         warm_start: what was brought to RAM when models were registered.
+        degraded: what it runs without at present, of what it is configured with, see `degraded`.
         index_blocks: blocks in the index.
         index_bytes: memory that the index takes when it is full.
         index_refused_blocks: blocks that were not stored because it was full.
@@ -84,11 +89,43 @@ class Status:
     ssd_read_only: str | None
     dragonfly: DragonflyStats | None
     postgres: PostgresStats | None
+    qdrant: QdrantStats | None
+    semantic_prefetch: NearStats | None
     warm_start: LiftStats
+    degraded: tuple[str, ...]
     index_blocks: int
     index_bytes: int
     index_refused_blocks: int
     threads: int
+
+
+def degraded(
+    dragonfly: DragonflyStats | None,
+    postgres: PostgresStats | None,
+    qdrant: QdrantStats | None,
+    *,
+    ssd_serves: bool | None,
+) -> tuple[str, ...]:
+    """What a store runs without at present, of what it is configured with.
+
+    Args:
+        dragonfly: how the tier that nodes share is; ``None``: there is none.
+        postgres: the same of the catalog.
+        qdrant: the same of the vector index.
+        ssd_serves: whether the SSD takes writes; ``None``: there is none.
+
+    Returns:
+        ``no_hot_cache``, ``no_catalog`` and ``no_vector_index``, where that tier does not answer; and ``ram_only``,
+        where RAM is all that is left of the tiers that hold blocks.
+    """
+    cold = [ssd_serves, None if dragonfly is None else not dragonfly.guard.failing]
+    modes = {
+        "no_hot_cache": cold[1] is False,
+        "no_catalog": postgres is not None and (postgres.refused is not None or postgres.guard.failing),
+        "no_vector_index": qdrant is not None and (qdrant.misfit is not None or qdrant.guard.failing),
+        "ram_only": any(serves is False for serves in cold) and not any(cold),
+    }
+    return tuple(mode for mode, holds in modes.items() if holds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +181,8 @@ class CacheManager:
         # The tier that nodes share, if there is one.
         self.dragonfly: Dragonfly | None = None
         self._feeder: Feeder | None = None
+        # What is near, if there is a vector index.
+        self.semantic: SemanticIndex | None = None
         self._postgres: Postgres | None = None
         self._keeper: Keeper | None = None
         self._lock = threading.Lock()
@@ -162,6 +201,8 @@ class CacheManager:
             if config.dragonfly.url is not None:
                 self.dragonfly = Dragonfly(config.dragonfly)
                 self._feeder = Feeder(self.dragonfly, self._store.events, self._exports)
+            if config.qdrant.url is not None or config.qdrant.path is not None:
+                self.semantic = SemanticIndex(Qdrant(config.qdrant), config.qdrant, config.store.secret, self._lifted)
             if config.postgres.url is not None:
                 self._postgres = Postgres(config.postgres)
                 self._keeper = Keeper(self._postgres, self._store, self._entries, self._retire, self._warm)
@@ -169,6 +210,8 @@ class CacheManager:
             if self.dragonfly is not None and self._feeder is not None:
                 self._feeder.close()
                 self.dragonfly.close()
+            if self.semantic is not None:
+                self.semantic.close()
             self._store.close()
             raise
         database = None
@@ -512,6 +555,8 @@ class CacheManager:
             _log.warning("model %r: version %r is retired, %d blocks forgotten", name, entry.weights_version, forgotten)
             if self.dragonfly is not None:
                 self.dragonfly.forget(entry.model.fingerprint)
+            if self.semantic is not None:
+                self.semantic.tier.forget(entry.model.fingerprint)
 
     def _warm(self, name: str, prefixes: list[tuple[str | None, str | None, list[bytes]]]) -> int:
         """Brings prefixes of a model to RAM; how many bytes came."""
@@ -526,7 +571,13 @@ class CacheManager:
         return came
 
     def _near(self, model: str, adapter: str, tenant: str, asked: object, limit: int) -> list[tuple[bytes, float]]:
-        return []
+        if self.semantic is None:
+            raise InputError("there is no vector index: set qdrant.url or qdrant.path")
+        found, _ = self.semantic.near(self._entry_of(model).cache, asked, adapter, tenant, limit)
+        return [(near.name, near.score) for near in found]
+
+    def _lifted(self) -> tuple[int, int]:
+        return self._store.lifted("near")
 
     def _leading(self, space: bytes, names: list[bytes]) -> int | None:
         if self.dragonfly is None:
@@ -622,7 +673,9 @@ class CacheManager:
         for kind in ("model_usage", "tenant_usage"):
             snapshot[kind] = {name: _usage(row) for name, row in snapshot[kind].items()}
         shared = None if self.dragonfly is None else self.dragonfly.stats()
+        writes = snapshot["ssd_read_only"] is None if self.config.ssd.enabled else None
         catalog = None if self._postgres is None else self._postgres.stats()
+        index = None if self.semantic is None else self.semantic.tier.stats()
         came, hit = snapshot["lifted"]["warm"]
         snapshot["warm_start"] = LiftStats(bytes=came, hit_bytes=hit)
         known = {
@@ -630,6 +683,9 @@ class CacheManager:
             **shares,
             "dragonfly": shared,
             "postgres": catalog,
+            "qdrant": index,
+            "degraded": degraded(shared, catalog, index, ssd_serves=writes),
+            "semantic_prefetch": None if self.semantic is None else self.semantic.stats(),
             "ram_pages": pages,
             "ram_huge_bytes": huge,
         }
@@ -648,6 +704,8 @@ class CacheManager:
             self._feeder.flush()
         if self._keeper is not None:
             self._keeper.flush()
+        if self.semantic is not None:
+            self.semantic.flush()
 
     def close(self) -> None:
         """Writes what is not on SSD yet, and gives the directory free; again does nothing.
@@ -664,6 +722,9 @@ class CacheManager:
         if self._keeper is not None and self._pid == os.getpid():
             self._keeper.close()
             self._keeper = None
+        if self.semantic is not None and self._pid == os.getpid():
+            self.semantic.close()
+            self.semantic = None
         if self.dragonfly is not None and self._feeder is not None and self._pid == os.getpid():
             self._feeder.close()
             self.dragonfly.close()

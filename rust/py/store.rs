@@ -132,6 +132,13 @@ impl Store {
         Ok((found.iter().map(|prefix| prefix_row(py, prefix)).collect(), next))
     }
 
+    /// Bytes brought to RAM ahead of requests by this, and bytes of those that were asked for since.
+    fn lifted(&self, py: Python<'_>, lifter: &str) -> PyResult<(u64, u64)> {
+        let lifter = lifter_of(lifter).or_raise(py)?;
+        let lifted = py.detach(|| self.store.lifted(lifter)).or_raise(py)?;
+        Ok((lifted.bytes, lifted.hit_bytes))
+    }
+
     /// What each tenant counted of each model: names of both, and blocks asked for, found, tokens loaded, blocks and bytes put.
     fn usage(&self, py: Python<'_>) -> PyResult<Vec<(String, String, [u64; 5])>> {
         let usage = py.detach(|| self.store.usage()).or_raise(py)?;

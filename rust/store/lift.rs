@@ -5,7 +5,7 @@ use super::state::State;
 use super::{Model, Store};
 use crate::block::Sealed;
 use crate::error::Result;
-use crate::stats::{Lifter, Tier};
+use crate::stats::{Lifted, Lifter, Tier};
 
 impl State {
     /// Notes that a block came to RAM, if it came ahead of a request.
@@ -18,6 +18,16 @@ impl State {
 }
 
 impl Store {
+    /// What became of blocks that were brought up by this.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn lifted(&self, lifter: Lifter) -> Result<Lifted> {
+        let mut state = self.shared.open_state()?;
+        state.catch_up(&self.shared.touched);
+        Ok(state.lifts[lifter as usize])
+    }
+
     /// Reads into RAM those of some blocks of one sequence, named from its first on, that are on SSD alone: as far as they
     /// are here, as there is room that costs nothing RAM alone has, and so many bytes go. Returns how many leading ones are
     /// in RAM then, and the bytes of those that came.

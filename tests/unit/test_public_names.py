@@ -29,6 +29,7 @@ DOCUMENTED = [
     "ModelNotFoundError",
     "ModelsConfig",
     "PostgresConfig",
+    "QdrantConfig",
     "Quota",
     "QuotasConfig",
     "RamConfig",

@@ -140,7 +140,7 @@ class Postgres:
         self._idle: list[Any] = []
         self._closed = False
         # Set up once, by whoever reaches it first: the schema, and what this node is called.
-        self._setting_up = threading.Lock()
+        self._setting_up, self._watching = threading.Lock(), threading.Lock()
         self._name: Any = None
         self.node: str | None = None
         self._node_id = 0
@@ -320,7 +320,8 @@ class Postgres:
             time.sleep(min(timeout_s, 1.0))
             return False
         try:
-            return any(True for _ in name.notifies(timeout=timeout_s, stop_after=1))
+            with self._watching:
+                return any(True for _ in name.notifies(timeout=timeout_s, stop_after=1))
         except Exception as error:
             # The next call makes a new one; the name may be another's by then.
             if not self._closed:
@@ -349,6 +350,8 @@ class Postgres:
         if (name := self._name) is not None:
             # A thread may wait for what it tells.
             _cut(name)
+            with self._watching:
+                name.close()
 
     def ask(self, work: Callable[[Any], _T], *, deadline_s: float | None = None) -> _T | None:
         """What some work with a connection gives; ``None``: it failed, took too long, or was not tried."""
