@@ -8,7 +8,7 @@ with stratakv.open() as caches:
 """
 
 from stratakv._native import TokenSequence, __version__
-from stratakv.cache import Explanation, Match, ModelCache, Snapshot, Stats, TierStats
+from stratakv.cache import Match, ModelCache
 from stratakv.config import (
     Codec,
     Config,
@@ -35,9 +35,11 @@ from stratakv.errors import (
     StoreLockedError,
     StrataKVError,
 )
-from stratakv.manager import CacheManager, Status, open
+from stratakv.manager import CacheManager, open
 from stratakv.quotas import Admission, Usage
 from stratakv.registry import Discovery, FoundModel, RefusedModel, discover
+from stratakv.stats import Explanation, Snapshot, Stats, TierStats
+from stratakv.status import Status
 
 __all__ = [
     "Admission",

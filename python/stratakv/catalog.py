@@ -1,4 +1,4 @@
-"""What is cached where: kept in a database that nodes share, and asked there or, without one, of the local index.
+"""What is cached where: asked of the database that nodes share or, without one, of the local index.
 
 store's log, ends of puts and matches, usage ─▶ `Keeper` ─(behind)─▶ PostgreSQL
 versions retired there ─▶ `Keeper` ─▶ this node drops their blocks
@@ -14,254 +14,26 @@ import json
 import logging
 import os
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 from uuid import UUID
 
 from stratakv import _native
-from stratakv.config import Geometry
-from stratakv.errors import ClosedError, InputError, StoreError
-from stratakv.tiers.behind import BehindStats, WriteBehind
-from stratakv.tiers.postgres import Holder, Postgres, PrefixRow, Row, split
+from stratakv.errors import InputError, StoreError
+from stratakv.keeper import Entry, Keeper
+from stratakv.tiers.postgres import Holder, Postgres, split
 
 _log = logging.getLogger(__name__)
 
-# Prefixes that are told at a time.
+# Prefixes that are asked for at a time.
 _PREFIXES = 1000
-# Seconds between two signs of life, two rows of usage, and two times of upkeep.
-_BEAT_S, _USAGE_S, _UPKEEP_S = 10.0, 60.0, 3600.0
-# Seconds that closing waits for what is to be told.
-_DRAIN_S = 2.0
-# Of these the hottest are brought up when a model is registered, as far as their bytes go.
-_WARM_PREFIXES = 1000
 _DAY_S = 86_400.0
 _TIER_BITS = {"ram": 1, "ssd": 2}
 # Seconds since which a node was not heard of that is taken to be gone.
 _GONE_S = 60.0
-
-
-class Entry(Protocol):
-    """A registered model."""
-
-    @property
-    def model(self) -> _native.Model:
-        """Its native half."""
-
-    @property
-    def geometry(self) -> Geometry:
-        """Shape of its blocks."""
-
-    @property
-    def weights_version(self) -> str:
-        """Names its weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """What the database is told at a time."""
-
-    anew: bool
-    rows: list[Row]
-    prefixes: list[Any]
-    usage: list[tuple[str, str, list[int]]]
-
-
-class Keeper:
-    """Keeps the database as this node is, and hears what is retired there."""
-
-    def __init__(
-        self,
-        postgres: Postgres,
-        store: _native.Store,
-        models: Callable[[], Mapping[str, Entry]],
-        retire: Callable[[set[bytes]], None],
-        warm: Callable[[str, list[tuple[str | None, str | None, list[bytes]]]], int],
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Starts the threads.
-
-        Args:
-            postgres: the database.
-            store: what is told of.
-            models: those registered now, by name.
-            retire: is told of which fingerprints the version is retired, of all of them each time.
-            warm: brings prefixes up, those first that are worth most; how many bytes came.
-            clock: seconds.
-        """
-        self._postgres, self._store, self._models, self._retire, self._warm = postgres, store, models, retire, warm
-        self._clock = clock
-        self._since: int | None = None
-        # From now on it is noted where puts and matches end.
-        store.used(0)
-        self._ids: dict[str, tuple[bytes, int]] = {}
-        self._told: dict[tuple[str, str], list[int]] = {}
-        self._due = dict.fromkeys(("beat", "usage", "upkeep"), clock())
-        self._opened = False
-        # Fingerprints; the threads tell of them one at a time.
-        self._retired: set[bytes] = set()
-        self._telling = threading.Lock()
-        self._block_tokens: dict[str, int] = {}
-        self._stop = threading.Event()
-        self._warming: list[threading.Thread] = []
-        self._behind = WriteBehind(
-            "stratakv-catalog",
-            self._take,
-            self._write,
-            interval_s=postgres.config.interval_s,
-            dropped=self._tell_all,
-        )
-        self._watcher = threading.Thread(target=self._watch, name="stratakv-retired", daemon=True)
-        self._watcher.start()
-
-    def id_of(self, model: str) -> int | None:
-        """A model's number in the database; ``None``: it does not know it yet."""
-        known = self._ids.get(model)
-        return None if known is None else known[1]
-
-    def flush(self) -> bool:
-        """Tells what there is to tell, for as long as closing would wait; whether all was told."""
-        return self._behind.flush(_DRAIN_S)
-
-    def stats(self) -> BehindStats:
-        """What became of what was to be told."""
-        return self._behind.stats()
-
-    def close(self) -> None:
-        """Tells what is left, and ends; the database may be away."""
-        self._stop.set()
-        self._due["usage"] = self._clock()
-        self._behind.close(_DRAIN_S)
-        if self._opened:
-            self._postgres.write_events([("closed", None, None, (0, 0, 0, 0, 0))])
-            self._postgres.beat(closing=True)
-        self._postgres.close()
-        for thread in (self._watcher, *self._warming):
-            thread.join()
-
-    def _take(self) -> list[_Batch]:
-        anew, rows, self._since = self._store.events(self._since)
-        prefixes = self._store.used(_PREFIXES)
-        usage = self._store.usage() if self._is_due("usage", _USAGE_S) else []
-        if not (anew or rows or prefixes or usage):
-            self._live()
-            return []
-        return [_Batch(anew, rows, prefixes, usage)]
-
-    def _write(self, batches: list[_Batch]) -> list[_Batch]:
-        for n, batch in enumerate(batches):
-            if not (self._enter() and self._tell(batch)):
-                return batches[n:]
-        self._live()
-        return []
-
-    def _tell(self, batch: _Batch) -> bool:
-        ids = {name: number for name, (_, number) in self._ids.items()}
-        write = self._postgres.write_all if batch.anew else self._postgres.write
-        if (batch.anew or batch.rows) and not write(batch.rows, ids):
-            return False
-        rows = [
-            PrefixRow(
-                model=ids[model],
-                space=space,
-                adapter=names and names[0],
-                tenant=names and names[1],
-                tokens=len(places) * self._block_tokens[model],
-                chain=blocks,
-                since=since,
-                used=used,
-                uses=uses,
-            )
-            for model, space, names, blocks, places, since, used, uses in batch.prefixes
-            if model in ids and model in self._block_tokens
-        ]
-        if rows and not self._postgres.write_prefixes(rows):
-            return False
-        events: list[tuple[str, int | None, str | None, Sequence[int]]] = []
-        for model, tenant, counts in batch.usage:
-            before = self._told.get((model, tenant), [0] * len(counts))
-            # A model that was registered anew begins at zero.
-            more = [now - then if now >= then else now for now, then in zip(counts, before, strict=True)]
-            if model in ids and any(more):
-                events.append(("usage", ids[model], tenant, more))
-        if events and not self._postgres.write_events(events):
-            return False
-        self._told.update({(model, tenant): counts for model, tenant, counts in batch.usage})
-        return True
-
-    def _enter(self) -> bool:
-        """Enters models that the database does not know yet; whether it knows all now."""
-        self._block_tokens = {name: entry.geometry.block_tokens for name, entry in self._models().items()}
-        for name, entry in self._models().items():
-            fingerprint = entry.model.fingerprint
-            if self._ids.get(name, (b"", 0))[0] == fingerprint:
-                continue
-            found = self._postgres.register(fingerprint, name, entry.weights_version, entry.geometry)
-            if found is None:
-                return False
-            if name in self._ids:
-                # Rows name models by name: which of them are of the one before is not known.
-                self._since = None
-            number, retired = found
-            self._ids[name] = (fingerprint, number)
-            if retired:
-                self._hear(self._retired | {fingerprint})
-            elif self._postgres.config.warm_start_bytes:
-                self._warming = [thread for thread in self._warming if thread.is_alive()]
-                thread = threading.Thread(target=self._warm_up, args=(name, number), name="stratakv-warm", daemon=True)
-                self._warming.append(thread)
-                thread.start()
-        if not self._opened:
-            self._opened = self._postgres.write_events([("opened", None, None, (0, 0, 0, 0, 0))])
-        return True
-
-    def _hear(self, retired: set[bytes]) -> None:
-        with self._telling:
-            self._retire(retired)
-            self._retired = retired
-
-    def _warm_up(self, name: str, number: int) -> None:
-        try:
-            hottest = self._postgres.hottest(number, _WARM_PREFIXES)
-            if hottest and self._warm(name, hottest):
-                self._postgres.write_events([("warmed", number, None, (0, 0, 0, 0, 0))])
-        except ClosedError:
-            return
-        except Exception:
-            # It starts cold.
-            _log.exception("model %r could not be warmed up", name)
-
-    def _tell_all(self, _: list[_Batch]) -> None:
-        self._since = None
-
-    def _live(self) -> None:
-        if self._opened and self._is_due("beat", _BEAT_S):
-            self._postgres.beat(upkeep=self._is_due("upkeep", _UPKEEP_S))
-
-    def _is_due(self, what: str, interval_s: float) -> bool:
-        now = self._clock()
-        if now < self._due[what]:
-            return False
-        self._due[what] = now + interval_s
-        return True
-
-    def _watch(self) -> None:
-        while not self._stop.is_set():
-            self._postgres.watch(self._postgres.config.poll_s)
-            retired = None if self._stop.is_set() else self._postgres.retired()
-            if retired is None:
-                continue
-            try:
-                self._hear(retired)
-            except ClosedError:
-                return
-            except Exception:
-                # The next look tries again.
-                _log.exception("versions that are retired could not be dropped")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

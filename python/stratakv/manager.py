@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from stratakv import _native
 from stratakv.balance import Balance
-from stratakv.cache import Behind, LiftStats, ModelCache, Snapshot, Stats
-from stratakv.catalog import Catalog, Keeper, Source
+from stratakv.cache import Behind, ModelCache
+from stratakv.catalog import Catalog, Source
 from stratakv.config import Codec, Config, Dtype, Geometry, Quota
 from stratakv.errors import (
     ClosedError,
@@ -31,101 +31,17 @@ from stratakv.errors import (
     StrataKVError,
 )
 from stratakv.events import Row
-from stratakv.near import NearStats, SemanticIndex
+from stratakv.keeper import Keeper
+from stratakv.near import SemanticIndex
 from stratakv.quotas import Admission, Tier, Usage, admit, check
 from stratakv.registry import Discovery, RefusedModel, discover
-from stratakv.tiers.dragonfly import Dragonfly, DragonflyStats, Feeder
-from stratakv.tiers.postgres import Postgres, PostgresStats
-from stratakv.tiers.qdrant import Qdrant, QdrantStats
+from stratakv.stats import LiftStats, Snapshot, Stats
+from stratakv.status import Status, degraded
+from stratakv.tiers.dragonfly import Dragonfly, Feeder
+from stratakv.tiers.postgres import Postgres
+from stratakv.tiers.qdrant import Qdrant
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
-    """How the tiers run.
-
-    Attributes:
-        ram_capacity_bytes: size of the RAM tier.
-        ram_pages: what the kernel backs its memory with, as far as it was touched: ``huge``, ``mixed`` or ``ordinary``
-            pages; ``untouched`` before the first put, ``unknown`` where the kernel does not tell.
-        ram_huge_bytes: bytes of it on huge pages.
-        ram_eviction: the eviction policy that runs at present, by model.
-        ram_held: bytes of RAM that each model holds, by model; slots of its own that are free among them.
-        model_usage: what counts for each model's quota, by model.
-        tenant_usage: what counts for each tenant's quota, by tenant, over all models.
-        ram_shares: bytes of RAM that each model gets back when it needs them, by model.
-        ssd_shares: the same of the SSD.
-        ssd_capacity_bytes: cap of the SSD tier; 0 if it is off.
-        ssd_file_bytes: bytes its files take.
-        ssd_io: ``direct``, ``buffered`` or ``off``.
-        ssd_engine: what reads and writes: ``io_uring``, ``pread`` or ``off``.
-        ssd_read_only: why the SSD takes no writes at present; ``None`` if it does.
-        dragonfly: what was asked of the tier that nodes share, and how it is; ``None``: there is none.
-        postgres: the same of the catalog.
-        qdrant: the same of the vector index.
-        semantic_prefetch: what was brought to RAM because it was near to a prompt.
-        warm_start: what was brought to RAM when models were registered.
-        degraded: what it runs without at present, of what it is configured with, see `degraded`.
-        index_blocks: blocks in the index.
-        index_bytes: memory that the index takes when it is full.
-        index_refused_blocks: blocks that were not stored because it was full.
-        threads: threads that copy and read.
-    """
-
-    ram_capacity_bytes: int
-    ram_pages: str
-    ram_huge_bytes: int
-    ram_eviction: dict[str, str]
-    ram_held: dict[str, int]
-    model_usage: dict[str, Usage]
-    tenant_usage: dict[str, Usage]
-    ram_shares: dict[str, int]
-    ssd_shares: dict[str, int]
-    ssd_capacity_bytes: int
-    ssd_file_bytes: int
-    ssd_io: str
-    ssd_engine: str
-    ssd_read_only: str | None
-    dragonfly: DragonflyStats | None
-    postgres: PostgresStats | None
-    qdrant: QdrantStats | None
-    semantic_prefetch: NearStats | None
-    warm_start: LiftStats
-    degraded: tuple[str, ...]
-    index_blocks: int
-    index_bytes: int
-    index_refused_blocks: int
-    threads: int
-
-
-def degraded(
-    dragonfly: DragonflyStats | None,
-    postgres: PostgresStats | None,
-    qdrant: QdrantStats | None,
-    *,
-    ssd_serves: bool | None,
-) -> tuple[str, ...]:
-    """What a store runs without at present, of what it is configured with.
-
-    Args:
-        dragonfly: how the tier that nodes share is; ``None``: there is none.
-        postgres: the same of the catalog.
-        qdrant: the same of the vector index.
-        ssd_serves: whether the SSD takes writes; ``None``: there is none.
-
-    Returns:
-        ``no_hot_cache``, ``no_catalog`` and ``no_vector_index``, where that tier does not answer; and ``ram_only``,
-        where RAM is all that is left of the tiers that hold blocks.
-    """
-    cold = [ssd_serves, None if dragonfly is None else not dragonfly.guard.failing]
-    modes = {
-        "no_hot_cache": cold[1] is False,
-        "no_catalog": postgres is not None and (postgres.refused is not None or postgres.guard.failing),
-        "no_vector_index": qdrant is not None and (qdrant.misfit is not None or qdrant.guard.failing),
-        "ram_only": any(serves is False for serves in cold) and not any(cold),
-    }
-    return tuple(mode for mode, holds in modes.items() if holds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,8 @@
 mod archive;
 mod block;
 mod index;
+mod lease;
+mod model;
 mod store;
 mod tensor;
 
@@ -54,7 +56,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<index::PrefixIndex>()?;
     module.add_class::<index::Found>()?;
     module.add_class::<store::Store>()?;
-    module.add_class::<store::Model>()?;
-    module.add_class::<store::Lease>()?;
-    module.add_class::<store::TokenSequence>()
+    module.add_class::<model::Model>()?;
+    module.add_class::<lease::Lease>()?;
+    module.add_class::<model::TokenSequence>()
 }

@@ -669,3 +669,8 @@ impl Leaf<'_, '_> {
         }
     }
 }
+
+/// The tensors' memory is used by a detached call; this marks where that ends.
+pub(super) fn keep_alive(tensors: Vec<Tensor<'_>>) {
+    drop(tensors);
+}

@@ -542,7 +542,7 @@ def test_a_load_that_takes_longer_than_computing_is_not_made_and_says_so(tmp_pat
                 a, b = one.register("m", SHAPE), two.register("m", SHAPE)
                 for seed in range(40):
                     put(a, seed)
-                one.flush()
+                    one.flush()
                 # What the tier takes is not known before the first load.
                 b.set_prefill_rate(1e6)
                 proxy.mode, proxy.latency_s, proxy.jitter_s = "latency", 0.05, 0.0

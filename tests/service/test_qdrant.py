@@ -308,9 +308,9 @@ def test_a_server_that_trickles_is_a_miss_by_the_deadline(liar: Liar) -> None:
 
 @pytest.mark.parametrize("mode", ["blackhole", "reset", "refuse", "truncate"])
 def test_a_network_that_fails_is_a_miss_within_the_deadline_and_recovers(server: QdrantServer, mode: str) -> None:
-    proxy = Proxy(server.port)
+    proxy = Proxy(server.url)
     try:
-        url = f"http://127.0.0.1:{proxy.port}"
+        url = proxy.url
         with tier(url=url, collection=f"proxy-{mode}", required=True, deadline_s=0.3) as one:
             assert one.store([point(1)])
             assert len(one.suggest(MODEL, SPACE, vector_of(1))[0]) == 1

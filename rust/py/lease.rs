@@ -1,0 +1,115 @@
+//! `Lease` for Python.
+
+use super::block::BlockBuffer;
+use super::model::{Asked, Model};
+use super::tensor::{Placement, keep_alive, view};
+use super::{OrRaise, raise};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyList, PyMemoryView};
+
+/// A leased match; `stratakv.Match` wraps it.
+#[pyclass(frozen, module = "stratakv._native")]
+pub(super) struct Lease {
+    lease: crate::Lease,
+}
+
+impl Lease {
+    pub(super) fn new(lease: crate::Lease) -> Self {
+        Self { lease }
+    }
+}
+
+#[pymethods]
+impl Lease {
+    /// Matched tokens.
+    #[getter]
+    fn tokens(&self) -> usize {
+        self.lease.tokens()
+    }
+
+    /// Matched blocks.
+    #[getter]
+    fn blocks(&self) -> usize {
+        self.lease.tokens() / self.lease.geometry().block_tokens as usize
+    }
+
+    /// Tokens of a block.
+    #[getter]
+    fn block_tokens(&self) -> usize {
+        self.lease.geometry().block_tokens as usize
+    }
+
+    /// Tokens asked for.
+    #[getter]
+    fn asked_tokens(&self) -> usize {
+        self.lease.asked_tokens()
+    }
+
+    /// The cheapest tier of each matched block.
+    #[getter]
+    fn places<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        PyList::new(py, self.lease.places().iter().map(|t| t.name()))
+    }
+
+    /// The same match as it is now, of the same tokens.
+    #[pyo3(signature = (model, tokens, adapter, tenant))]
+    fn extended(&self, model: &Model, tokens: &Bound<'_, PyAny>, adapter: &str, tenant: &str) -> PyResult<Self> {
+        let py = tokens.py();
+        let asked = Asked::read(tokens, adapter, tenant)?;
+        let lease = py.detach(|| self.lease.extended(&asked.sequence(model, adapter, tenant)));
+        Ok(Self { lease: lease.or_raise(py)? })
+    }
+
+    /// Names the namespace.
+    #[getter]
+    fn space<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.lease.space())
+    }
+
+    /// Names of all whole blocks that were asked for, 16 bytes each.
+    #[getter]
+    fn names<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        PyList::new(py, self.lease.names().iter().map(|name| PyBytes::new(py, name)))
+    }
+
+    /// Why the match is not longer.
+    #[getter]
+    fn miss(&self) -> Option<&'static str> {
+        self.lease.miss().map(|m| m.name())
+    }
+
+    /// Copies the match into `kv`; returns `(tokens, places, reason)`.
+    #[pyo3(signature = (kv, layout, batch, pages))]
+    fn load<'py>(
+        &self,
+        kv: &Bound<'py, PyAny>,
+        layout: &str,
+        batch: usize,
+        pages: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<(usize, Vec<&'static str>, Option<&'static str>)> {
+        let py = kv.py();
+        let placement = Placement { layout, batch, pages };
+        let (view, tensors) = view(kv, self.lease.geometry(), &placement, true)?;
+        let outcome = py.detach(|| self.lease.load(&view));
+        keep_alive(tensors);
+        let outcome = outcome.map_err(|e| raise(py, &e))?;
+        let places = outcome.places.iter().map(|t| t.name()).collect();
+        Ok((outcome.tokens, places, outcome.miss.map(|m| m.name())))
+    }
+
+    /// Reads into RAM what is on SSD alone; returns the leading blocks that are in RAM then.
+    fn prefetch(&self, py: Python<'_>) -> PyResult<usize> {
+        py.detach(|| self.lease.prefetch()).or_raise(py)
+    }
+
+    /// The bytes of one block, or `None`.
+    fn view<'py>(&self, py: Python<'py>, block: usize) -> PyResult<Option<Bound<'py, PyMemoryView>>> {
+        let Some(view) = self.lease.view(block) else { return Ok(None) };
+        PyMemoryView::from(Bound::new(py, BlockBuffer::new(view))?.as_any()).map(Some)
+    }
+
+    /// Gives the blocks free.
+    fn release(&self, py: Python<'_>) {
+        py.detach(|| self.lease.release());
+    }
+}
