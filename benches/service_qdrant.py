@@ -81,9 +81,9 @@ def suggest_rows() -> list[Row]:
             )
 
         pairs, right = [], 0
-        for n in range(-20, CALLS):
-            kind = n % (POINTS // OF_ONE_KIND)
-            asked = vector(kind, 2000 + n)
+        kinds = [n % (POINTS // OF_ONE_KIND) for n in range(-200, CALLS)]
+        vectors = [vector(kind, 2000) for kind in kinds]
+        for n, (kind, asked) in enumerate(zip(kinds, vectors, strict=True), -200):
             numbers = asked.tolist()
             found: list[object] = []
             mine = timed(lambda asked=asked, found=found: found.extend(tier.suggest(MODEL, SPACE, asked)[0]))

@@ -423,6 +423,12 @@ def test_tls_is_verified(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
         with tier(url=url) as one:
             assert one.count() is None
             assert one.stats().guard.last_error == "ConnectError"
+        for wrong in (tmp_path / "none.pem", key):
+            with (
+                pytest.raises(ConfigError, match=r"qdrant\.ca_file is .*, and cannot be used"),
+                tier(url=url, ca_file=wrong),
+            ):
+                pass
     finally:
         liar.http.shutdown()
         liar.http.server_close()
