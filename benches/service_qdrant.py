@@ -75,7 +75,7 @@ def suggest_rows() -> list[Row]:
 
         def ask(numbers: list[float]) -> object:
             nearest, mine = engine.Query.Nearest(numbers), engine.Filter(must=must)
-            wide = engine.SearchParams(hnsw_ef=32)
+            wide = engine.SearchParams(hnsw_ef=48)
             return direct.query(
                 engine.QueryRequest(3, None, nearest, with_payload=True, filter=mine, score_threshold=0.5, params=wide)
             )
