@@ -75,15 +75,15 @@ def suggest_rows() -> list[Row]:
 
         def ask(numbers: list[float]) -> object:
             nearest, mine = engine.Query.Nearest(numbers), engine.Filter(must=must)
-            wide = engine.SearchParams(hnsw_ef=32)
+            wide = engine.SearchParams(hnsw_ef=48)
             return direct.query(
                 engine.QueryRequest(3, None, nearest, with_payload=True, filter=mine, score_threshold=0.5, params=wide)
             )
 
         pairs, right = [], 0
-        for n in range(-20, CALLS):
-            kind = n % (POINTS // OF_ONE_KIND)
-            asked = vector(kind, 2000 + n)
+        kinds = [n % (POINTS // OF_ONE_KIND) for n in range(-200, CALLS)]
+        vectors = [vector(kind, 2000) for kind in kinds]
+        for n, (kind, asked) in enumerate(zip(kinds, vectors, strict=True), -200):
             numbers = asked.tolist()
             found: list[object] = []
             mine = timed(lambda asked=asked, found=found: found.extend(tier.suggest(MODEL, SPACE, asked)[0]))

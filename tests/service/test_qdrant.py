@@ -306,15 +306,14 @@ def test_a_server_that_trickles_is_a_miss_by_the_deadline(liar: Liar) -> None:
         until(lambda: len(one.suggest(MODEL, SPACE, vector_of(1))[0]) == 1)
 
 
-@pytest.mark.parametrize("mode", ["blackhole", "reset", "refuse", "truncate"])
+@pytest.mark.parametrize("mode", ["blackhole", "reset", "refuse", "truncate", "latency", "throttle"])
 def test_a_network_that_fails_is_a_miss_within_the_deadline_and_recovers(server: QdrantServer, mode: str) -> None:
     proxy = Proxy(server.url)
     try:
-        url = proxy.url
-        with tier(url=url, collection=f"proxy-{mode}", required=True, deadline_s=0.3) as one:
+        with tier(url=proxy.url, collection=f"proxy-{mode}", required=True, deadline_s=0.3) as one:
             assert one.store([point(1)])
             assert len(one.suggest(MODEL, SPACE, vector_of(1))[0]) == 1
-            proxy.most_bytes = 100
+            proxy.most_bytes, proxy.latency_s, proxy.bytes_per_s = 100, 0.4, 1e3
             proxy.mode = mode
             proxy.cut()
             took, reasons = [], set()
@@ -423,6 +422,12 @@ def test_tls_is_verified(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
         with tier(url=url) as one:
             assert one.count() is None
             assert one.stats().guard.last_error == "ConnectError"
+        for wrong in (tmp_path / "none.pem", key):
+            with (
+                pytest.raises(ConfigError, match=r"qdrant\.ca_file is .*, and cannot be used"),
+                tier(url=url, ca_file=wrong),
+            ):
+                pass
     finally:
         liar.http.shutdown()
         liar.http.server_close()
