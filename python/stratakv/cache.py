@@ -6,6 +6,7 @@ A match is leased until it is released: what it found stays. A cache problem nev
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -293,23 +294,21 @@ class ModelCache:
         """
         tier: Dragonfly | None = self._manager.dragonfly
         if tier is None:
-            lease = self._model.match_prefix(tokens, adapter, tenant)
-            self._missed(lease, lease.tokens, tokens, text, adapter, tenant)
-            return Match(lease, self._behind, self._say_that_ssd_is_slow)
+            if text is not None:
+                self._ask_for_near(tokens, text, adapter, tenant)
+            return Match(self._model.match_prefix(tokens, adapter, tenant), self._behind, self._say_that_ssd_is_slow)
         # What a load asks for later is what was asked for now.
         own = isinstance(tokens, _native.TokenSequence) and not adapter and not tenant
         asked = tokens if own else self.sequence(tokens, adapter=adapter, tenant=tenant)
         lease = self._model.match_prefix(asked, "", "")
         remote = Remote(tier, self._model, asked, lease)  # type: ignore[arg-type]  # it is a sequence in both cases
-        match = Match(lease, self._behind, self._say_that_ssd_is_slow, remote)
-        self._missed(lease, match.tokens, tokens, text, adapter, tenant)
-        return match
+        if text is not None:
+            self._ask_for_near(tokens, text, adapter, tenant)
+        return Match(lease, self._behind, self._say_that_ssd_is_slow, remote)
 
-    def _missed(
-        self, lease: _native.Lease, found: int, tokens: object, text: str | None, adapter: str, tenant: str
-    ) -> None:
-        """Has what is near brought up, where too little was found."""
-        if self._manager.semantic is not None and found + lease.block_tokens <= lease.asked_tokens:
+    def _ask_for_near(self, tokens: object, text: str, adapter: str, tenant: str) -> None:
+        """Has what is near to a text brought up, if the prompt is not here."""
+        if self._manager.semantic is not None:
             self._manager.semantic.note("missed", self, tokens, text, adapter, tenant)
 
     def sequence(
@@ -420,6 +419,10 @@ class ModelCache:
         """Names of the whole blocks of some tokens, 16 bytes each."""
         names = self._model.names(self.sequence(tokens, adapter=adapter, tenant=tenant))
         return [names[at : at + 16] for at in range(0, len(names), 16)]
+
+    def in_ram(self, names: list[bytes]) -> int:
+        """How many leading blocks of a sequence are in RAM, by their names."""
+        return sum(1 for _ in itertools.takewhile(lambda place: place & 1, self._model.places(names)))
 
     def suggest(
         self, tokens: object = None, *, text: str | None = None, limit: int = 3, adapter: str = "", tenant: str = ""

@@ -121,16 +121,17 @@ class Guard:
         self._counts = dict.fromkeys(("asked", "answered", "errors", "timeouts", "refused", "opened"), 0)
         self._last_error: str | None = None
 
-    def call(self, work: Callable[[Deadline], _T]) -> tuple[_T | None, Reason | None]:
+    def call(self, work: Callable[[Deadline], _T], *, probes: bool = True) -> tuple[_T | None, Reason | None]:
         """Does the work, if the server is asked at present.
 
         Args:
             work: asks the server, and gives up by the deadline that it is given.
+            probes: whether it may be the probe; what a request waits for should not.
 
         Returns:
             Its result, and why there is none.
         """
-        begun = self._begin()
+        begun = self._begin(probes=probes)
         if begun is None:
             return None, "open"
         probe = begun == "probe"
@@ -166,12 +167,12 @@ class Guard:
             return "closed"
         return "half_open" if self._probing or self._clock() >= self._probe_at else "open"
 
-    def _begin(self) -> Literal["call", "probe"] | None:
+    def _begin(self, *, probes: bool) -> Literal["call", "probe"] | None:
         with self._lock:
             self._counts["asked"] += 1
             if self._probe_at is None:
                 return "call"
-            if self._probing or self._clock() < self._probe_at:
+            if not probes or self._probing or self._clock() < self._probe_at:
                 self._counts["refused"] += 1
                 return None
             self._probing = True

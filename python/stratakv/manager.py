@@ -118,7 +118,9 @@ class CacheManager:
                 self.dragonfly = Dragonfly(config.dragonfly)
                 self._feeder = Feeder(self.dragonfly, self._store.events, self._exports)
             if config.qdrant.url is not None or config.qdrant.path is not None:
-                self.semantic = SemanticIndex(Qdrant(config.qdrant), config.qdrant, config.store.secret, self._lifted)
+                self.semantic = SemanticIndex(
+                    Qdrant(config.qdrant), config.qdrant, config.store.secret, self._lifted, self._missed
+                )
             if config.postgres.url is not None:
                 self._postgres = Postgres(config.postgres)
                 self._keeper = Keeper(self._postgres, self._store, self._entries, self._retire, self._warm)
@@ -494,6 +496,11 @@ class CacheManager:
 
     def _lifted(self) -> tuple[int, int]:
         return self._store.lifted("near")
+
+    def _missed(self) -> list[tuple[ModelCache, str, str, bytes]]:
+        caches = {name: entry.cache for name, entry in self._entries().items()}
+        missed = self._store.missed()
+        return [(caches[model], adapter, tenant, ids) for model, adapter, tenant, ids in missed if model in caches]
 
     def _leading(self, space: bytes, names: list[bytes]) -> int | None:
         if self.dragonfly is None:

@@ -90,6 +90,7 @@ class SemanticIndex:
         config: QdrantConfig,
         secret: str | None,
         lifted: Callable[[], tuple[int, int]],
+        missed: Callable[[], list[tuple[ModelCache, str, str, bytes]]],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -100,12 +101,13 @@ class SemanticIndex:
             config: what makes them, and how much may come.
             secret: the store's, which keys the vectors.
             lifted: bytes that came to RAM by this, and those of them that were asked for since.
+            missed: prompts of which matches found too little: cache, adapter, tenant, and token ids.
             clock: seconds.
 
         Raises:
             ConfigError: the embedding cannot be had.
         """
-        self.tier, self.config, self._lifted, self._clock = tier, config, lifted, clock
+        self.tier, self.config, self._lifted, self._missed, self._clock = tier, config, lifted, missed, clock
         self._embedding: Embedding = embedding_of(config.embedding, config.dimension, (secret or "").encode())
         self._notes: deque[_Note] = deque()
         self._lock = threading.Lock()
@@ -194,6 +196,10 @@ class SemanticIndex:
             self.tier.forget_before(None, time.time() - self.config.keep_days * 86_400)
         with self._lock:
             notes, self._notes = list(self._notes), deque()
+        if self.embeds == "tokens" and self.config.prefetch_bytes:
+            missed = self._missed()
+            if self._clock() >= self._paused_until:
+                notes += (_Note("missed", cache, ids, None, adapter, tenant) for cache, adapter, tenant, ids in missed)
         return notes
 
     def _write(self, notes: list[_Note]) -> list[_Note]:
@@ -214,7 +220,8 @@ class SemanticIndex:
     def _bring(self, note: _Note) -> None:
         now = self._clock()
         self._judge(now)
-        if now < self._paused_until:
+        names = note.cache.names(_ids(note.tokens), note.adapter, note.tenant)
+        if now < self._paused_until or note.cache.in_ram(names) == len(names):
             return
         asked = note.text if self.embeds == "text" else note.tokens
         found, _ = self.near(note.cache, asked, note.adapter, note.tenant, _LIMIT)

@@ -128,6 +128,16 @@ impl Store {
         Ok((found.iter().map(|prefix| prefix_row(py, prefix)).collect(), next))
     }
 
+    /// Prompts of which matches found too little: model, adapter, tenant, and token ids, 4 bytes each.
+    fn missed<'py>(&self, py: Python<'py>) -> PyResult<Vec<MissedRow<'py>>> {
+        let missed = py.detach(|| self.store.missed()).or_raise(py)?;
+        let ids = |tokens: Vec<u32>| {
+            let bytes: Vec<u8> = tokens.iter().flat_map(|id| id.to_le_bytes()).collect();
+            PyBytes::new(py, &bytes)
+        };
+        Ok(missed.into_iter().map(|(model, adapter, tenant, tokens)| (model, adapter, tenant, ids(tokens))).collect())
+    }
+
     /// Bytes brought to RAM ahead of requests by this, and bytes of those that were asked for since.
     fn lifted(&self, py: Python<'_>, lifter: &str) -> PyResult<(u64, u64)> {
         let lifter = lifter_of(lifter).or_raise(py)?;
@@ -215,6 +225,9 @@ impl Store {
         Ok(out)
     }
 }
+
+/// Model, adapter, tenant and token ids of a prompt.
+type MissedRow<'py> = (String, String, String, Bound<'py, PyBytes>);
 
 /// Model, namespace, adapter and tenant, names of its blocks, their places, since when, used when, and how often.
 type PrefixRow<'py> =

@@ -51,6 +51,48 @@ impl Touched {
     }
 }
 
+/// Prompts of which a match found too little, for who brings up what is near to them. A full queue takes no more.
+#[derive(Debug)]
+pub(super) struct Missed {
+    /// Whether somebody takes them.
+    on: AtomicBool,
+    prompts: ArrayQueue<MissedPrompt>,
+}
+
+/// One of them.
+#[derive(Debug)]
+pub(super) struct MissedPrompt {
+    pub(super) model: u32,
+    pub(super) namespace: Arc<Namespace>,
+    pub(super) tokens: Vec<u32>,
+}
+
+impl Default for Missed {
+    fn default() -> Self {
+        Self { on: AtomicBool::new(false), prompts: ArrayQueue::new(MISSED) }
+    }
+}
+
+impl Missed {
+    fn note(&self, model: &Model, namespace: &Arc<Namespace>, tokens: &[u32]) {
+        // Relaxed: a prompt more or less does no harm.
+        if self.on.load(Ordering::Relaxed) && !self.prompts.is_full() {
+            let tokens = tokens[..tokens.len().min(MISSED_TOKENS)].to_vec();
+            let _full = self.prompts.push(MissedPrompt { model: model.id, namespace: namespace.clone(), tokens });
+        }
+    }
+
+    /// Takes those that are there; from the first such call on they are noted.
+    pub(super) fn take(&self) -> Vec<MissedPrompt> {
+        self.on.store(true, Ordering::Relaxed);
+        (0..MISSED).map_while(|_| self.prompts.pop()).collect()
+    }
+}
+
+/// Prompts that wait, and tokens of each that are kept.
+const MISSED: usize = 64;
+const MISSED_TOKENS: usize = 4096;
+
 /// Matches between two uses of the lock that are remembered.
 const TOUCHED: usize = 256;
 
@@ -90,6 +132,9 @@ impl Store {
         let blocks = found.map_or(0, |(_, blocks)| blocks);
         namespace.matches.count(blocks, hashes.len() - blocks);
         let asked_tokens = tokens.len();
+        if blocks < hashes.len() {
+            self.shared.missed.note(model, &namespace, &tokens);
+        }
         model.prefills.asked(&hashes, asked_tokens - blocks * model.spec.geometry.block_tokens as usize);
         tokens.truncate(blocks * model.spec.geometry.block_tokens as usize);
         Ok(Lease {

@@ -32,6 +32,9 @@ pub struct Prefix {
     pub uses: u32,
 }
 
+/// Model, adapter, tenant and token ids of a prompt.
+pub(crate) type MissedTokens = (String, String, String, Vec<u32>);
+
 struct Listed {
     model: u32,
     seed: BlockHash,
@@ -99,6 +102,19 @@ impl Store {
         });
         let listed: Vec<Listed> = listed.collect();
         Ok(self.named(state, listed))
+    }
+
+    /// Prompts of which matches found too little, with their model, adapter and tenant; from the first such call on.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn missed(&self) -> Result<Vec<MissedTokens>> {
+        let state = self.shared.open_state()?;
+        let named = self.shared.missed.take().into_iter().filter_map(|prompt| {
+            let (adapter, tenant) = state.nodes.name_of(prompt.namespace.hasher.seed())?.clone();
+            Some((state.name_of(prompt.model)?, adapter, tenant, prompt.tokens))
+        });
+        Ok(named.collect())
     }
 
     /// What each tenant counted of each model: names of both.

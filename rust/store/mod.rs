@@ -63,7 +63,7 @@ use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
 use crate::trie::Trie;
 use crate::workers::Workers;
 use demote::Pace;
-use lease::Touched;
+use lease::{Missed, Touched};
 use namespace::Epochs;
 use owners::Sums;
 use quota::Account;
@@ -134,6 +134,7 @@ const SOME: usize = 256;
 struct Shared {
     trie: Arc<Trie>,
     touched: Touched,
+    missed: Missed,
     closed: AtomicBool,
     state: Mutex<State>,
     /// Held while a model's file comes, goes or shrinks: the one lock that is held across I/O, and never by a request.
@@ -207,6 +208,7 @@ impl Store {
         let shared = Arc::new(Shared {
             trie,
             touched: Touched::default(),
+            missed: Missed::default(),
             closed: AtomicBool::new(false),
             state: Mutex::new(state),
             registration: Mutex::default(),

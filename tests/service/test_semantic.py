@@ -110,8 +110,8 @@ def test_the_chain_of_a_near_prompt_comes_up_from_the_tier_that_nodes_share(serv
             put(a, tokens, adapter="lora", tenant="t")
             one.flush()
             wait(lambda: b.suggest(near_to(tokens), adapter="lora", tenant="t"))
-            b.match(near_to(tokens), adapter="lora", tenant="t").release()
-            wait(lambda: two.status().semantic_prefetch.lifted)
+            ask = lambda: b.match(near_to(tokens), adapter="lora", tenant="t").release()  # noqa: E731
+            wait(lambda: ask() or two.status().semantic_prefetch.lifted)
             explanation = assert_right(b, tokens, adapter="lora", tenant="t")
             assert (explanation.loaded_tokens, set(explanation.blocks)) == (TOKENS, {"ram"})
 
@@ -143,7 +143,7 @@ def test_it_switches_itself_off_where_it_does_not_pay_and_on_again_after_a_while
 
     now, lifted = [0.0], [0, 0]
     settings = stratakv.QdrantConfig(path=":memory:")
-    index = SemanticIndex(Qdrant(settings), settings, "x", lambda: (lifted[0], lifted[1]), clock=lambda: now[0])
+    index = SemanticIndex(Qdrant(settings), settings, "x", lambda: (lifted[0], lifted[1]), list, clock=lambda: now[0])
     try:
         # It pays.
         lifted[:], now[0] = [100 << 20, 20 << 20], 60.0

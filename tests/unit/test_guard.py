@@ -145,3 +145,14 @@ def test_every_call_is_counted_once_and_the_server_is_asked_again(steps: list[tu
 def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(stratakv.InputError, match=next(iter(wrong))):
         guard(Clock(), **wrong)
+
+
+def test_what_a_request_waits_for_is_no_probe() -> None:
+    clock = Clock()
+    it = guard(clock, failures=1)
+    it.call(fails)
+    clock.now += 10
+    assert it.state == "half_open"
+    assert [it.call(answers, probes=False) for _ in range(3)] == [(None, "open")] * 3
+    assert it.call(answers) == ("answer", None)
+    assert it.call(answers, probes=False) == ("answer", None)

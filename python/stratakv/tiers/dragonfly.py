@@ -166,7 +166,7 @@ class Dragonfly:
         if self._is_forgotten(space):
             return 0, "dropped"
         for keys in _some(_keys(space, names, first), _BATCH_KEYS):
-            there, reason = self._ask(functools.partial(self._exist, keys))
+            there, reason = self._ask(functools.partial(self._exist, keys), probes=False)
             if there is None:
                 return self._found(found), reason
             leading = next((n for n, here in enumerate(there) if here != 1), len(there))
@@ -190,7 +190,8 @@ class Dragonfly:
         ahead = max(_AHEAD_BYTES // record_bytes, 1)
         for keys in _some(_keys(space, names, first), max(_BATCH_BYTES // record_bytes, 1)):
             begun = time.perf_counter()
-            values, reason = self._ask(functools.partial(self._pipeline, [("GET", key) for key in keys], ahead))
+            get = functools.partial(self._pipeline, [("GET", key) for key in keys], ahead)
+            values, reason = self._ask(get, probes=False)
             if values is None:
                 return records, reason
             self.cost.note(sum(len(value) for value in values if isinstance(value, bytes)), time.perf_counter() - begun)
@@ -203,6 +204,11 @@ class Dragonfly:
     def booked(self, asked: int, hit: int, read_bytes: int) -> None:
         """Counts what became of a load: of so many blocks so many were right."""
         self._count(asked_blocks=asked, hit_blocks=hit, miss_blocks=asked - hit, read_bytes=read_bytes)
+
+    def probe(self) -> None:
+        """Asks the server whether it is back, if it is time to; no request waits for that."""
+        if self._guard.state == "half_open":
+            self._ask(lambda: self._client().ping())
 
     def passed_over(self) -> None:
         """Counts a load that was not made, since computing takes less."""
@@ -361,7 +367,7 @@ class Dragonfly:
             client.nodes_manager.initialize()
             return [error] * len(commands)
 
-    def _ask(self, call: Callable[[], _T]) -> tuple[_T | None, str | None]:
+    def _ask(self, call: Callable[[], _T], *, probes: bool = True) -> tuple[_T | None, str | None]:
         """What a call gives, and why nothing; in a thread, as a socket's timeout is for each piece of a reply."""
 
         def within(deadline: Deadline) -> _T:
@@ -374,7 +380,7 @@ class Dragonfly:
                     _disconnect(self._connected)
                 raise
 
-        result, reason = self._guard.call(within)
+        result, reason = self._guard.call(within, probes=probes)
         # It is not asked because it did not answer in time, or not at all.
         return result, "timeout" if reason == "open" else reason
 
@@ -439,6 +445,7 @@ class Feeder:
 
     def _take(self) -> list[tuple[str, bytes]]:
         _, rows, self._since = self._events(self._since)
+        self._tier.probe()
         self._tier.forget_again()
         return [(model, name) for model, name, _, tier, stored in rows if tier == "ram" and stored]
 
