@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from stratakv import _native
 from stratakv.config import Codec, Geometry
-from stratakv.errors import ClosedError, InputError, StoreError
+from stratakv.errors import ClosedError, InputError, StoreError, StrataKVError
 from stratakv.quotas import Admission
 from stratakv.stats import Explanation, Stats, Suggestion
 from stratakv.tiers.dragonfly import Dragonfly
@@ -96,16 +96,20 @@ class Remote:
             names = [*self.before, *self.names]
             records, reason = self.tier.fetch(self.space, names, size, first)
             asked, self.names = len(self.names), []
-            blocks, wrong = self.model.admit(self.asked, "", "", first, records)
-            longer = lease.extended(self.model, self.asked, "", "")
+            _, came, wrong = self.model.admit(self.asked, "", "", first, records)
+            longer = lease.extended(self.model, self.asked, first + asked)
         except ClosedError:
             # The store went away under the match.
             self.names, self.reason = [], "closed"
             return lease
-        came = max(blocks - first, 0)
-        self.tier.booked(asked, came, sum(map(len, records[:came])))
+        except StrataKVError:
+            self.names, self.reason = [], "error"
+            return lease
+        # What another request put meanwhile is here all the same.
+        here = longer.blocks - first
+        self.tier.booked(asked, here, sum(map(len, records[:came])))
         self.reason = wrong or reason or self.reason
-        self.fetched |= set(range(first, first + came))
+        self.fetched |= set(range(first, first + here))
         lease.release()
         return longer
 
@@ -462,10 +466,9 @@ class ModelCache:
             return came
         space = self._model.fingerprint + self._model.space(adapter, tenant)
         records, _ = tier.fetch(space, wanted, size, blocks)
-        found, _ = self._model.admit_named(adapter, tenant, names, blocks, records, lifter)
-        right = max(found - blocks, 0)
-        tier.booked(len(wanted) - blocks, right, sum(map(len, records[:right])))
-        return came + right * size
+        _, more, _ = self._model.admit_named(adapter, tenant, names, blocks, records, lifter)
+        tier.booked(len(wanted) - blocks, more, sum(map(len, records[:more])))
+        return came + more * size
 
     @property
     def prefill_tokens_per_s(self) -> float | None:

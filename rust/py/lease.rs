@@ -51,12 +51,12 @@ impl Lease {
         PyList::new(py, self.lease.places().iter().map(|t| t.name()))
     }
 
-    /// The same match as it is now, of the same tokens.
-    #[pyo3(signature = (model, tokens, adapter, tenant))]
-    fn extended(&self, model: &Model, tokens: &Bound<'_, PyAny>, adapter: &str, tenant: &str) -> PyResult<Self> {
+    /// The same match as it is now, of the same tokens, up to so many blocks.
+    #[pyo3(signature = (model, tokens, most_blocks))]
+    fn extended(&self, model: &Model, tokens: &Bound<'_, PyAny>, most_blocks: usize) -> PyResult<Self> {
         let py = tokens.py();
-        let asked = Asked::read(tokens, adapter, tenant)?;
-        let lease = py.detach(|| self.lease.extended(&asked.sequence(model, adapter, tenant)));
+        let asked = Asked::read(tokens, "", "")?;
+        let lease = py.detach(|| self.lease.extended(&asked.sequence(model, "", ""), most_blocks));
         Ok(Self { lease: lease.or_raise(py)? })
     }
 

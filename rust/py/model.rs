@@ -101,7 +101,8 @@ impl Model {
         py.detach(|| self.store.lift(&self.model, &names, lifter, most_bytes)).or_raise(py)
     }
 
-    /// Takes in records from there, from block `first` on; returns how many leading blocks are cached now, and why not all.
+    /// Takes in records from there, from block `first` on; returns how many leading blocks are cached now, how many came
+    /// to RAM, and why not all.
     #[pyo3(signature = (tokens, adapter, tenant, first, records))]
     fn admit(
         &self,
@@ -110,14 +111,14 @@ impl Model {
         tenant: &str,
         first: usize,
         records: Vec<PyBackedBytes>,
-    ) -> PyResult<(usize, Option<&'static str>)> {
+    ) -> PyResult<(usize, usize, Option<&'static str>)> {
         let py = tokens.py();
         let asked = Asked::read(tokens, adapter, tenant)?;
         let records: Vec<&[u8]> = records.iter().map(|record| &**record).collect();
         let sequence = || asked.sequence(self, adapter, tenant);
         let admitted = py.detach(|| self.store.admit(&self.model, &sequence(), first, &records));
         let admitted = admitted.or_raise(py)?;
-        Ok((admitted.blocks, admitted.miss.map(|miss| miss.name())))
+        Ok((admitted.blocks, admitted.came, admitted.miss.map(|miss| miss.name())))
     }
 
     /// The same of a sequence of which the names of its blocks are known, ahead of a request.
@@ -132,12 +133,12 @@ impl Model {
         first: usize,
         records: Vec<PyBackedBytes>,
         lifter: &str,
-    ) -> PyResult<(usize, Option<&'static str>)> {
+    ) -> PyResult<(usize, usize, Option<&'static str>)> {
         let lifter = lifter_of(lifter).or_raise(py)?;
         let records: Vec<&[u8]> = records.iter().map(|record| &**record).collect();
         let admit = || self.store.admit_named(&self.model, adapter, tenant, &names, first, &records, lifter);
         let admitted = py.detach(admit).or_raise(py)?;
-        Ok((admitted.blocks, admitted.miss.map(|miss| miss.name())))
+        Ok((admitted.blocks, admitted.came, admitted.miss.map(|miss| miss.name())))
     }
 
     /// Where the leading blocks of a sequence are, by their names: a bit for each tier, 1 for RAM and 2 for SSD.

@@ -37,7 +37,6 @@ impl Store {
     pub fn lift(&self, model: &Model, names: &[Sealed], lifter: Lifter, most_bytes: u64) -> Result<(usize, u64)> {
         let mut state = self.shared.open_state()?;
         state.catch_up(&self.shared.touched);
-        let before = state.lifts[lifter as usize].bytes;
         let mut left = most_bytes;
         let hashes = names.iter().map(|&name| self.shared.secret.unseal(name));
         let ids = hashes.map_while(|hash| state.nodes.find(hash).filter(|&id| state.nodes.model(id) == model.id));
@@ -52,15 +51,13 @@ impl Store {
         let known = state.models.contains_key(&model.id);
         let promotion = if known { state.promotion(model.id, &ids, Some(lifter)) } else { None };
         drop(state);
-        if let Some(promotion) = promotion {
-            self.shared.promote(promotion);
-        }
+        let came = promotion.map_or(0, |promotion| self.shared.promote(promotion));
         let state = self.shared.state.lock();
         let here = |name: &&Sealed| {
             let id = state.nodes.find(self.shared.secret.unseal(**name));
             id.is_some_and(|id| state.nodes[id].ram.is_some())
         };
         let leading = names.iter().take_while(here).count();
-        Ok((leading, state.lifts[lifter as usize].bytes - before))
+        Ok((leading, came))
     }
 }

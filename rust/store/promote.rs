@@ -109,8 +109,8 @@ impl State {
 }
 
 impl Shared {
-    /// Reads records into their slots, checks them, and books what came of it.
-    pub(super) fn promote(&self, promotion: Promotion) {
+    /// Reads records into their slots, checks them, and books what came of it; returns the bytes that came to RAM.
+    pub(super) fn promote(&self, promotion: Promotion) -> u64 {
         let Promotion { model, file, held, blocks, lifter } = promotion;
         let geometry = file.geometry();
         let mut queue = file.queue();
@@ -136,6 +136,7 @@ impl Shared {
         });
         let checked: Vec<std::result::Result<_, Miss>> = checked.collect();
         let mut state = self.state.lock();
+        let mut came = 0;
         for ((Promoted { id, place, slot, .. }, checked), read) in blocks.into_iter().zip(checked).zip(read) {
             state.counts(model).tier(Tier::Ssd).read_bytes += read.unwrap_or(0) as u64;
             let here = state.nodes.is_linked(id) && state.nodes[id].ssd == Some(place);
@@ -147,6 +148,7 @@ impl Shared {
                     state.place_in_ram(id, slot, layout);
                     state.counts_of(id).promoted += 1;
                     state.lifted(id, lifter);
+                    came += state.held(id)[Tier::Ram as usize].unwrap_or(0);
                     continue;
                 }
                 Err(miss) if here => {
@@ -160,6 +162,7 @@ impl Shared {
             state.free(slot);
         }
         state.nodes.release(&held);
+        came
     }
 }
 

@@ -30,6 +30,8 @@ type Right<'a> = (usize, &'a [u8], Option<Arc<Layout>>);
 pub struct Admitted {
     /// Leading blocks of the sequence that are cached now.
     pub blocks: usize,
+    /// Blocks whose bytes came to RAM from the records.
+    pub came: usize,
     /// Why not all of what was given; `None`: all is.
     pub miss: Option<Miss>,
 }
@@ -161,7 +163,7 @@ impl Store {
         // As long as this is held, none of them is unlinked.
         let parent = Held { trie: &shared.trie, id: found.map(|(id, _)| id) };
         if known < first {
-            return Ok(Admitted { blocks: known, miss: Some(Miss::Evicted) });
+            return Ok(Admitted { blocks: known, came: 0, miss: Some(Miss::Evicted) });
         }
         let wanted = first..(first + records.len()).min(hashes.len());
         let in_ram: Vec<bool> = {
@@ -201,39 +203,41 @@ impl Store {
             unsafe { std::ptr::copy_nonoverlapping(record.as_ptr(), shared.arena.at(slot), record.len()) };
         }
         let mut state = shared.state.lock();
-        let mut came = 0;
-        let mut new = Vec::new();
+        // Others may have added blocks since: what follows those that are cached now is what is to be added.
+        let (mut cached, mut last) = (known, parent.id);
+        while let Some(id) = hashes.get(cached).and_then(|&hash| state.nodes.find(hash)) {
+            (cached, last) = (cached + 1, Some(id));
+        }
+        let (mut came, mut follow) = (Vec::new(), Vec::new());
         for (slot, (at, _, layout)) in slots.into_iter().zip(right) {
-            if at >= known {
-                new.push((slot, layout));
-                continue;
-            }
-            match state.nodes.find(hashes[at]).filter(|&id| state.nodes[id].ram.is_none()) {
-                Some(id) => {
+            let here = state.nodes.find(hashes[at]).filter(|_| at < cached);
+            match here {
+                Some(id) if state.nodes[id].ram.is_none() => {
                     state.place_in_ram(id, slot, layout);
-                    state.lifted(id, lifter);
-                    came += 1;
+                    came.push(id);
                 }
-                None => state.free(slot),
+                None if at == cached + follow.len() => follow.push((slot, layout)),
+                // It is there; or what is before it is not.
+                _ => state.free(slot),
             }
         }
-        let follow = &hashes[known..known + new.len()];
-        let (published, new) = state.publish(model, namespace, parent.id, follow, new);
-        if lifter.is_some() {
-            for &hash in &follow[..published] {
-                let id = state.nodes.find(hash);
-                id.into_iter().for_each(|id| state.lifted(id, lifter));
-            }
+        let (next, expected) = (&hashes[cached..cached + follow.len()], follow.len());
+        let (published, _) = state.publish(model, namespace, last, next, follow);
+        came.extend(next[..published].iter().filter_map(|&hash| state.nodes.find(hash)));
+        came.iter().for_each(|&id| state.lifted(id, lifter));
+        if published < expected {
+            miss = miss.or(Some(Miss::Evicted));
         }
         let counts = state.owners.counts(namespace.owner);
-        counts.promoted += (came + new) as u64;
+        counts.promoted += came.len() as u64;
         counts.corrupt += u64::from(miss == Some(Miss::Corrupt));
+        let (blocks, came) = (cached + published, came.len());
         let work = state.has_work();
         drop(state);
         if work {
             shared.work.notify_all();
         }
-        Ok(Admitted { blocks: known + published, miss })
+        Ok(Admitted { blocks, came, miss })
     }
 }
 
@@ -276,19 +280,20 @@ impl Shared {
 }
 
 impl super::Lease {
-    /// The same match as it is now, of the same tokens: longer, where blocks were admitted since. What it found more counts
-    /// as found from the start.
+    /// The same match as it is now, of the same tokens: longer, where blocks were admitted since, up to so many blocks. What
+    /// it found more counts as found from the start.
     ///
     /// # Errors
     /// The store is closed, or the sequence is another.
-    pub fn extended(&self, sequence: &Sequence) -> Result<Self> {
+    pub fn extended(&self, sequence: &Sequence, most_blocks: usize) -> Result<Self> {
         let shared = &self.shared;
         shared.check_open()?;
         sequence.check_model(&self.model)?;
         if sequence.hashes.get(..self.hashes.len()) != Some(&self.hashes[..]) {
             return Err(input("the sequence is another than that of the match"));
         }
-        let found = shared.find(&self.model, &self.namespace, &self.hashes, false)?;
+        let most = most_blocks.max(self.blocks()).min(self.hashes.len());
+        let found = shared.find(&self.model, &self.namespace, &self.hashes[..most], false)?;
         let blocks = found.map_or(0, |(_, blocks)| blocks);
         self.model.prefills.forget(&self.hashes);
         self.namespace.matches.found(blocks.saturating_sub(self.blocks()));

@@ -455,7 +455,7 @@ impl State {
 
     fn leave_ram(&mut self, id: NodeId) {
         let Some(slot) = self.alter(id, |node| {
-            node.layout = None;
+            (node.layout, node.lifted) = (None, None);
             node.ram.take()
         }) else {
             return;

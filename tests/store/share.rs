@@ -118,3 +118,74 @@ fn what_is_not_the_record_that_was_asked_for_is_a_miss() {
     assert_eq!(admit(&two, &to, &tokens, 0, &[records[0].clone(), foreign[1].clone()]), (1, Some(Miss::Corrupt)));
     assert_eq!(fetch(&two, &to, &tokens), 1);
 }
+
+#[test]
+fn a_put_beside_an_admission_never_moves_a_record_to_another_block() {
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let (one, two) = (node("shared"), node("shared"));
+    let (from, to) = (register(&one, "m", FINE), register(&two, "m", FINE));
+    // Blocks of equal tokens: only their place tells them apart.
+    let (blocks, size) = (24, FINE.block_tokens as usize);
+    let tokens = vec![7; blocks * size];
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Others hold the lock now and then.
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    two.prefixes(None, 0).expect("it is open");
+                }
+            });
+        }
+        let mut dice = Dice(3);
+        for round in 0..400 {
+            let tenant = format!("t{round}");
+            let mut kv = Kv::of(&from, &tokens);
+            one.put(&from, &tokens, "", &tenant, &kv.view()).expect("right arguments");
+            let names = one.match_prefix(&from, &tokens, "", &tenant).expect("it is open").names();
+            let records: Vec<Vec<u8>> =
+                names.iter().map_while(|&name| one.export(&from, name).expect("it is open")).collect();
+            let records: Vec<&[u8]> = records.iter().map(Vec::as_slice).collect();
+            let sequence = two.sequence(&to, "", &tenant, tokens.clone());
+            let short = &tokens[..(1 + dice.below(blocks / 2)) * size];
+            let both = Barrier::new(2);
+            std::thread::scope(|race| {
+                race.spawn(|| {
+                    both.wait();
+                    let mut kv = Kv::of(&to, short);
+                    two.put(&to, short, "", &tenant, &kv.view()).expect("right arguments");
+                });
+                race.spawn(|| {
+                    both.wait();
+                    let admitted = two.admit(&to, &sequence, 0, &records).expect("it is open");
+                    assert!(admitted.came <= records.len());
+                });
+            });
+            let lease = two.match_prefix(&to, &tokens, "", &tenant).expect("it is open");
+            load(&lease, &to, &tokens);
+            drop(lease);
+            two.drop_namespace(&to, "", &tenant).expect("it is registered");
+            one.drop_namespace(&from, "", &tenant).expect("it is registered");
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn a_match_that_goes_on_is_no_longer_than_what_was_promised() {
+    let one = node("shared");
+    let model = register(&one, "m", FINE);
+    let tokens = sequence(1, 20, &FINE);
+    let size = FINE.block_tokens as usize;
+    put(&one, &model, &tokens[..5 * size]);
+    let whole = one.sequence(&model, "", "", tokens.clone());
+    let lease = one.match_sequence(&model, whole.clone()).expect("it is open");
+    assert_eq!(lease.tokens(), 5 * size);
+    put(&one, &model, &tokens);
+    let longer = lease.extended(&whole, 8).expect("it is open");
+    assert_eq!(longer.tokens(), 8 * size);
+    let counts = one.snapshot().total;
+    assert_eq!((counts.asked, counts.hit, counts.miss), (20, 8, 12));
+    assert_eq!(lease.extended(&whole, 3).expect("it is open").tokens(), 5 * size, "never shorter than it was");
+}
