@@ -128,8 +128,16 @@ fn a_put_beside_an_admission_never_moves_a_record_to_another_block() {
     // Blocks of equal tokens: only their place tells them apart.
     let (blocks, size) = (24, FINE.block_tokens as usize);
     let tokens = vec![7; blocks * size];
+    /// However this ends, the others end.
+    struct Stop<'a>(&'a AtomicBool);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _stop = Stop(&stop);
         // Others hold the lock now and then.
         for _ in 0..2 {
             scope.spawn(|| {
@@ -168,7 +176,6 @@ fn a_put_beside_an_admission_never_moves_a_record_to_another_block() {
             two.drop_namespace(&to, "", &tenant).expect("it is registered");
             one.drop_namespace(&from, "", &tenant).expect("it is registered");
         }
-        stop.store(true, Ordering::Relaxed);
     });
 }
 
