@@ -583,7 +583,8 @@ class ModelCache:
 
         On return nothing of it is found any more, on any tier, after a restart either. A `sequence` made before matches
         nothing more, and nothing is put for it: its keys and values may be of what was dropped. Matches made before
-        stay safe, and load nothing more. Other adapters and tenants lose nothing.
+        stay safe, and load nothing more. Other adapters and tenants lose nothing. Other nodes are not told: what is put
+        after a drop is shared with none. Where nodes share, name an adapter anew when it has new weights.
 
         Args:
             adapter: as for `match`.
@@ -596,18 +597,21 @@ class ModelCache:
             ModelNotFoundError: the model is not registered.
             StoreError: the drop cannot be noted on SSD; then nothing was dropped. Or the tier that nodes share does not
                 answer: it is dropped here, and nothing of it is loaded from there; what lies there is unlinked as soon
-                as that tier answers this process.
+                as that tier answers this process. Or there is such a tier and no SSD tier, to remember the drop: then
+                nothing was dropped.
             ClosedError: the store is closed.
         """
         tier: Dragonfly | None = self._manager.dragonfly
         if tier is None:
             return self._model.drop_namespace(adapter, tenant)
+        if not self._manager.config.ssd.enabled:
+            raise StoreError(
+                "a store without a directory cannot remember a drop, and after a restart would find in dragonfly what was"
+                " dropped: name an adapter anew when it has new weights, or enable ssd"
+            )
         before = self._model.space(adapter, tenant)
         forgotten = self._model.drop_namespace(adapter, tenant)
-        # A process that has no directory counts drops from none on: what it stored in this epoch, it may have before.
-        spaces = (before, self._model.space(adapter, tenant))
-        unlinked = [tier.forget(self._model.fingerprint + space) for space in spaces]
-        if not all(unlinked):
+        if not tier.forget(self._model.fingerprint + before):
             raise StoreError(
                 f"{forgotten} blocks were dropped here, and dragonfly does not answer: what is there is unlinked"
                 " as soon as it does, and is not loaded until then"

@@ -1,10 +1,11 @@
 //! Namespaces: what is never shared, and can be dropped as one.
 //!
 //! A namespace is dropped by its epoch: the next one names its blocks anew, so nothing of the old can be found, from that
-//! instant on and after a restart. What was stored under the old names is forgotten behind that, in portions.
+//! instant on and after a restart. What was stored under the old names is forgotten behind that, in portions. Epochs are drawn
+//! by chance: those of two nodes, which may have other weights since, are never one.
 //!
 //! ```text
-//! drop    epochs file written ─▶ epoch counted up, old names marked ─▶ old blocks forgotten
+//! drop    epochs file written ─▶ the next epoch, old names marked ─▶ old blocks forgotten
 //! ```
 
 use super::model::{Matches, Model};
@@ -43,7 +44,7 @@ impl Namespace {
     }
 }
 
-/// How often each namespace was dropped, by its seed in epoch 0; one that never was has no entry.
+/// The epoch of each namespace that was dropped, by its seed in epoch 0; one that never was has no entry.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Epochs(BTreeMap<u128, u64>);
 
@@ -60,16 +61,17 @@ impl Epochs {
         self.0.get(&first.0).copied().unwrap_or(0)
     }
 
-    fn next(&mut self, first: BlockHash) {
-        *self.0.entry(first.0).or_default() += 1;
+    fn set(&mut self, first: BlockHash, epoch: u64) {
+        self.0.insert(first.0, epoch);
     }
 
     /// Whether this is the seed of an epoch that is over.
     pub(super) fn is_past(&self, seed: BlockHash) -> bool {
-        // Seeds of one namespace differ in their lowest bits alone: nobody drops one 2^32 times.
+        // Seeds of one namespace differ in their lowest bits alone. Where two namespaces are alike but for these, one that
+        // was never dropped is taken for the other's past: it is a loss, and no more.
         let like = seed.0 & !u128::from(u32::MAX);
-        let epochs = self.0.range(like..=like | u128::from(u32::MAX));
-        epochs.into_iter().any(|(&first, &epoch)| (seed.0 ^ first) < u128::from(epoch))
+        let mut epochs = self.0.range(like..=like | u128::from(u32::MAX)).peekable();
+        epochs.peek().is_some() && epochs.all(|(&first, &epoch)| seed.0 ^ first != u128::from(epoch))
     }
 }
 
@@ -113,11 +115,10 @@ impl Model {
     }
 
     // Begins the next epoch of a namespace; what was made in the one before learns of it.
-    fn next_epoch(&self, shared: &Shared, adapter: &str, tenant: &str, first: Hasher) {
+    fn begin_epoch(&self, shared: &Shared, adapter: &str, tenant: &str, first: Hasher, next: u64) {
         let mut others = self.namespaces.others.lock();
         let mut epochs = shared.epochs.lock();
-        epochs.next(first.seed());
-        let next = epochs.of(first.seed());
+        epochs.set(first.seed(), next);
         let old = if adapter.is_empty() && tenant.is_empty() {
             let plain = self.namespaces.plain.load();
             let owner = (plain.owner, plain.matches.clone());
@@ -150,16 +151,23 @@ impl Store {
         }
         let first = model.spec.hasher(&shared.secret, adapter, tenant);
         let mut epochs = shared.epochs.lock().clone();
-        let seed = BlockHash(first.seed().0 ^ u128::from(epochs.of(first.seed())));
-        epochs.next(first.seed());
+        let before = epochs.of(first.seed());
+        let seed = BlockHash(first.seed().0 ^ u128::from(before));
+        let next = loop {
+            let drawn = getrandom::u32().map_err(|e| Error::io("no random numbers from the system", e))?;
+            if drawn != 0 && u64::from(drawn) != before {
+                break u64::from(drawn);
+            }
+        };
+        epochs.set(first.seed(), next);
         if let Some(ssd) = &shared.ssd {
             let sealed: Vec<_> = epochs.entries().map(|(first, epoch)| (shared.secret.seal(first), epoch)).collect();
-            let next = ssd.control_bytes_with(Note::Epochs, length_of(sealed.len()));
-            shared.make_room(next - ssd.control_bytes());
+            let bytes = ssd.control_bytes_with(Note::Epochs, length_of(sealed.len()));
+            shared.make_room(bytes - ssd.control_bytes());
             ssd.write_epochs(&sealed)?;
             shared.state.lock().ssd_control_bytes = ssd.control_bytes();
         }
-        model.next_epoch(shared, adapter, tenant, first);
+        model.begin_epoch(shared, adapter, tenant, first, next);
         Ok(shared.forget(&[seed]))
     }
 }
@@ -208,9 +216,9 @@ mod tests {
         let (one, other) = (BlockHash(7 << 64 | 5), BlockHash(7 << 64 | 1 << 40));
         let mut epochs = Epochs::new([(other, 1)]);
         assert!(!epochs.is_past(one) && epochs.is_past(other));
-        (0..3).for_each(|_| epochs.next(one));
+        [9, 3].into_iter().for_each(|epoch| epochs.set(one, epoch));
         let seed = |epoch: u128| BlockHash(one.0 ^ epoch);
-        assert_eq!([0, 1, 2, 3, 4].map(|epoch| epochs.is_past(seed(epoch))), [true, true, true, false, false]);
+        assert_eq!([0, 9, 2, 3, 4].map(|epoch| epochs.is_past(seed(epoch))), [true, true, true, false, true]);
         assert!(!epochs.is_past(BlockHash(other.0 ^ 1)) && !epochs.is_past(BlockHash(8 << 64 | 5)));
         assert_eq!(epochs.entries().collect::<Vec<_>>(), [(one, 3), (other, 1)]);
     }

@@ -470,32 +470,53 @@ def test_nodes_share_by_a_secret() -> None:
         stratakv.Config(dragonfly=stratakv.DragonflyConfig(url="redis://host"))
 
 
-def test_what_was_dropped_is_unlinked_so_that_a_node_that_forgets_its_drops_finds_nothing_old(server: Any) -> None:
+def on_disk(url: str, path: Path, **more: object) -> stratakv.CacheManager:
+    shared = stratakv.DragonflyConfig(url=url, **{"deadline_s": 2.0} | more)
+    return stratakv.open(replace(config(path, secret="drops"), dragonfly=shared))
+
+
+def test_what_was_dropped_is_never_found_again_by_whoever_dropped_it(server: Any, tmp_path: Path) -> None:
     tokens, other = tokens_of(1, TOKENS), tokens_of(2, TOKENS)
-    for life in range(2):
-        # Without a directory a process counts drops from none on.
-        with node(server.url, secret="drops") as one:
+    for life in range(3):
+        with on_disk(server.url, tmp_path / "a") as one:
             a = one.register("m", SHAPE)
-            assert [a.match(tokens, adapter="lora").tokens for _ in range(2)] == [0, 0], f"life {life}"
+            found = a.match(tokens, adapter="lora").tokens
+            assert found == (0 if life == 0 else TOKENS), "what was put last is here"
             put(a, 1, adapter="lora")
             put(a, 2)
             one.flush()
-            assert a.drop(adapter="lora") == 8
-            assert a.match(tokens, adapter="lora").tokens == 0
+            for _ in range(2):
+                a.drop(adapter="lora")
+                assert a.match(tokens, adapter="lora").tokens == 0
+            assert a.match(other).tokens == TOKENS
             put(a, 1, adapter="lora")
             one.flush()
-            assert a.drop(adapter="lora") == 8
-            assert a.match(other).tokens == TOKENS
-    with node(server.url, secret="drops") as two:
-        b = two.register("m", SHAPE)
-        assert (b.match(tokens, adapter="lora").tokens, b.match(other).tokens) == (0, TOKENS)
+    # Two that dropped it, each when it had other weights, share nothing of it: how often they did says nothing.
+    for name in ("b", "c"):
+        with on_disk(server.url, tmp_path / name) as two:
+            b = two.register("m", SHAPE)
+            b.drop(adapter="lora")
+            assert b.match(tokens, adapter="lora").tokens == 0
+            put(b, 1, adapter="lora")
+            assert b.match(other).tokens == TOKENS
+            two.flush()
+
+
+def test_a_store_that_cannot_remember_a_drop_refuses_it(server: Any) -> None:
+    with node(server.url, secret="forgetful") as one:
+        a = one.register("m", SHAPE)
+        put(a, 1)
+        with pytest.raises(stratakv.StoreError, match="cannot remember a drop"):
+            a.drop()
+        assert a.match(tokens_of(1, TOKENS)).tokens == TOKENS
 
 
 def test_a_drop_that_the_tier_does_not_hear_of_says_so_and_is_made_good(tmp_path: Path) -> None:
     with redis(tmp_path) as server:
         proxy = Proxy(server.url)
         try:
-            with node(proxy.url, deadline_s=0.2) as one, node(server.url) as two:
+            one, two = on_disk(proxy.url, tmp_path / "a", deadline_s=0.2), on_disk(server.url, tmp_path / "b")
+            with one, two:
                 a, b = one.register("m", SHAPE), two.register("m", SHAPE)
                 put(a, 1)
                 one.flush()

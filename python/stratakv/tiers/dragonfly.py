@@ -165,8 +165,10 @@ class Dragonfly:
         found = 0
         if self._is_forgotten(space):
             return 0, "dropped"
+        # However long the sequence is.
+        limit = Deadline(self.config.deadline_s)
         for keys in _some(_keys(space, names, first), _BATCH_KEYS):
-            there, reason = self._ask(functools.partial(self._exist, keys), probes=False)
+            there, reason = self._ask(functools.partial(self._exist, keys), probes=False, limit=limit)
             if there is None:
                 return self._found(found), reason
             leading = next((n for n, here in enumerate(there) if here != 1), len(there))
@@ -187,6 +189,8 @@ class Dragonfly:
             first: as of `leading`.
         """
         records: list[bytes] = []
+        if self._is_forgotten(space):
+            return records, "dropped"
         ahead = max(_AHEAD_BYTES // record_bytes, 1)
         for keys in _some(_keys(space, names, first), max(_BATCH_BYTES // record_bytes, 1)):
             begun = time.perf_counter()
@@ -199,7 +203,8 @@ class Dragonfly:
                 if not isinstance(value, bytes):
                     return records, "error" if isinstance(value, Exception) else "evicted"
                 records.append(value)
-        return records, None
+        # It may have been dropped meanwhile.
+        return ([], "dropped") if self._is_forgotten(space) else (records, None)
 
     def booked(self, asked: int, hit: int, read_bytes: int) -> None:
         """Counts what became of a load: of so many blocks so many were right."""
@@ -367,13 +372,15 @@ class Dragonfly:
             client.nodes_manager.initialize()
             return [error] * len(commands)
 
-    def _ask(self, call: Callable[[], _T], *, probes: bool = True) -> tuple[_T | None, str | None]:
+    def _ask(
+        self, call: Callable[[], _T], *, probes: bool = True, limit: Deadline | None = None
+    ) -> tuple[_T | None, str | None]:
         """What a call gives, and why nothing; in a thread, as a socket's timeout is for each piece of a reply."""
 
         def within(deadline: Deadline) -> _T:
             future = self._calls.submit(call)
             try:
-                return future.result(deadline.left_s())
+                return future.result(deadline.left_s() if limit is None else limit.left_s())
             except TimeoutError:
                 if not future.cancel():
                     # It wakes up by that, and its connection is of no use any more.
