@@ -214,6 +214,19 @@ impl Counts {
     }
 }
 
+impl Counts {
+    /// The same without what requests of others asked for, loaded and put.
+    pub(crate) fn without_requests(mut self, others: &Self) -> Self {
+        self.asked -= others.asked;
+        self.hit -= others.hit;
+        self.miss -= others.miss;
+        self.loaded_tokens -= others.loaded_tokens;
+        self.put_blocks -= others.put_blocks;
+        self.put_bytes -= others.put_bytes;
+        self
+    }
+}
+
 /// How far a quota is used, or would be if there were one.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {

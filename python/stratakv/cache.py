@@ -583,8 +583,8 @@ class ModelCache:
 
         On return nothing of it is found any more, on any tier, after a restart either. A `sequence` made before matches
         nothing more, and nothing is put for it: its keys and values may be of what was dropped. Matches made before
-        stay safe, and load nothing more. Other adapters and tenants lose nothing. Other nodes are not told: what is put
-        after a drop is shared with none. Where nodes share, name an adapter anew when it has new weights.
+        stay safe, and load nothing more. Other adapters and tenants lose nothing. Other nodes are not told: what is
+        put after a drop is shared with none. Where nodes share, name an adapter anew when it has new weights.
 
         Args:
             adapter: as for `match`.
@@ -606,8 +606,8 @@ class ModelCache:
             return self._model.drop_namespace(adapter, tenant)
         if not self._manager.config.ssd.enabled:
             raise StoreError(
-                "a store without a directory cannot remember a drop, and after a restart would find in dragonfly what was"
-                " dropped: name an adapter anew when it has new weights, or enable ssd"
+                "a store without a directory cannot remember a drop, and after a restart would find in dragonfly what"
+                " was dropped: name an adapter anew when it has new weights, or enable ssd"
             )
         before = self._model.space(adapter, tenant)
         forgotten = self._model.drop_namespace(adapter, tenant)

@@ -28,8 +28,8 @@ from stratakv.tiers.postgres import Holder, Postgres, split
 
 _log = logging.getLogger(__name__)
 
-# Prefixes that are asked for at a time.
-_PREFIXES = 1000
+# Prefixes that are asked for at a time, and found at most.
+_PREFIXES, _MOST = 1000, 10_000
 _DAY_S = 86_400.0
 _TIER_BITS = {"ram": 1, "ssd": 2}
 # Seconds since which a node was not heard of that is taken to be gone.
@@ -189,8 +189,8 @@ class Catalog:
             ModelNotFoundError: no such model.
             StoreError: ``fleet`` was asked for, and the database does not answer.
         """
-        if type(limit) is not int or limit < 1:
-            raise InputError(f"limit is {limit!r}, expected an integer from 1")
+        if type(limit) is not int or not 1 <= limit <= _MOST:
+            raise InputError(f"limit is {limit!r}, expected an integer from 1 to {_MOST}; `iterate` finds all")
         filters = _Filters.of(
             self._source, model, adapter, tenant, tokens, tier, stored_within_s, used_within_s, unused_for_s, least_heat
         )
@@ -215,13 +215,14 @@ class Catalog:
         if filters:
             raise InputError(f"{next(iter(filters))!r} is no filter, expected some of {', '.join(_NAMES)}")
         if fleet is not False and self._database is not None:
-            last: tuple[int, UUID] | None = (0, UUID(int=0))
-            while last is not None:
-                page = self._page(chosen, last)
-                if page is None:
-                    raise StoreError("the catalog's database does not answer")
-                found, last = page
-                yield from found
+            for number in self._numbers(chosen.model):
+                last: UUID | None = UUID(int=0)
+                while last is not None:
+                    page = self._page(chosen, number, last)
+                    if page is None:
+                        raise StoreError("the catalog's database does not answer")
+                    found, last = page
+                    yield from found
             return
         if fleet:
             raise StoreError("there is no catalog's database; ask with fleet=False")
@@ -383,17 +384,22 @@ class Catalog:
         rows = postgres.find(where, values, limit)
         return None if rows is None else self._prefixes(rows)
 
-    def _page(
-        self, filters: _Filters, last: tuple[int, UUID]
-    ) -> tuple[list[CachedPrefix], tuple[int, UUID] | None] | None:
-        postgres = self._database
+    def _numbers(self, model: str | None) -> list[int]:
+        numbers = None if self._database is None else self._database.numbers(model)
+        if numbers is None:
+            raise StoreError("the catalog's database does not answer")
+        return numbers
+
+    def _page(self, filters: _Filters, number: int, last: UUID) -> tuple[list[CachedPrefix], UUID | None] | None:
+        """Prefixes of a model that follow one by name, and the last of them, if there may be more."""
         where, values = filters.condition()
-        where += " AND (p.model, p.name) > (%(last_model)s, %(last_name)s)"
-        values |= {"last_model": last[0], "last_name": last[1]}
-        rows = None if postgres is None else postgres.find(where, values, _PREFIXES, order="p.model, p.name")
+        where += " AND p.model = %(number)s AND p.name > %(last)s"
+        values |= {"number": number, "last": last}
+        postgres = self._database
+        rows = None if postgres is None else postgres.find(where, values, _PREFIXES, order="p.name")
         if rows is None:
             return None
-        end = (rows[-1][-1], UUID(bytes=bytes(rows[-1][6][-16:]))) if len(rows) == _PREFIXES else None
+        end = UUID(bytes=bytes(rows[-1][5][-16:])) if len(rows) == _PREFIXES else None
         return self._prefixes(rows), end
 
     def _prefixes(self, rows: list[tuple[Any, ...]]) -> list[CachedPrefix]:
@@ -457,8 +463,11 @@ class _Filters:
     ) -> _Filters:
         stored_within_s, used_within_s, unused_for_s, least_heat = numbers = (*numbers, *named.values())
         for name, number in zip(_NAMES[5:], numbers, strict=True):
-            if number is not None and not (type(number) in (int, float) and number >= 0):
-                raise InputError(f"{name} is {number!r}, expected a number from 0, or None")
+            if number is not None and not (type(number) in (int, float) and 0 <= number <= 1e9):
+                raise InputError(f"{name} is {number!r}, expected a number from 0 to 1e9, or None")
+        for name, said in (("model", model), ("adapter", adapter), ("tenant", tenant)):
+            if said is not None and (not isinstance(said, str) or "\0" in said):
+                raise InputError(f"{name} is {said!r}, expected text, or None")
         if tier is not None and tier not in _TIER_BITS:
             raise InputError(f"tier is {tier!r}, expected one of {', '.join(_TIER_BITS)}")
         start = b""
@@ -502,7 +511,11 @@ class _Filters:
             ("stored_within", self.stored_within_s, "p.since >= now() - make_interval(secs => %(stored_within)s)"),
             ("used_within", self.used_within_s, "p.used >= now() - make_interval(secs => %(used_within)s)"),
             ("unused_for", self.unused_for_s, "p.used <= now() - make_interval(secs => %(unused_for)s)"),
-            ("least_heat", self.least_heat, "stratakv.uses_now(p.heat) >= %(least_heat)s"),
+            (
+                "least_heat",
+                self.least_heat or None,
+                "p.heat >= extract(epoch FROM now()) / 86400 + ln(%(least_heat)s::float8) / ln(2::float8)",
+            ),
         ):
             if value is not None:
                 conditions.append((text, {name: value}))

@@ -48,14 +48,14 @@ class Entry(Protocol):
         """Names its weights."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Batch:
-    """What the database is told at a time."""
+    """What the database is told at a time; what it was told already is no more in it."""
 
     anew: bool
     rows: list[Row]
     prefixes: list[Any]
-    usage: list[tuple[str, str, list[int]]]
+    usage: list[tuple[int, str, str, list[int]]]
 
 
 class Keeper:
@@ -87,7 +87,11 @@ class Keeper:
         # From now on it is noted where puts and matches end.
         store.used(0)
         self._ids: dict[str, tuple[bytes, int]] = {}
-        self._told: dict[tuple[str, str], list[int]] = {}
+        # What each tenant of each registration of a model had counted when it was told last.
+        self._told: dict[tuple[int, str], list[int]] = {}
+        self._generation = 0
+        # Models that were registered anew since what is being told was taken: whose it is, is not known.
+        self._changed: set[str] = set()
         self._due = dict.fromkeys(("beat", "usage", "upkeep"), clock())
         self._opened = False
         # Fingerprints; the threads tell of them one at a time.
@@ -96,6 +100,7 @@ class Keeper:
         self._block_tokens: dict[str, int] = {}
         self._stop = threading.Event()
         self._warming: list[threading.Thread] = []
+        self._warmed: set[bytes] = set()
         self._behind = WriteBehind(
             "stratakv-catalog",
             self._take,
@@ -123,8 +128,12 @@ class Keeper:
         """Tells what is left, and ends; the database may be away."""
         self._stop.set()
         self._due["usage"] = self._clock()
+        # A call that is under way may take much longer than anybody waits for it.
+        late = threading.Timer(_DRAIN_S, self._postgres.interrupt)
+        late.start()
         self._behind.close(_DRAIN_S)
-        if self._opened:
+        late.cancel()
+        if self._opened and self._postgres.stats().guard.state == "closed":
             self._postgres.write_events([("closed", None, None, (0, 0, 0, 0, 0))])
             self._postgres.beat(closing=True)
         self._postgres.close()
@@ -144,14 +153,16 @@ class Keeper:
         for n, batch in enumerate(batches):
             if not (self._enter() and self._tell(batch)):
                 return batches[n:]
+        self._changed.clear()
         self._live()
         return []
 
     def _tell(self, batch: _Batch) -> bool:
-        ids = {name: number for name, (_, number) in self._ids.items()}
+        ids = {name: number for name, (_, number) in self._ids.items() if name not in self._changed}
         write = self._postgres.write_all if batch.anew else self._postgres.write
         if (batch.anew or batch.rows) and not write(batch.rows, ids):
             return False
+        batch.anew, batch.rows = False, []
         rows = [
             PrefixRow(
                 model=ids[model],
@@ -169,20 +180,28 @@ class Keeper:
         ]
         if rows and not self._postgres.write_prefixes(rows):
             return False
+        batch.prefixes = []
         events: list[tuple[str, int | None, str | None, Sequence[int]]] = []
-        for model, tenant, counts in batch.usage:
-            before = self._told.get((model, tenant), [0] * len(counts))
-            # A model that was registered anew begins at zero.
-            more = [now - then if now >= then else now for now, then in zip(counts, before, strict=True)]
+        for registration, model, tenant, counts in batch.usage:
+            before = self._told.get((registration, tenant), [0] * len(counts))
+            more = [max(now - then, 0) for now, then in zip(counts, before, strict=True)]
             if model in ids and any(more):
                 events.append(("usage", ids[model], tenant, more))
         if events and not self._postgres.write_events(events):
             return False
-        self._told.update({(model, tenant): counts for model, tenant, counts in batch.usage})
+        if batch.usage:
+            self._told = {(registration, tenant): counts for registration, _, tenant, counts in batch.usage}
+        batch.usage = []
         return True
 
     def _enter(self) -> bool:
         """Enters models that the database does not know yet; whether it knows all now."""
+        if self._postgres.generation != self._generation:
+            # Connected anew, by another name perhaps, or to another database: all is told again.
+            again = self._generation > 0
+            self._generation, self._ids, self._opened = self._postgres.generation, {}, False
+            if again:
+                self._since = None
         self._block_tokens = {name: entry.geometry.block_tokens for name, entry in self._models().items()}
         for name, entry in self._models().items():
             fingerprint = entry.model.fingerprint
@@ -192,13 +211,16 @@ class Keeper:
             if found is None:
                 return False
             if name in self._ids:
-                # Rows name models by name: which of them are of the one before is not known.
+                # Rows name models by name: which of them are of the one before is not known, so all are told again.
                 self._since = None
+                self._changed.add(name)
             number, retired = found
+            warm = fingerprint not in self._warmed
+            self._warmed.add(fingerprint)
             self._ids[name] = (fingerprint, number)
             if retired:
                 self._hear(self._retired | {fingerprint})
-            elif self._postgres.config.warm_start_bytes:
+            elif self._postgres.config.warm_start_bytes and warm:
                 self._warming = [thread for thread in self._warming if thread.is_alive()]
                 thread = threading.Thread(target=self._warm_up, args=(name, number), name="stratakv-warm", daemon=True)
                 self._warming.append(thread)

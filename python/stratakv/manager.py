@@ -109,7 +109,7 @@ class CacheManager:
         self._clock = clock
         self._balance = Balance(config.models, self._store, config.ssd.segment_bytes)  # type: ignore[arg-type]
         # As they were set while the store ran, now or before; None: the one of the configuration was taken away.
-        self._set_quotas = self._kept_quotas()
+        self._set_quotas, self._retired = self._kept()
         try:
             self._check_kept_quotas()
             for tenant, quota in self.quotas("tenants").items():
@@ -181,6 +181,8 @@ class CacheManager:
         """
         if not isinstance(geometry, Geometry):
             raise InputError(f"geometry is {geometry!r}, expected a stratakv.Geometry")
+        if "\0" in f"{name}{weights_version}":
+            raise InputError(f"model {name!r}, version {weights_version!r}: expected text without NUL")
         if not isinstance(priority, int) or isinstance(priority, bool) or not 1 <= priority <= 10:
             raise InputError(f"priority is {priority!r}, expected an integer from 1 to 10")
         if not isinstance(weights_bytes, int) or isinstance(weights_bytes, bool) or weights_bytes < 0:
@@ -214,6 +216,9 @@ class CacheManager:
                 self._balancer = threading.Thread(target=self._keep_balance, name="stratakv-balance", daemon=True)
                 self._balancer.start()
             _set_codecs(cache, ram, cold)
+            if model.fingerprint in self._retired and self._postgres is not None:
+                cache.retired = True
+                model.retire(True)
             return cache
 
     def unregister(self, name: str) -> None:
@@ -365,30 +370,37 @@ class CacheManager:
                 self._store.set_tenant_quota(tenant, new.terms())
             kind, name = ("tenants", tenant) if model is None else ("models", model)
             self._set_quotas[kind][str(name)] = None if quota is None else new
-            table = {
-                kind: {name: None if quota is None else asdict(quota) for name, quota in quotas.items()}
-                for kind, quotas in self._set_quotas.items()
-            }
             try:
-                self._store.keep_quotas(json.dumps(table).encode())
+                self._keep()
             finally:
                 self._rebalance()
+
+    def _keep(self) -> None:
+        """Keeps in the directory what was set while the store ran."""
+        table: dict[str, Any] = {
+            kind: {name: None if quota is None else asdict(quota) for name, quota in quotas.items()}
+            for kind, quotas in self._set_quotas.items()
+        }
+        if self._retired:
+            table["retired"] = sorted(fingerprint.hex() for fingerprint in self._retired)
+        self._store.keep_quotas(json.dumps(table).encode())
 
     def quotas(self, kind: Literal["models", "tenants"]) -> dict[str, Quota]:
         """The quotas that hold, by name; those of models that are not registered as well."""
         known = {**getattr(self.config.quotas, kind), **self._set_quotas[kind]}
         return {name: quota for name, quota in known.items() if quota is not None}
 
-    def _kept_quotas(self) -> dict[str, dict[str, Quota | None]]:
+    def _kept(self) -> tuple[dict[str, dict[str, Quota | None]], set[bytes]]:
         try:
             kept = json.loads(self._store.kept_quotas() or b"{}")
-            return {
+            quotas = {
                 kind: {name: None if quota is None else Quota.of(quota) for name, quota in kept.get(kind, {}).items()}
                 for kind in ("models", "tenants")
             }
+            return quotas, set(map(bytes.fromhex, kept.get("retired", ())))
         except (StoreFormatError, InputError, ValueError, AttributeError) as error:
             _log.warning("quotas that were set before are not known: %s", error)
-            return {"models": {}, "tenants": {}}
+            return {"models": {}, "tenants": {}}, set()
 
     def _check_kept_quotas(self) -> None:
         """Whether what is reserved can be kept; what was set in larger tiers than these is not in the way."""
@@ -460,7 +472,11 @@ class CacheManager:
             return self._entry(name)
 
     def _retire(self, fingerprints: set[bytes]) -> None:
-        """Follows which versions are retired."""
+        """Follows which versions are retired, and remembers it: the database may be away at the next opening."""
+        if fingerprints != self._retired:
+            self._retired = set(fingerprints)
+            with self._table():
+                self._keep()
         for name, entry in self._entries().items():
             retired = entry.model.fingerprint in fingerprints
             if retired == entry.cache.retired:

@@ -112,8 +112,10 @@ class SemanticIndex:
         self._notes: deque[_Note] = deque()
         self._lock = threading.Lock()
         self._forgotten = 0
-        # What had come and was asked for when it was judged last. Until when it pauses, and how long next time.
-        self._judged = (*lifted(), clock())
+        # What had come, and was asked for: when it was judged last, and at a look since. Until when it pauses, and how
+        # long the next time.
+        self._judged = self._looked = (*lifted(), clock())
+        self._closing = False
         self._paused_until, self._pause_s, self._paused = 0.0, _FIRST_PAUSE_S, 0
         self._upkeep_at = clock() + _UPKEEP_S
         self._behind = WriteBehind("stratakv-near", self._take, self._write, interval_s=0.02, tries=8)
@@ -141,8 +143,10 @@ class SemanticIndex:
         kept: Any
         if isinstance(tokens, _native.TokenSequence):
             kept = tokens._ids()
+        elif isinstance(tokens, list | tuple):
+            kept = tokens[:]
         else:
-            kept = tokens[:] if isinstance(tokens, list) else np.array(tokens)
+            kept = np.array(tokens if hasattr(tokens, "__array__") else np.from_dlpack(tokens))  # type: ignore[arg-type]
         with self._lock:
             self._notes.append(_Note(kind, cache, kept, text, adapter, tenant))
             if len(self._notes) > _WAITING:
@@ -187,6 +191,8 @@ class SemanticIndex:
 
     def close(self) -> None:
         """Writes what is left, if the server takes it, and ends."""
+        # Nobody is served any more: nothing is brought up.
+        self._closing = True
         self._behind.close(_DRAIN_S)
         self.tier.close()
 
@@ -204,7 +210,7 @@ class SemanticIndex:
 
     def _write(self, notes: list[_Note]) -> list[_Note]:
         # Who asked waits for nobody's points.
-        for note in (note for note in notes if note.kind == "missed"):
+        for note in (note for note in notes if note.kind == "missed" and not self._closing):
             try:
                 self._bring(note)
             except (ClosedError, InputError) as error:
@@ -233,9 +239,13 @@ class SemanticIndex:
 
     def _judge(self, now: float) -> None:
         """Whether what came was asked for often enough for the time it had."""
-        lifted, hit = self._lifted()
-        lifted_then, hit_then, then = self._judged
-        if lifted - lifted_then < _JUDGED_BYTES or now - then < _JUDGED_S:
+        if now - self._looked[2] < _JUDGED_S:
+            return
+        # What had come by the look before had its time to be asked for.
+        now_lifted, hit = self._lifted()
+        lifted, (lifted_then, hit_then, _) = self._looked[0], self._judged
+        self._looked = (now_lifted, hit, now)
+        if lifted - lifted_then < _JUDGED_BYTES:
             return
         use = (hit - hit_then) / (lifted - lifted_then)
         self._judged = (lifted, hit, now)

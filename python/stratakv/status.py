@@ -128,14 +128,21 @@ def run(args: argparse.Namespace) -> int:
         return 2
     tiers: dict[str, dict[str, Any]] = {"ram": {"state": "ok", "capacity_bytes": config.ram.capacity_bytes}}
     tiers["ssd"], serves = _ssd(config)
-    stats = {}
+    stats: dict[str, Any] = {}
+    missing: list[str] = []
     for name, kind in (("dragonfly", Dragonfly), ("postgres", Postgres), ("qdrant", Qdrant)):
         settings = getattr(config, name)
         if settings.url is None and getattr(settings, "path", None) is None:
             tiers[name] = {"state": "off"}
             continue
+        if name == "postgres":
+            # Whoever opens it is a node from then on.
+            refused = Postgres.check(settings)
+            missing += ["no_catalog"] if refused else []
+            tiers[name] = {"state": "fails", "why": refused} if refused else {"state": "ok"}
+            continue
         tiers[name], stats[name] = _asked(kind, replace(settings, required=False))
-    modes = degraded(stats.get("dragonfly"), stats.get("postgres"), stats.get("qdrant"), ssd_serves=serves)
+    modes = sorted({*missing, *degraded(stats.get("dragonfly"), None, stats.get("qdrant"), ssd_serves=serves)})
     if args.json:
         print(json.dumps({"tiers": tiers, "degraded": modes}))
     else:

@@ -145,11 +145,12 @@ impl Store {
         Ok((lifted.bytes, lifted.hit_bytes))
     }
 
-    /// What each tenant counted of each model: names of both, and blocks asked for, found, tokens loaded, blocks and bytes put.
-    fn usage(&self, py: Python<'_>) -> PyResult<Vec<(String, String, [u64; 5])>> {
+    /// What each tenant counted of each model: number of the registration, names of both, and blocks asked for, found, tokens
+    /// loaded, blocks and bytes put.
+    fn usage(&self, py: Python<'_>) -> PyResult<Vec<UsageRow>> {
         let usage = py.detach(|| self.store.usage()).or_raise(py)?;
         let row = |c: Counts| [c.asked, c.hit, c.loaded_tokens, c.put_blocks, c.put_bytes];
-        Ok(usage.into_iter().map(|(model, tenant, counts)| (model, tenant, row(counts))).collect())
+        Ok(usage.into_iter().map(|(number, model, tenant, counts)| (number, model, tenant, row(counts))).collect())
     }
 
     /// Where puts and matches ended since the last such call, at most so many.
@@ -225,6 +226,9 @@ impl Store {
         Ok(out)
     }
 }
+
+/// Number of the registration, model, tenant, and counts.
+type UsageRow = (u32, String, String, [u64; 5]);
 
 /// Model, adapter, tenant and token ids of a prompt.
 type MissedRow<'py> = (String, String, String, Bound<'py, PyBytes>);

@@ -76,11 +76,16 @@ impl Log {
         }
     }
 
-    /// Takes some of the notes.
-    pub(super) fn take_uses(&mut self, most: usize) -> Vec<(BlockHash, u32)> {
-        let uses = self.uses.get_or_insert_default();
-        let some: Vec<BlockHash> = uses.keys().copied().take(most).collect();
-        some.into_iter().filter_map(|hash| uses.remove_entry(&hash)).collect()
+    /// From now on uses are noted.
+    pub(super) fn begin_uses(&mut self) {
+        self.uses.get_or_insert_default();
+    }
+
+    /// Takes one of the notes.
+    pub(super) fn take_use(&mut self) -> Option<(BlockHash, u32)> {
+        let uses = self.uses.as_mut()?;
+        let hash = *uses.keys().next()?;
+        uses.remove_entry(&hash)
     }
 }
 

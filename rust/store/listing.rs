@@ -10,6 +10,8 @@ use crate::sync::Guard;
 
 /// Blocks that are looked at under the lock at a time.
 const LOOKED_AT: usize = 4096;
+/// Blocks of the prefixes that are listed at a time, about.
+const LISTED: usize = 1 << 16;
 
 /// A cached sequence, from its first block to one where a put or a match ended, or that no other continues.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,25 +84,39 @@ impl Store {
         let (ends, next) = state.nodes.ends(from, LOOKED_AT);
         let ids: Vec<u32> =
             state.models.iter().filter(|(_, m)| model.is_none_or(|of| m.name == of)).map(|(&id, _)| id).collect();
-        let listed = ends.into_iter().filter(|&id| ids.contains(&state.nodes.model(id)));
-        let listed: Vec<Listed> = listed.map(|id| state.listed(id)).collect();
+        let (mut listed, mut left, mut next) = (Vec::new(), LISTED, next);
+        for id in ends.into_iter().filter(|&id| ids.contains(&state.nodes.model(id))) {
+            if left == 0 {
+                next = Some(id);
+                break;
+            }
+            let prefix = state.listed(id);
+            left = left.saturating_sub(prefix.blocks.len());
+            listed.push(prefix);
+        }
         Ok((self.named(state, listed), next))
     }
 
-    /// Sequences where a put or a match ended since the last such call, and the matches since then alone; a portion of them.
-    /// Nothing is noted before the first call.
+    /// Sequences where a put or a match ended since the last such call, and the matches since then alone; so many of them at
+    /// most, and fewer where they are long. Nothing is noted before the first call.
     ///
     /// # Errors
     /// The store is closed.
     pub fn used(&self, most: usize) -> Result<Vec<Prefix>> {
         let mut state = self.shared.open_state()?;
         state.catch_up(&self.shared.touched);
-        let uses = state.log.take_uses(most);
-        let listed = uses.into_iter().filter_map(|(hash, uses)| {
-            let listed = state.listed(state.nodes.find(hash)?);
-            Some(Listed { uses, ..listed })
-        });
-        let listed: Vec<Listed> = listed.collect();
+        state.log.begin_uses();
+        let (mut listed, mut left) = (Vec::new(), LISTED);
+        while left > 0
+            && listed.len() < most
+            && let Some((hash, uses)) = state.log.take_use()
+        {
+            if let Some(id) = state.nodes.find(hash) {
+                let prefix = state.listed(id);
+                left = left.saturating_sub(prefix.blocks.len());
+                listed.push(Listed { uses, ..prefix });
+            }
+        }
         Ok(self.named(state, listed))
     }
 
@@ -117,15 +133,16 @@ impl Store {
         Ok(named.collect())
     }
 
-    /// What each tenant counted of each model: names of both.
+    /// What each tenant counted of each model: number of the model's registration, names of both. What tenants counted that
+    /// were forgotten since, as they had nothing any more, is not among it.
     ///
     /// # Errors
     /// The store is closed.
-    pub fn usage(&self) -> Result<Vec<(String, String, Counts)>> {
+    pub fn usage(&self) -> Result<Vec<(u32, String, String, Counts)>> {
         let mut state = self.shared.open_state()?;
         state.catch_up(&self.shared.touched);
         let each = state.owners.each();
-        Ok(each.filter_map(|(model, tenant, counts)| Some((state.name_of(model)?, tenant, counts))).collect())
+        Ok(each.filter_map(|(model, tenant, counts)| Some((model, state.name_of(model)?, tenant, counts))).collect())
     }
 
     /// Where the leading blocks of a sequence of a model are, by their names: a bit for each tier. Nothing is counted.

@@ -38,6 +38,8 @@ pub(crate) struct Owner {
     pub(crate) plain_bytes: u64,
     /// Bytes of its slots, those that are being filled among them.
     slot_bytes: u64,
+    /// What of its counts is of owners that were forgotten.
+    folded: Counts,
 }
 
 impl Owner {
@@ -179,6 +181,7 @@ impl Owners {
             blocks: [Vec::new(), Vec::new()],
             plain_bytes,
             slot_bytes: 0,
+            folded: Counts::default(),
         });
         self.by_key.insert((model, tag), id);
         if let Some(tenant) = self.tenants.get_mut(tenant) {
@@ -305,7 +308,12 @@ impl Owners {
             let counts = owner.all();
             match here.and_then(|(model, _)| self.by_key.get(&(model, 0)).copied()) {
                 // The sums over models stay, and that over tenants.
-                Some(first) => self.counts(first).add(&counts),
+                Some(first) => {
+                    self.counts(first).add(&counts);
+                    if let Some(first) = self.owners.get_mut(first) {
+                        first.folded.add(&counts);
+                    }
+                }
                 None => self.retire(owner.tenant, &counts),
             }
             if let Some(key) = here {
@@ -337,7 +345,10 @@ impl Owners {
     pub(crate) fn each(&self) -> impl Iterator<Item = (u32, String, Counts)> + '_ {
         let registered = |owner: &&Owner| self.key(owner).is_some_and(|key| self.by_key.contains_key(&key));
         let owners = self.owners.iter().map(|(_, owner)| owner).filter(registered);
-        owners.filter_map(|owner| Some((owner.model, self.tenants.get(owner.tenant)?.called(), owner.all())))
+        owners.filter_map(|owner| {
+            let counts = owner.all().without_requests(&owner.folded);
+            Some((owner.model, self.tenants.get(owner.tenant)?.called(), counts))
+        })
     }
 
     /// All counts, at one instant; of models whose longest blocks have so many tokens.

@@ -145,23 +145,22 @@ def test_it_switches_itself_off_where_it_does_not_pay_and_on_again_after_a_while
     settings = stratakv.QdrantConfig(path=":memory:")
     index = SemanticIndex(Qdrant(settings), settings, "x", lambda: (lifted[0], lifted[1]), list, clock=lambda: now[0])
     try:
-        # It pays.
-        lifted[:], now[0] = [100 << 20, 20 << 20], 60.0
-        index._judge(now[0])
-        assert index.stats().prefetching
-        # It does not; but that shows after a time alone.
-        lifted[0] += 100 << 20
-        index._judge(now[0] + 1)
-        assert index.stats().prefetching
-        now[0] += 60
-        index._judge(now[0])
-        assert (index.stats().prefetching, index.stats().paused) == (False, 1)
-        now[0] += 601
-        assert index.stats().prefetching
-        lifted[0] += 100 << 20
-        index._judge(now[0])
-        now[0] += 700
-        assert not index.stats().prefetching, "the second pause is longer"
+
+        def after(seconds: float, came: int, asked_for: int) -> tuple[bool, int]:
+            lifted[0], lifted[1], now[0] = lifted[0] + (came << 20), lifted[1] + (asked_for << 20), now[0] + seconds
+            index._judge(now[0])
+            return index.stats().prefetching, index.stats().paused
+
+        assert after(60, 100, 0) == (True, 0), "what came just now has its time to be asked for"
+        assert after(40, 0, 20) == (True, 0), "it pays"
+        assert after(40, 100, 0) == (True, 0)
+        assert after(10, 0, 0) == (True, 0)
+        assert after(40, 0, 5) == (False, 1), "it does not"
+        assert after(500, 0, 0) == (False, 1)
+        assert after(110, 0, 0) == (True, 1)
+        assert after(40, 100, 0) == (True, 1)
+        assert after(40, 0, 0) == (False, 2)
+        assert after(700, 0, 0) == (False, 2), "the second pause is longer"
     finally:
         index.close()
 

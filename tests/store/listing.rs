@@ -187,7 +187,7 @@ fn each_tenant_of_each_model_has_counts_of_its_own() {
     }
     let usage = store.usage().expect("it is open");
     let rows: BTreeSet<_> =
-        usage.iter().filter(|(.., c)| c.put_blocks > 0).map(|(m, t, c)| (&m[..], &t[..], c.asked)).collect();
+        usage.iter().filter(|(.., c)| c.put_blocks > 0).map(|(_, m, t, c)| (&m[..], &t[..], c.asked)).collect();
     assert_eq!(rows, BTreeSet::from([("a", "", 1), ("a", "t", 1), ("b", "t", 1)]));
     assert_eq!(usage.iter().map(|(.., c)| c.put_blocks).sum::<u64>(), store.snapshot().total.put_blocks);
 }

@@ -108,8 +108,8 @@ BEGIN
 END $$;
 SELECT stratakv.add_days(2);
 
--- Drops what is older than so many days: events, prefixes that nobody used since, and nodes that were not seen since.
-CREATE FUNCTION stratakv.clean(days integer) RETURNS void LANGUAGE plpgsql AS $$
+-- Drops days of events that are older than so many.
+CREATE FUNCTION stratakv.drop_days(days integer) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     old regclass;
 BEGIN
@@ -120,73 +120,81 @@ BEGIN
     LOOP
         EXECUTE format('DROP TABLE %s', old);
     END LOOP;
+END $$;
+
+-- Drops prefixes that nobody used for so many days, and nodes that were not seen.
+CREATE FUNCTION stratakv.clean(days integer) RETURNS void LANGUAGE sql AS $$
     DELETE FROM stratakv.prefixes WHERE used < now() - make_interval(days => days);
     DELETE FROM stratakv.blocks WHERE node IN (
         SELECT id FROM stratakv.nodes WHERE seen_at < now() - make_interval(days => days)
     );
     DELETE FROM stratakv.nodes WHERE seen_at < now() - make_interval(days => days);
-END $$;
+$$;
 
--- Enters a model, with partitions of its own.
+-- Enters a model, with partitions of its own; another shape of a version that is retired is, too. Tables are attached, which
+-- keeps no writer waiting, and in the order in which all touch them.
 CREATE FUNCTION stratakv.add_model(
     of_fingerprint uuid, of_name text, of_version text, of_geometry jsonb, tokens integer, bytes bigint
 ) RETURNS TABLE (id integer, retired boolean) LANGUAGE plpgsql AS $$
 DECLARE
     known stratakv.models;
+    kind text;
 BEGIN
     SELECT * INTO known FROM stratakv.models m WHERE m.fingerprint = of_fingerprint;
     IF NOT FOUND THEN
         PERFORM pg_advisory_xact_lock(hashtext('stratakv.models'));
-        INSERT INTO stratakv.models AS m (fingerprint, name, weights_version, geometry, block_tokens, block_bytes)
-        VALUES (of_fingerprint, of_name, of_version, of_geometry, tokens, bytes)
+        INSERT INTO stratakv.models AS m (fingerprint, name, weights_version, geometry, block_tokens, block_bytes, retired_at)
+        VALUES (of_fingerprint, of_name, of_version, of_geometry, tokens, bytes, (
+            SELECT min(other.retired_at) FROM stratakv.models other
+            WHERE other.name = of_name AND other.weights_version = of_version
+        ))
         ON CONFLICT (fingerprint) DO UPDATE SET name = m.name
         RETURNING * INTO known;
-        EXECUTE format(
-            'CREATE TABLE IF NOT EXISTS stratakv.%I PARTITION OF stratakv.blocks FOR VALUES IN (%s)',
-            'blocks_' || known.id, known.id
-        );
-        EXECUTE format(
-            'CREATE TABLE IF NOT EXISTS stratakv.%I PARTITION OF stratakv.prefixes FOR VALUES IN (%s)',
-            'prefixes_' || known.id, known.id
-        );
+        FOREACH kind IN ARRAY ARRAY['prefixes', 'blocks'] LOOP
+            IF to_regclass(format('stratakv.%I', kind || '_' || known.id)) IS NULL THEN
+                EXECUTE format('CREATE TABLE stratakv.%I (LIKE stratakv.%I INCLUDING ALL)', kind || '_' || known.id, kind);
+                EXECUTE format(
+                    'ALTER TABLE stratakv.%I ATTACH PARTITION stratakv.%I FOR VALUES IN (%s)',
+                    kind, kind || '_' || known.id, known.id
+                );
+            END IF;
+        END LOOP;
     END IF;
     RETURN QUERY SELECT known.id, known.retired_at IS NOT NULL;
 END $$;
 
 -- Retires a version of a model's weights: one transaction, after which no node serves it, as soon as it hears of it or looks.
-CREATE FUNCTION stratakv.retire(of_name text, of_version text) RETURNS integer LANGUAGE plpgsql AS $$
-DECLARE
-    gone integer;
-    retired integer := 0;
-BEGIN
-    FOR gone IN
+-- Its rows are nobody's from then on; `clean_retired` removes them.
+CREATE FUNCTION stratakv.retire(of_name text, of_version text) RETURNS bigint LANGUAGE sql AS $$
+    WITH retired AS (
         UPDATE stratakv.models SET retired_at = now()
         WHERE name = of_name AND weights_version = of_version AND retired_at IS NULL RETURNING id
-    LOOP
-        EXECUTE format('TRUNCATE stratakv.%I, stratakv.%I', 'blocks_' || gone, 'prefixes_' || gone);
-        INSERT INTO stratakv.events (kind, model) VALUES ('retired', gone);
-        retired := retired + 1;
-    END LOOP;
-    PERFORM pg_notify('stratakv', 'retired');
-    RETURN retired;
-END $$;
+    ), noted AS (
+        INSERT INTO stratakv.events (kind, model) SELECT 'retired', id FROM retired
+    ), told AS (
+        SELECT pg_notify('stratakv', 'retired')
+    )
+    SELECT (SELECT count(*) FROM retired) FROM told
+$$;
 
--- Takes that back, for what is stored from now on.
-CREATE FUNCTION stratakv.restore(of_name text, of_version text) RETURNS integer LANGUAGE plpgsql AS $$
-DECLARE
-    back integer;
-    restored integer := 0;
-BEGIN
-    FOR back IN
+-- Takes that back.
+CREATE FUNCTION stratakv.restore(of_name text, of_version text) RETURNS bigint LANGUAGE sql AS $$
+    WITH restored AS (
         UPDATE stratakv.models SET retired_at = NULL
         WHERE name = of_name AND weights_version = of_version AND retired_at IS NOT NULL RETURNING id
-    LOOP
-        INSERT INTO stratakv.events (kind, model) VALUES ('restored', back);
-        restored := restored + 1;
-    END LOOP;
-    PERFORM pg_notify('stratakv', 'restored');
-    RETURN restored;
-END $$;
+    ), noted AS (
+        INSERT INTO stratakv.events (kind, model) SELECT 'restored', id FROM restored
+    ), told AS (
+        SELECT pg_notify('stratakv', 'restored')
+    )
+    SELECT (SELECT count(*) FROM restored) FROM told
+$$;
+
+-- Removes rows of versions that are retired.
+CREATE FUNCTION stratakv.clean_retired() RETURNS void LANGUAGE sql AS $$
+    DELETE FROM stratakv.prefixes p USING stratakv.models m WHERE m.id = p.model AND m.retired_at IS NOT NULL;
+    DELETE FROM stratakv.blocks b USING stratakv.models m WHERE m.id = b.model AND m.retired_at IS NOT NULL;
+$$;
 
 -- Which nodes hold how much of a prefix: its leading blocks, and how many of those are in RAM.
 CREATE FUNCTION stratakv.holders(of_model integer, names uuid[])
@@ -200,6 +208,7 @@ RETURNS TABLE (node text, blocks bigint, in_ram bigint, seen_at timestamptz) LAN
         GROUP BY b.node, asked.nth
     ) AS held JOIN stratakv.nodes n ON n.id = held.node
     WHERE held.nth = held.rank AND n.closed_at IS NULL
+        AND EXISTS (SELECT FROM stratakv.models m WHERE m.id = of_model AND m.retired_at IS NULL)
     GROUP BY n.id
 $$;
 
@@ -231,7 +240,7 @@ CREATE VIEW stratakv.holdings AS
 SELECT n.name AS node, m.name AS model, m.weights_version, (ARRAY['ram', 'ssd'])[b.tier + 1] AS tier,
     count(*) AS blocks, count(*) * m.block_bytes AS bytes, count(*) * m.block_tokens AS tokens, n.seen_at
 FROM stratakv.blocks b JOIN stratakv.nodes n ON n.id = b.node JOIN stratakv.models m ON m.id = b.model
-WHERE n.closed_at IS NULL
+WHERE n.closed_at IS NULL AND m.retired_at IS NULL
 GROUP BY n.id, m.id, b.tier;
 
 -- Prefixes, with what they are worth now, and on how many nodes their last block is.
@@ -239,7 +248,8 @@ CREATE VIEW stratakv.hottest AS
 SELECT m.name AS model, m.weights_version, p.tenant, p.adapter, p.name AS prefix, p.tokens, p.uses,
     stratakv.uses_now(p.heat) AS heat, p.since, p.used,
     (SELECT count(DISTINCT b.node) FROM stratakv.blocks b WHERE b.name = p.name AND b.model = p.model) AS nodes, p.heat AS score
-FROM stratakv.prefixes p JOIN stratakv.models m ON m.id = p.model;
+FROM stratakv.prefixes p JOIN stratakv.models m ON m.id = p.model
+WHERE m.retired_at IS NULL;
 
 -- What tenants asked of models, by hour.
 CREATE VIEW stratakv.usage AS

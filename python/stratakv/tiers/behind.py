@@ -148,4 +148,5 @@ class WriteBehind(Generic[_T]):
                 _log.exception("%s: what was to be written is not", self._thread.name)
                 with self._looking:
                     self._counts["dropped"] += len(self._waiting)
+                    self._dropped(self._waiting)
                     self._waiting = []

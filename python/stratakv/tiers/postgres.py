@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import socket
 import threading
 import time
@@ -23,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
 import numpy as np
@@ -45,6 +45,8 @@ _COPY_HEAD, _COPY_END = b"PGCOPY\n\xff\r\n\0" + bytes(8), b"\xff\xff"
 _TIERS = {"ram": 0, "ssd": 1}
 _TIER_NAMES = {number: name for name, number in _TIERS.items()}
 _CHANNEL = "stratakv"
+# Bytes of a tenant's or an adapter's name that is kept: an index has to take it.
+_NAME_BYTES = 1000
 
 _T = TypeVar("_T")
 # Model, block, block before it, tier, whether it was stored: a row of the store's log.
@@ -143,6 +145,9 @@ class Postgres:
         self._setting_up, self._watching = threading.Lock(), threading.Lock()
         self._name: Any = None
         self.node: str | None = None
+        # Raised with each set-up: what was told before one may be another's, or gone.
+        self.generation = 0
+        self._taken: set[Any] = set()
         self._node_id = 0
         self._refused: str | None = None
         self._counts = {"written_rows": 0, "written_prefixes": 0}
@@ -213,7 +218,7 @@ class Postgres:
         )
 
         def write(connection: Any) -> bool:  # noqa: ANN401 - of the library
-            rows = [(kind, self._node_id, model, tenant, *counts) for kind, model, tenant, counts in events]
+            rows = [(kind, self._node_id, model, _text(tenant), *counts) for kind, model, tenant, counts in events]
             with connection.transaction(), connection.cursor() as cursor:
                 cursor.executemany(query, rows)
             return True
@@ -232,12 +237,22 @@ class Postgres:
             closed = "now()" if closing else "NULL"
             query = f"UPDATE stratakv.nodes SET seen_at = now(), closed_at = {closed} WHERE id = %s"
             connection.execute(query, (self._node_id,))
-            if upkeep:
-                connection.execute("SELECT stratakv.add_days(2)")
-                connection.execute("SELECT stratakv.clean(%s)", (self.config.keep_days,))
             return True
 
-        return bool(self.ask(work))
+        return bool(self.ask(work)) and (not upkeep or self._upkeep())
+
+    def _upkeep(self) -> bool:
+        # Each by itself: what one of them waits for keeps no other waiting.
+        days = self.config.keep_days
+        calls = (("add_days", (2,)), ("drop_days", (days,)), ("clean", (days,)), ("clean_retired", ()))
+        seconds = self.config.deadline_s * _ALL_FACTOR
+
+        def call(name: str, values: tuple[int, ...], connection: Any) -> bool:  # noqa: ANN401 - of the library
+            connection.execute(f"SELECT stratakv.{name}({', '.join(['%s'] * len(values))})", values)
+            return True
+
+        done = [bool(self.ask(functools.partial(call, *each), deadline_s=seconds)) for each in calls]
+        return all(done)
 
     # What nodes and operators ask.
 
@@ -257,6 +272,9 @@ class Postgres:
         row = self.ask(
             lambda connection: connection.execute(query, (name, weights_version)).fetchone(), deadline_s=seconds
         )
+        if row is not None and not back:
+            # If that does not work now, upkeep does it.
+            self.ask(lambda connection: bool(connection.execute("SELECT stratakv.clean_retired()")), deadline_s=seconds)
         return None if row is None else int(row[0])
 
     def holders(self, model: int, names: Sequence[bytes]) -> list[Holder] | None:
@@ -283,6 +301,14 @@ class Postgres:
             ).fetchall()
         )
         return None if rows is None else [(adapter, tenant, split(chain)) for adapter, tenant, chain in rows]
+
+    def numbers(self, name: str | None) -> list[int] | None:
+        """Numbers of the models of a name, or of all, that are not retired; ``None``: there was no answer."""
+        query = (
+            "SELECT id FROM stratakv.models WHERE retired_at IS NULL AND (%(name)s::text IS NULL OR name = %(name)s)"
+        )
+        rows = self.ask(lambda connection: connection.execute(query, {"name": name}).fetchall())
+        return None if rows is None else [number for (number,) in rows]
 
     def find(
         self, where: str, values: Mapping[str, object], limit: int, *, order: str = "p.heat DESC, p.name"
@@ -321,7 +347,12 @@ class Postgres:
             return False
         try:
             with self._watching:
-                return any(True for _ in name.notifies(timeout=timeout_s, stop_after=1))
+                if any(True for _ in name.notifies(timeout=timeout_s, stop_after=1)):
+                    return True
+                # Where nobody answers, the name is not ours any more.
+                _limit(name, Deadline(self.config.deadline_s))
+                name.execute("SET statement_timeout = 0")
+                return False
         except Exception as error:
             # The next call makes a new one; the name may be another's by then.
             if not self._closed:
@@ -333,6 +364,26 @@ class Postgres:
             with contextlib.suppress(Exception):
                 name.close()
             return False
+
+    @staticmethod
+    def check(config: PostgresConfig) -> str | None:
+        """Why a catalog cannot be used, without using it; ``None``: it can."""
+        try:
+            connection = _connect(config, Deadline(config.deadline_s))
+        except Exception as error:
+            return type(error).__name__
+        try:
+            _limit(connection, Deadline(config.deadline_s))
+            if connection.execute("SELECT to_regclass('stratakv.migrations')").fetchone() == (None,):
+                return None
+            _checked(connection)
+        except SchemaError as error:
+            return str(error)
+        except Exception as error:
+            return type(error).__name__
+        finally:
+            connection.close()
+        return None
 
     def stats(self) -> PostgresStats:
         """What was asked of it."""
@@ -357,8 +408,9 @@ class Postgres:
         """What some work with a connection gives; ``None``: it failed, took too long, or was not tried."""
         if self._refused is not None:
             return None
+        errors = _library().errors
 
-        def within(deadline: Deadline) -> _T:
+        def within(deadline: Deadline) -> _T | None:
             limit = Deadline(deadline_s) if deadline_s is not None else deadline
             taken: list[Any] = []
             future = self._calls.submit(self._with_connection, work, limit, taken)
@@ -369,24 +421,51 @@ class Postgres:
                     for connection in taken:
                         _cut(connection)
                 raise
+            except (errors.UndefinedTable, errors.UndefinedFunction, errors.InvalidSchemaName):
+                # Somebody emptied the database: it is made anew by whoever asks next.
+                self._begin_anew()
+                raise
+            except (errors.DataError, errors.ProgramLimitExceeded) as error:
+                # The server is well: it is what was asked that is not.
+                _log.warning("postgres refused what was asked (%s)", type(error).__name__)
+                return None
 
         return self._guard.call(within)[0]
 
+    def interrupt(self) -> None:
+        """Ends calls that are under way."""
+        with self._lock:
+            taken = list(self._taken)
+        for connection in taken:
+            _cut(connection)
+
+    def _begin_anew(self) -> None:
+        name = self._name
+        if name is not None:
+            _cut(name)
+            with self._setting_up:
+                if self._name is name:
+                    self._name = None
+
     def _with_connection(self, work: Callable[[Any], _T], deadline: Deadline, taken: list[Any]) -> _T:
-        self._set_up(deadline)
+        self._set_up(deadline, taken)
         with self._lock:
             connection = self._idle.pop() if self._idle else None
         if connection is None:
             connection = _connect(self.config, deadline)
         taken.append(connection)
+        with self._lock:
+            self._taken.add(connection)
         try:
-            milliseconds = max(int(1000 * deadline.left_s()), 1)
-            connection.execute(f"SET statement_timeout = {milliseconds}")
+            _limit(connection, deadline)
             result = work(connection)
         except BaseException:
             # Whatever state it is in, nobody uses it again.
             connection.close()
             raise
+        finally:
+            with self._lock:
+                self._taken.discard(connection)
         taken.clear()
         with self._lock:
             keep = not self._closed and len(self._idle) < _CALLS
@@ -396,17 +475,22 @@ class Postgres:
             connection.close()
         return result
 
-    def _set_up(self, deadline: Deadline) -> None:
-        with self._setting_up:
+    def _set_up(self, deadline: Deadline, taken: list[Any]) -> None:
+        if not self._setting_up.acquire(timeout=deadline.left_s()):
+            raise TimeoutError
+        try:
             if self._closed:
                 raise StoreError("the store is closed")
             if self._name is not None and not self._name.closed:
                 return
             name = _connect(self.config, deadline)
+            taken.append(name)
             try:
-                if self.node is None:
-                    migrate(name)
+                _limit(name, deadline)
+                migrate(name)
                 self.node, self._node_id = _claim(name, self.config.node or socket.gethostname())
+                # It waits for what it is told, without a limit.
+                name.execute("SET statement_timeout = 0")
                 name.execute(f"LISTEN {_CHANNEL}")
             except SchemaError as error:
                 name.close()
@@ -415,7 +499,11 @@ class Postgres:
             except BaseException:
                 name.close()
                 raise
+            taken.clear()
             self._name = name
+            self.generation += 1
+        finally:
+            self._setting_up.release()
 
     def _write(self, came: list[tuple[int, bytes, int]], left: list[tuple[int, bytes, int]], connection: Any) -> bool:  # noqa: ANN401 - of the library
         with connection.transaction():
@@ -461,8 +549,8 @@ class Postgres:
                 [row.model for row in kept],
                 [UUID(bytes=row.chain[-16:]) for row in kept],
                 [UUID(bytes=row.space) for row in kept],
-                [row.adapter for row in kept],
-                [row.tenant for row in kept],
+                [_text(row.adapter) for row in kept],
+                [_text(row.tenant) for row in kept],
                 [row.tokens for row in kept],
                 [row.chain for row in kept],
                 [row.since for row in kept],
@@ -473,10 +561,14 @@ class Postgres:
                 "INSERT INTO stratakv.prefixes AS p"
                 " (model, name, space, adapter, tenant, tokens, chain, since, used, uses, heat)"
                 " SELECT model, name, space, adapter, tenant, tokens, chain, to_timestamp(since), to_timestamp(used),"
-                " uses, stratakv.heated(used / 86400, uses, to_timestamp(used))"
-                " FROM unnest(%s::int[], %s::uuid[], %s::uuid[], %s::text[], %s::text[], %s::int[], %s::bytea[],"
+                " uses,"
+                " stratakv.heated(used / 86400, uses, to_timestamp(used))"
+                # A node's clock that is ahead would keep what it saw hottest for ever.
+                " FROM (SELECT model, name, space, adapter, tenant, tokens, chain, uses, least(since, at) AS since,"
+                " least(used, at) AS used FROM (SELECT extract(epoch FROM now())::float8) AS clock (at),"
+                " unnest(%s::int[], %s::uuid[], %s::uuid[], %s::text[], %s::text[], %s::int[], %s::bytea[],"
                 " %s::float8[], %s::float8[], %s::bigint[])"
-                " AS r (model, name, space, adapter, tenant, tokens, chain, since, used, uses)"
+                " AS r (model, name, space, adapter, tenant, tokens, chain, since, used, uses)) AS r"
                 " ON CONFLICT (name, model) DO UPDATE SET used = greatest(p.used, excluded.used),"
                 " uses = p.uses + excluded.uses,"
                 " adapter = coalesce(p.adapter, excluded.adapter), tenant = coalesce(p.tenant, excluded.tenant),"
@@ -497,35 +589,47 @@ def migrate(connection: Any) -> None:  # noqa: ANN401 - of the library
     Raises:
         SchemaError: the database has files that this version does not, or others of the same number.
     """
-    files = sorted(entry.name for entry in resources.files("stratakv.sql").iterdir() if entry.name.endswith(".sql"))
     with connection.transaction():
         # One at a time, also of those who find nothing there yet.
         connection.execute("SELECT pg_advisory_xact_lock(hashtext('stratakv.migrations'))")
-        connection.execute("CREATE SCHEMA IF NOT EXISTS stratakv")
-        connection.execute(
-            "CREATE TABLE IF NOT EXISTS stratakv.migrations"
-            " (number integer PRIMARY KEY, checksum bytea NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
-        )
-        known = dict(connection.execute("SELECT number, checksum FROM stratakv.migrations").fetchall())
-        newest = max(known, default=0)
-        if newest > len(files):
-            raise SchemaError(
-                f"the catalog's schema is of version {newest}, this stratakv knows up to {len(files)}: upgrade it,"
-                " or use another database"
+        if connection.execute("SELECT to_regclass('stratakv.migrations')").fetchone() == (None,):
+            connection.execute("CREATE SCHEMA IF NOT EXISTS stratakv")
+            connection.execute(
+                "CREATE TABLE stratakv.migrations"
+                " (number integer PRIMARY KEY, checksum bytea NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
             )
-        for number, name in enumerate(files, start=1):
-            text = resources.files("stratakv.sql").joinpath(name).read_text(encoding="utf-8")
-            checksum = hashlib.sha256(text.encode()).digest()
-            if number not in known:
-                connection.execute(text)
-                connection.execute(
-                    "INSERT INTO stratakv.migrations (number, checksum) VALUES (%s, %s)", (number, checksum)
-                )
-            elif bytes(known[number]) != checksum:
-                raise SchemaError(
-                    f"the catalog was made by another {name} than this stratakv has: use the version that made it, or"
-                    " another database"
-                )
+        for number, text, checksum in _checked(connection):
+            connection.execute(text)
+            connection.execute("INSERT INTO stratakv.migrations (number, checksum) VALUES (%s, %s)", (number, checksum))
+
+
+def _checked(connection: Any) -> list[tuple[int, str, bytes]]:  # noqa: ANN401 - of the library
+    """Files that are missing: number, content and checksum. Raises `SchemaError` where it is another schema."""
+    known = dict(connection.execute("SELECT number, checksum FROM stratakv.migrations").fetchall())
+    files = sorted(entry.name for entry in resources.files("stratakv.sql").iterdir() if entry.name.endswith(".sql"))
+    newest = max(known, default=0)
+    if newest > len(files):
+        raise SchemaError(
+            f"the catalog's schema is of version {newest}, this stratakv knows up to {len(files)}: upgrade it,"
+            " or use another database"
+        )
+    missing = []
+    for number, name in enumerate(files, start=1):
+        text = resources.files("stratakv.sql").joinpath(name).read_text(encoding="utf-8")
+        checksum = hashlib.sha256(text.encode()).digest()
+        if number not in known:
+            missing.append((number, text, checksum))
+        elif bytes(known[number]) != checksum:
+            raise SchemaError(
+                f"the catalog was made by another {name} than this stratakv has: use the version that made it, or"
+                " another database"
+            )
+    return missing
+
+
+def _text(name: str | None) -> str | None:
+    """A name, if the database takes it; else it is not known there."""
+    return name if name is not None and "\0" not in name and len(name.encode()) <= _NAME_BYTES else None
 
 
 def split(chain: bytes) -> list[bytes]:
@@ -543,22 +647,35 @@ def _library() -> Any:  # noqa: ANN401 - a module
 
 def _connect(config: PostgresConfig, deadline: Deadline) -> Any:  # noqa: ANN401 - of the library
     url = str(config.url)
-    parts = urlsplit(url)
     options: dict[str, Any] = {
         "autocommit": True,
         # Whole seconds, 2 at least: libpq's.
         "connect_timeout": max(math.ceil(deadline.left_s()), 2),
         "application_name": "stratakv",
         "options": "-c lock_timeout=5s -c timezone=UTC -c search_path=pg_catalog,pg_temp",
+        # Seconds, and milliseconds: a connection that nobody answers on is one no more.
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 15_000,
     }
     if config.password is not None:
         options["password"] = config.password
-    host = parts.hostname or parse_qs(parts.query).get("host", [""])[0]
-    if "sslmode" not in parse_qs(parts.query) and host not in ("", "localhost", "127.0.0.1", "::1") and host[0] != "/":
+    said = _library().conninfo.conninfo_to_dict(url)
+    hosts = [said.get(key) or os.environ.get(f"PG{key.upper()}") or "" for key in ("host", "hostaddr")]
+    here = all(host in ("", "localhost", "127.0.0.1", "::1") or host.startswith(("/", "@")) for host in hosts)
+    if "service" in said or "PGSERVICE" in os.environ:
+        # Where that leads, its file says.
+        here = False
+    if "sslmode" not in said and "PGSSLMODE" not in os.environ and not here:
         options |= {"sslmode": "verify-full", "sslrootcert": str(config.ca_file or "system")}
     elif config.ca_file is not None:
         options["sslrootcert"] = str(config.ca_file)
     return _library().connect(url, **options)
+
+
+def _limit(connection: Any, deadline: Deadline) -> None:  # noqa: ANN401 - of the library
+    connection.execute(f"SET statement_timeout = {max(int(1000 * deadline.left_s()), 1)}")
 
 
 def _claim(connection: Any, wanted: str) -> tuple[str, int]:  # noqa: ANN401 - of the library
