@@ -12,11 +12,12 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
 from stratakv import _native
-from stratakv.config import Codec, Geometry
+from stratakv.config import Codec, Geometry, Quota
 from stratakv.errors import ClosedError, InputError, StoreError, StrataKVError
 from stratakv.quotas import Admission
 from stratakv.stats import Explanation, Stats, Suggestion
@@ -622,3 +623,25 @@ class ModelCache:
         """Counters of this model."""
         stats: Stats = self._manager.model_stats(self.name)
         return stats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registered:
+    """A model and what it was registered with."""
+
+    cache: ModelCache
+    model: _native.Model
+    weights_version: str
+    priority: int
+    weights_bytes: int
+    quota: Quota
+
+    @property
+    def geometry(self) -> Geometry:
+        """Shape of its blocks."""
+        return self.cache.geometry
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """How fast it is computed, if that is known."""
+        return self.cache.prefill_tokens_per_s

@@ -145,6 +145,8 @@ class Keeper:
         prefixes = self._store.used(_PREFIXES)
         usage = self._store.usage() if self._is_due("usage", _USAGE_S) else []
         if not (anew or rows or prefixes or usage):
+            # A model that has nothing yet may be retired, or have something elsewhere.
+            self._enter()
             self._live()
             return []
         return [_Batch(anew, rows, prefixes, usage)]

@@ -12,13 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Literal
 
 from stratakv import _native
 from stratakv.balance import Balance
-from stratakv.cache import Behind, ModelCache
+from stratakv.cache import Behind, ModelCache, Registered
 from stratakv.catalog import Catalog, Source
 from stratakv.config import Codec, Config, Dtype, Geometry, Quota
 from stratakv.errors import (
@@ -42,28 +42,6 @@ from stratakv.tiers.postgres import Postgres
 from stratakv.tiers.qdrant import Qdrant
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Registered:
-    """A model and what it was registered with."""
-
-    cache: ModelCache
-    model: _native.Model
-    weights_version: str
-    priority: int
-    weights_bytes: int
-    quota: Quota
-
-    @property
-    def geometry(self) -> Geometry:
-        """Shape of its blocks."""
-        return self.cache.geometry
-
-    @property
-    def prefill_tokens_per_s(self) -> float | None:
-        """How fast it is computed, if that is known."""
-        return self.cache.prefill_tokens_per_s
 
 
 class CacheManager:
@@ -102,7 +80,7 @@ class CacheManager:
         self._postgres: Postgres | None = None
         self._keeper: Keeper | None = None
         self._lock = threading.Lock()
-        self._models: dict[str, _Registered] = {}
+        self._models: dict[str, Registered] = {}
         # Models that came from a folder: which, and what their files looked like.
         self._loaded: dict[str, tuple[str, object]] = {}
         self._loading = threading.Lock()
@@ -203,7 +181,7 @@ class CacheManager:
             quota = self.quotas("models").get(name, Quota())
             model = self._store.register(name, weights_version, shape, [ram.terms(), cold.terms()], quota.terms())
             cache = ModelCache(self, self._behind, name, geometry, model)
-            self._models[name] = _Registered(
+            self._models[name] = Registered(
                 cache=cache,
                 model=model,
                 weights_version=weights_version,
@@ -463,11 +441,11 @@ class CacheManager:
     def _exports(self) -> dict[str, _native.Model]:
         return {name: entry.model for name, entry in self._entries().items()}
 
-    def _entries(self) -> dict[str, _Registered]:
+    def _entries(self) -> dict[str, Registered]:
         with self._table():
             return dict(self._models)
 
-    def _entry_of(self, name: str) -> _Registered:
+    def _entry_of(self, name: str) -> Registered:
         with self._table():
             return self._entry(name)
 
@@ -563,7 +541,7 @@ class CacheManager:
         """How many models are registered."""
         return len(self._models)
 
-    def _entry(self, name: str) -> _Registered:
+    def _entry(self, name: str) -> Registered:
         if name not in self._models:
             known = ", ".join(sorted(self._models)) or "none"
             raise ModelNotFoundError(f"model {name!r} is not registered; registered: {known}")

@@ -1,14 +1,12 @@
-"""The catalog in a real PostgreSQL: what it tells is what nodes have, and no fault of it reaches a request."""
+"""The catalog in a real PostgreSQL: what it tells is what nodes have."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,52 +14,9 @@ import psycopg
 import pytest
 
 import stratakv
-from servers import Postgres, Proxy, postgres, redis
-from stores import assert_right, config, geometry, kv_of, tokens_of
-
-SHAPE = geometry(block_tokens=8, head_dim=32)
-TOKENS = 64
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    with postgres(tmp_path_factory.mktemp("postgres")) as running:
-        yield running
-
-
-@pytest.fixture
-def database(server: Postgres, request: pytest.FixtureRequest) -> Iterator[str]:
-    """One of its own for each test."""
-    name = f"test_{abs(hash(request.node.name)) % 10**12}"
-    with psycopg.connect(server.url(), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-        yield server.url(name)
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
-
-
-def node(url: str, path: Path | None = None, *, name: str = "a", **more: object) -> stratakv.CacheManager:
-    dragonfly = stratakv.DragonflyConfig(url=more.pop("dragonfly", None), deadline_s=2.0)
-    options = {"interval_s": 0.02, "poll_s": 0.5, "node": name, "deadline_s": 10.0} | more
-    store = config(path, secret="shared", ram=str(options.pop("ram", "4MiB")))
-    return stratakv.open(replace(store, postgres=stratakv.PostgresConfig(url=url, **options), dragonfly=dragonfly))
-
-
-def put(cache: stratakv.ModelCache, seed: int, count: int = TOKENS, **more: object) -> np.ndarray:
-    tokens = tokens_of(seed, count)
-    assert cache.put(tokens, kv_of(tokens, SHAPE), layout="LKHND", **more) == count
-    return tokens
-
-
-def wait(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it does not come about"
-        time.sleep(0.02)
-
-
-def rows(url: str, query: str, *values: object) -> list[tuple[object, ...]]:
-    with psycopg.connect(url) as connection:
-        return connection.execute(query, values).fetchall()
+from catalogs import SHAPE, TOKENS, node, put, rows, wait
+from servers import redis
+from stores import assert_right, config, kv_of, tokens_of
 
 
 def test_the_database_tells_which_node_holds_what_for_whom_and_since_when(database: str, tmp_path: Path) -> None:
@@ -478,112 +433,3 @@ def test_many_processes_may_make_the_schema_at_once(database: str) -> None:
     finally:
         for caches in opened:
             caches.close()
-
-
-@pytest.mark.parametrize("mode", ["blackhole", "reset", "refuse", "truncate"])
-def test_a_network_that_fails_costs_no_request_and_what_happened_meanwhile_is_told_later(
-    database: str, mode: str
-) -> None:
-    proxy = Proxy(database)
-    try:
-        with node(proxy.url, deadline_s=0.5) as caches:
-            a = caches.register("m", SHAPE)
-            put(a, 1)
-            wait(lambda: caches.flush() or caches.catalog.find(fleet=True))
-            proxy.mode, proxy.most_bytes = mode, 500
-            if mode == "refuse":
-                proxy.cut()
-            begun = time.monotonic()
-            for seed in range(2, 12):
-                put(a, seed)
-                assert assert_right(a, tokens_of(seed, TOKENS)).loaded_tokens == TOKENS
-            assert time.monotonic() - begun < 2, "no request waits for the database"
-            wait(lambda: caches.status().postgres.guard.state != "closed", 30.0)
-            assert len(caches.catalog.find(fleet=None)) == 11, "the local index answers"
-            with pytest.raises(stratakv.StoreError, match="does not answer"):
-                caches.catalog.find(fleet=True)
-            proxy.mode = "pass"
-            counted = "SELECT count(*) FROM stratakv.blocks"
-            wait(lambda: rows(database, counted) == [(88,)], 60.0)
-            wait(lambda: caches.status().postgres.guard.state == "closed")
-            assert rows(database, "SELECT count(*) FROM stratakv.blocks") == [(88,)], "nothing twice"
-    finally:
-        proxy.close()
-
-
-def test_a_server_that_stops_dies_and_comes_back_is_told_all(tmp_path: Path) -> None:
-    with postgres(tmp_path) as server, node(server.url(), deadline_s=0.5) as caches:
-        a = caches.register("m", SHAPE)
-        put(a, 1)
-        caches.flush()
-        for pid in server.all_pids():
-            os.kill(pid, signal.SIGSTOP)
-        begun = time.monotonic()
-        put(a, 2)
-        assert assert_right(a, tokens_of(2, TOKENS)).loaded_tokens == TOKENS
-        assert time.monotonic() - begun < 1
-        time.sleep(1)
-        for pid in server.all_pids():
-            os.kill(pid, signal.SIGCONT)
-        wait(lambda: rows(server.url(), "SELECT count(*) FROM stratakv.blocks") == [(16,)], 30.0)
-        server.kill()
-        put(a, 3)
-        assert assert_right(a, tokens_of(3, TOKENS)).loaded_tokens == TOKENS
-        time.sleep(1)
-        server.start()
-
-        def told() -> bool:
-            try:
-                return rows(server.url(), "SELECT count(*) FROM stratakv.blocks") == [(24,)]
-            except psycopg.OperationalError:
-                return False
-
-        wait(told, 60.0)
-        assert caches.catalog.retire("m", "") == 1
-        wait(lambda: a.retired, 30.0)
-
-
-def test_a_database_that_is_not_there_degrades_the_store_or_fails_if_it_is_required(
-    server: Postgres, database: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    from servers import free_port
-
-    absent = f"postgresql://someone:hunter2@127.0.0.1:{free_port()}/x"
-    with node(absent) as caches:
-        a = caches.register("m", SHAPE)
-        put(a, 1)
-        assert assert_right(a, tokens_of(1, TOKENS)).loaded_tokens == TOKENS
-        assert caches.catalog.find()[0].tokens == TOKENS
-        assert caches.status().postgres.node is None
-        assert "hunter2" not in repr(caches.config) + repr(caches.status()) + caplog.text
-    with pytest.raises(stratakv.StoreError, match="or do not require it") as error:
-        node(absent, required=True)
-    assert "hunter2" not in str(error.value)
-    with psycopg.connect(database, autocommit=True) as connection:
-        connection.execute("DROP ROLE IF EXISTS reader")
-        connection.execute("CREATE ROLE reader LOGIN")
-    # Who may not make a schema there.
-    with node(database.replace("postgres@", "reader@")) as caches:
-        put(caches.register("m", SHAPE), 1)
-        assert caches.status().postgres.guard.errors > 0
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"url": "mysql://x"}, "expected postgresql://"),
-        ({"url": 7}, "url is no text"),
-        ({"deadline_s": 0}, "deadline_s is 0"),
-        ({"keep_days": 0}, "keep_days is 0"),
-        ({"required": "yes"}, "required is 'yes'"),
-        ({"warm_start_bytes": "much"}, "warm_start_bytes is 'much'"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(stratakv.ConfigError, match=message):
-        stratakv.PostgresConfig(**settings)
-
-
-def test_nodes_that_share_a_catalog_share_a_secret() -> None:
-    with pytest.raises(stratakv.ConfigError, match="secret"):
-        stratakv.Config(postgres=stratakv.PostgresConfig(url="postgresql://x/y"))

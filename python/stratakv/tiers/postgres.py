@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -22,7 +21,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import resources
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -31,6 +29,7 @@ import numpy as np
 from stratakv.config import Geometry, PostgresConfig
 from stratakv.errors import ConfigError, StoreError
 from stratakv.guard import Deadline, Guard, GuardStats
+from stratakv.tiers.schema import SchemaError, migrate, missing
 
 _log = logging.getLogger(__name__)
 
@@ -114,10 +113,6 @@ class PostgresStats:
     written_prefixes: int
     refused: str | None
     guard: GuardStats
-
-
-class SchemaError(StoreError):
-    """The database's catalog is not one that this version can use."""
 
 
 class Postgres:
@@ -376,7 +371,7 @@ class Postgres:
             _limit(connection, Deadline(config.deadline_s))
             if connection.execute("SELECT to_regclass('stratakv.migrations')").fetchone() == (None,):
                 return None
-            _checked(connection)
+            missing(connection)
         except SchemaError as error:
             return str(error)
         except Exception as error:
@@ -581,50 +576,6 @@ class Postgres:
         with self._lock:
             for name, number in more.items():
                 self._counts[name] += number
-
-
-def migrate(connection: Any) -> None:  # noqa: ANN401 - of the library
-    """Applies the numbered files of ``sql/`` that are missing, each in a transaction, while no other process does.
-
-    Raises:
-        SchemaError: the database has files that this version does not, or others of the same number.
-    """
-    with connection.transaction():
-        # One at a time, also of those who find nothing there yet.
-        connection.execute("SELECT pg_advisory_xact_lock(hashtext('stratakv.migrations'))")
-        if connection.execute("SELECT to_regclass('stratakv.migrations')").fetchone() == (None,):
-            connection.execute("CREATE SCHEMA IF NOT EXISTS stratakv")
-            connection.execute(
-                "CREATE TABLE stratakv.migrations"
-                " (number integer PRIMARY KEY, checksum bytea NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
-            )
-        for number, text, checksum in _checked(connection):
-            connection.execute(text)
-            connection.execute("INSERT INTO stratakv.migrations (number, checksum) VALUES (%s, %s)", (number, checksum))
-
-
-def _checked(connection: Any) -> list[tuple[int, str, bytes]]:  # noqa: ANN401 - of the library
-    """Files that are missing: number, content and checksum. Raises `SchemaError` where it is another schema."""
-    known = dict(connection.execute("SELECT number, checksum FROM stratakv.migrations").fetchall())
-    files = sorted(entry.name for entry in resources.files("stratakv.sql").iterdir() if entry.name.endswith(".sql"))
-    newest = max(known, default=0)
-    if newest > len(files):
-        raise SchemaError(
-            f"the catalog's schema is of version {newest}, this stratakv knows up to {len(files)}: upgrade it,"
-            " or use another database"
-        )
-    missing = []
-    for number, name in enumerate(files, start=1):
-        text = resources.files("stratakv.sql").joinpath(name).read_text(encoding="utf-8")
-        checksum = hashlib.sha256(text.encode()).digest()
-        if number not in known:
-            missing.append((number, text, checksum))
-        elif bytes(known[number]) != checksum:
-            raise SchemaError(
-                f"the catalog was made by another {name} than this stratakv has: use the version that made it, or"
-                " another database"
-            )
-    return missing
 
 
 def _text(name: str | None) -> str | None:
