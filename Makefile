@@ -49,7 +49,7 @@ test-engines: $(NATIVE) $(ENGINES) ## Run the tests against torch and transforme
 	$(BIN)/python -m pytest tests/engines
 	$(BIN)/stratakv demo --tiny
 
-test-service: $(NATIVE) ## Run the tests of what nodes share, on servers that they start, or on yours: STRATAKV_TEST_REDIS_URL=redis://...
+test-service: $(NATIVE) ## Run the tests of what nodes share, on servers that they start, or on yours: STRATAKV_TEST_REDIS_URL=redis://... STRATAKV_TEST_QDRANT_URL=http://...
 	$(BIN)/python -m pytest tests/service
 
 chaos: SUITE := ssd

@@ -207,7 +207,7 @@ def abort(connection: socket.socket) -> None:
 class Postgres:
     """A PostgreSQL cluster of its own, thrown away at the end."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, size: str | None = None) -> None:
         binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
         found = shutil.which("initdb")
         if not binaries and found is None:
@@ -219,6 +219,13 @@ class Postgres:
         if os.geteuid() == 0:
             self.user = {"user": "postgres", "group": "postgres", "extra_groups": []}
             self.folder = Path(tempfile.mkdtemp(prefix="stratakv-postgres-"))
+        # On a disk of its own, that can be full.
+        self.mounted = size is not None
+        if size is not None:
+            command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(self.folder)]
+            if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
+                pytest.skip("a file system cannot be mounted here")
+        if self.user:
             shutil.chown(self.folder, "postgres")
         self.data = self.folder / "data"
         trust = ["-A", "trust", "-U", "postgres", "--no-sync", "-E", "UTF8", "--locale=C.UTF-8"]
@@ -255,6 +262,8 @@ class Postgres:
     def close(self) -> None:
         if self.process.poll() is None:
             self.kill()
+        if self.mounted:
+            subprocess.run(["umount", "-l", str(self.folder)], check=True)
         if self.user:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -263,8 +272,8 @@ class Postgres:
 
 
 @contextlib.contextmanager
-def postgres(folder: Path, *options: str) -> Iterator[Postgres]:
-    server = Postgres(folder, *options)
+def postgres(folder: Path, *options: str, size: str | None = None) -> Iterator[Postgres]:
+    server = Postgres(folder, *options, size=size)
     try:
         yield server
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -283,3 +284,36 @@ def test_tls_is_verified_wherever_another_host_may_be_asked(
     monkeypatch.setattr(psycopg, "connect", connect)
     tier.Postgres.check(stratakv.PostgresConfig(url=url))
     assert (asked.get("sslmode") == "verify-full") == verified
+
+
+def test_a_database_whose_disk_is_full_is_told_all_when_it_has_room(tmp_path: Path) -> None:
+    with postgres(tmp_path, size="160m") as server, node(server.url(), deadline_s=1.0, ram="16MiB") as caches:
+        a = caches.register("m", SHAPE)
+        put(a, 1)
+        wait(lambda: caches.flush() or caches.catalog.find(fleet=True))
+        filler = server.folder / "filler"
+        with contextlib.suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(bytes(1 << 20))
+                file.flush()
+        # What the server had in reserve goes, too.
+        with contextlib.suppress(psycopg.Error), psycopg.connect(server.url(), autocommit=True) as connection:
+            connection.execute("CREATE TABLE junk (x text)")
+            while True:
+                connection.execute("INSERT INTO junk SELECT repeat(md5(n::text), 30) FROM generate_series(1, 5000) n")
+        for seed in range(2, 100):
+            begun = time.monotonic()
+            put(a, seed)
+            assert assert_right(a, tokens_of(seed, TOKENS)).loaded_tokens == TOKENS
+            assert time.monotonic() - begun < 1, "no request waits for the database"
+        wait(lambda: caches.status().postgres.guard.errors)
+        filler.unlink()
+        counted = "SELECT count(*) FROM stratakv.blocks"
+
+        def told() -> bool:
+            try:
+                return rows(server.url(), counted) == [(99 * 8,)]
+            except psycopg.OperationalError:
+                return False
+
+        wait(told, 60.0)
