@@ -18,7 +18,7 @@ from servers import Proxy, postgres
 from stores import assert_right, geometry, tokens_of
 
 
-@pytest.mark.parametrize("mode", ["blackhole", "reset", "refuse", "truncate"])
+@pytest.mark.parametrize("mode", ["blackhole", "reset", "refuse", "truncate", "latency"])
 def test_a_network_that_fails_costs_no_request_and_what_happened_meanwhile_is_told_later(
     database: str, mode: str
 ) -> None:
@@ -28,7 +28,9 @@ def test_a_network_that_fails_costs_no_request_and_what_happened_meanwhile_is_to
             a = caches.register("m", SHAPE)
             put(a, 1)
             wait(lambda: caches.flush() or caches.catalog.find(fleet=True))
-            proxy.mode, proxy.most_bytes = mode, 500
+            # Late is as good as never.
+            proxy.most_bytes, proxy.latency_s, proxy.jitter_s = 500, 0.6, 0.2
+            proxy.mode = mode
             if mode == "refuse":
                 proxy.cut()
             begun = time.monotonic()
@@ -317,3 +319,22 @@ def test_a_database_whose_disk_is_full_is_told_all_when_it_has_room(tmp_path: Pa
                 return False
 
         wait(told, 60.0)
+
+
+def test_a_wrong_password_degrades_the_store_and_is_in_no_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with postgres(tmp_path) as server:
+        with psycopg.connect(server.url(), autocommit=True) as connection:
+            connection.execute("CREATE ROLE locked LOGIN SUPERUSER PASSWORD 'right'")
+            rules = server.data / "pg_hba.conf"
+            rules.write_text("host all locked 127.0.0.1/32 scram-sha-256\n" + rules.read_text())
+            connection.execute("SELECT pg_reload_conf()")
+            time.sleep(0.2)
+        url = server.url().replace("postgres@", "locked@")
+        with node(url, password="hunter2") as caches:
+            put(caches.register("m", SHAPE), 1)
+            assert caches.status().degraded == ("no_catalog",)
+            assert "hunter2" not in repr(caches.config) + repr(caches.status()) + caplog.text
+        with node(url, password="right") as caches:
+            put(caches.register("m", SHAPE), 1)
+            wait(lambda: caches.flush() or caches.catalog.find(fleet=True))
+            assert caches.status().degraded == ()
