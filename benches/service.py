@@ -170,7 +170,7 @@ def dragonfly() -> list[Row]:
 
 # What is near: points, of so many kinds, and calls.
 POINTS, OF_ONE_KIND, DIMENSION, CALLS = 100_000, 100, 512, 400
-MODEL, SPACE, SALT = b"m" * 16, b"s" * 16, b"bench"
+SALT = b"bench"
 
 
 def prompt(kind: int, number: int) -> np.ndarray:
@@ -198,7 +198,7 @@ def vectors() -> list[Row]:
 
     def points(kind: int) -> list[Point]:
         chain = tuple(kind.to_bytes(16, "big") for _ in range(64))
-        rest = {"model": MODEL, "space": SPACE, "chain": chain, "tokens": 1024, "stored_at": time.time()}
+        rest = {"model": MODEL, "space": SPACE[16:], "chain": chain, "tokens": 1024, "stored_at": time.time()}
         return [Point(name=name(kind, n), vector=vector(kind, n), **rest) for n in range(OF_ONE_KIND)]
 
     def timed(call: object) -> float:
@@ -216,7 +216,7 @@ def vectors() -> list[Row]:
             writes.append(timed(lambda some=some: tier.store(some)) / OF_ONE_KIND)
         complete = tier.count() == POINTS
         early = [vector(kind, 1000) for kind in range(CALLS // 4)]
-        before = [timed(lambda asked=asked: tier.suggest(MODEL, SPACE, asked)) for asked in early]
+        before = [timed(lambda asked=asked: tier.suggest(MODEL, SPACE[16:], asked)) for asked in early]
         optimize = urllib.request.Request(f"{server.url}/collections/stratakv/optimize", method="POST")
         urllib.request.urlopen(optimize).read()
         server.kill()
@@ -224,7 +224,7 @@ def vectors() -> list[Row]:
         shutil.copytree(Path(folder) / "server", Path(folder) / "copy")
         server.start()
         direct = engine.EdgeShard.load(str(Path(folder) / "copy" / "stratakv" / "shard"))
-        conditions = [("model", MODEL), ("space", SPACE)]
+        conditions = [("model", MODEL), ("space", SPACE[16:])]
         must = [engine.FieldCondition(key=key, match=engine.MatchValue(value.hex())) for key, value in conditions]
 
         def ask(numbers: list[float]) -> object:
@@ -240,7 +240,7 @@ def vectors() -> list[Row]:
         for n, (kind, asked) in enumerate(zip(kinds, vectors, strict=True), -200):
             numbers = asked.tolist()
             found: list[object] = []
-            mine = timed(lambda asked=asked, found=found: found.extend(tier.suggest(MODEL, SPACE, asked)[0]))
+            mine = timed(lambda asked=asked, found=found: found.extend(tier.suggest(MODEL, SPACE[16:], asked)[0]))
             bound = timed(lambda numbers=numbers: ask(numbers))
             # The first warm both up.
             if n >= 0:
