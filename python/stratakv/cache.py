@@ -103,7 +103,8 @@ class Remote:
             # The store went away under the match.
             self.names, self.reason = [], "closed"
             return lease
-        except StrataKVError:
+        except StrataKVError as error:
+            _log.warning("a match ends before what is in dragonfly: %s", error)
             self.names, self.reason = [], "error"
             return lease
         # What another request put meanwhile is here all the same.

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -168,10 +168,6 @@ class SemanticIndex:
         item = asked if isinstance(asked, str) else _ids(asked)[:_TOKENS]
         (vector,) = self._embedding([item], space)
         return self.tier.suggest(cache.fingerprint, space, vector, limit=limit)
-
-    def prefetch(self, cache: ModelCache, names: Sequence[bytes], adapter: str, tenant: str) -> int:
-        """Brings a prefix up; how many bytes came."""
-        return cache.lift(list(names), adapter, tenant, "near", int(self.config.prefetch_bytes))
 
     def flush(self) -> bool:
         """Writes what was put up to now; whether the server took it."""

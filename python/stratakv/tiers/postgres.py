@@ -42,7 +42,6 @@ _ALL_FACTOR = 12
 # The signature, flags and extension of a binary COPY; and what ends one.
 _COPY_HEAD, _COPY_END = b"PGCOPY\n\xff\r\n\0" + bytes(8), b"\xff\xff"
 _TIERS = {"ram": 0, "ssd": 1}
-_TIER_NAMES = {number: name for name, number in _TIERS.items()}
 _CHANNEL = "stratakv"
 # Bytes of a tenant's or an adapter's name that is kept: an index has to take it.
 _NAME_BYTES = 1000
