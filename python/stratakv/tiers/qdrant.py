@@ -14,14 +14,13 @@ import base64
 import functools
 import logging
 import math
-import ssl
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +28,9 @@ from numpy.typing import NDArray
 from stratakv.config import QdrantConfig
 from stratakv.errors import ConfigError, StoreError
 from stratakv.guard import Deadline, Guard, GuardStats
+
+if TYPE_CHECKING:
+    import ssl
 
 _log = logging.getLogger(__name__)
 
@@ -336,6 +338,8 @@ def _library() -> Any:  # noqa: ANN401 - a module
 
 
 def _authorities(config: QdrantConfig) -> ssl.SSLContext:
+    import ssl
+
     try:
         return ssl.create_default_context(cafile=config.ca_file)
     except OSError as error:

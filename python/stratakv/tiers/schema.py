@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from importlib import resources
 from typing import Any
 
 from stratakv.errors import StoreError
@@ -39,6 +38,8 @@ def missing(connection: Any) -> list[tuple[int, str, bytes]]:  # noqa: ANN401 - 
     Raises:
         SchemaError: as `migrate`.
     """
+    from importlib import resources
+
     known = dict(connection.execute("SELECT number, checksum FROM stratakv.migrations").fetchall())
     files = sorted(entry.name for entry in resources.files("stratakv.sql").iterdir() if entry.name.endswith(".sql"))
     newest = max(known, default=0)
