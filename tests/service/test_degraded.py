@@ -15,6 +15,7 @@ from qdrant_server import qdrant
 from servers import free_port, postgres, redis
 from stores import assert_right, config, geometry, kv_of, tokens_of
 from stratakv import cli
+from stratakv.status import degraded
 
 SHAPE = geometry(block_tokens=8, head_dim=32)
 TOKENS = 64
@@ -103,11 +104,12 @@ def _degraded_after_a_request(caches: stratakv.CacheManager, cache: stratakv.Mod
     return caches.status().degraded
 
 
-def test_a_disk_that_takes_no_writes_leaves_ram_alone(tmp_path: Path) -> None:
-    with stratakv.open(config(tmp_path)) as caches:
-        assert caches.status().degraded == ()
-    with stratakv.open(config(None)) as caches:
-        assert caches.status().degraded == (), "what is not configured is not missed"
+def test_what_is_not_configured_is_not_missed_and_a_disk_that_takes_no_writes_leaves_ram_alone(tmp_path: Path) -> None:
+    for path in (tmp_path, None):
+        with stratakv.open(config(path)) as caches:
+            assert caches.status().degraded == ()
+    assert degraded(None, None, None, ssd_serves=False) == ("ram_only",)
+    assert degraded(None, None, None, ssd_serves=True) == ()
 
 
 def test_status_says_what_is_wrong_with_each_tier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
