@@ -610,23 +610,31 @@ class Config:
                 raise ConfigError(f"{name}.url is set and store.secret is not: nodes that share need the same secret")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
-        """Reads a TOML file, if one is given, then the environment.
+    def load(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        environ: Mapping[str, str] = os.environ,
+        *,
+        tables: Mapping[str, Any] | None = None,
+    ) -> Config:
+        """Reads a TOML file and tables, if they are given, then the environment; the later one wins.
 
         Args:
             path: the file.
+            tables: what a file would hold, as a mapping of sections.
             environ: where the ``STRATAKV_`` variables are read from.
 
         Raises:
             ConfigError: the file cannot be read, or a key or value makes no sense.
         """
         values: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
-        if path is not None:
-            for section, table in read_toml(Path(path)).items():
+        files = [] if path is None else [(str(path), read_toml(Path(path)))]
+        for where, sections in [*files, ("configuration", tables or {})]:
+            for section, table in sections.items():
                 if section not in _SECTIONS:
-                    raise unknown_name("section", section, list(_SECTIONS), str(path))
+                    raise unknown_name("section", section, list(_SECTIONS), where)
                 if not isinstance(table, dict):
-                    raise ConfigError(f"{path}: {section} is {table!r}, expected a table [{section}]")
+                    raise ConfigError(f"{where}: {section} is {table!r}, expected a table [{section}]")
                 values[section].update(table)
         for name, text in environ.items():
             for section in _SECTIONS:

@@ -1,0 +1,131 @@
+"""What the adapters of serving engines share: their settings, the versions they were tested with, and keys for names.
+
+An engine hands an adapter one table of options. Its sections are those of `stratakv.Config`; ``config`` names a TOML
+file that is read first; what else an adapter takes, it takes out itself before.
+
+Engines that ask by a key of their own and never show the tokens store through `KeyedBlocks`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stratakv import CacheManager, Config, ModelCache, StrataKVError, TokenSequence
+from stratakv import open as open_store
+
+__all__ = ["EngineVersionError", "KeyedBlocks", "open_caches", "require"]
+
+
+class EngineVersionError(StrataKVError):
+    """An engine is missing, or of a version that its adapter was not tested with."""
+
+
+def require(engine: str, low: str, below: str, distributions: Sequence[str] = ()) -> str:
+    """The version of an installed engine, if it is one that its adapter was tested with.
+
+    Args:
+        engine: its name.
+        low: the first version that was, as ``0.32``.
+        below: the first that was not.
+        distributions: names of the packages that bring it, the first found counts; just `engine` if there are none.
+
+    Raises:
+        EngineVersionError: it is not installed, or of another version.
+    """
+    for name in distributions or (engine,):
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if _numbers(low) <= _numbers(found) < _numbers(below):
+            return found
+        raise EngineVersionError(
+            f"{name} {found} is installed, this adapter was tested with {low} and later, below {below}:"
+            f" pip install '{name}>={low},<{below}'"
+        )
+    raise EngineVersionError(f"{engine} is not installed: pip install '{engine}>={low},<{below}'")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The numbers that a version starts with."""
+    out: list[int] = []
+    for part in version.split("+")[0].split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        out.append(int(digits))
+    return tuple(out)
+
+
+def open_caches(options: Mapping[str, Any], *folders: str) -> CacheManager:
+    """Opens the store that an engine's options describe.
+
+    Args:
+        options: ``config`` (a TOML file) and sections of `stratakv.Config`; the environment is read last.
+        *folders: below ``ssd.path``: processes of one engine have a directory each.
+
+    Raises:
+        ConfigError: an option makes no sense.
+        StrataKVError: as `stratakv.open`.
+    """
+    tables = {name: value for name, value in options.items() if name != "config"}
+    config = Config.load(options.get("config"), tables=tables)
+    if config.ssd.enabled and folders:
+        config = replace(config, ssd=replace(config.ssd, path=Path(str(config.ssd.path)).joinpath(*folders)))
+    return open_store(config)
+
+
+class KeyedBlocks:
+    """Blocks under keys that an engine made, each found by its key alone.
+
+    A key stands in for the tokens: its digest names the block, and so many more bytes of it as the block's tokens take
+    are stored as their ids and compared on load. Keys must tell everything that the content depends on.
+    """
+
+    def __init__(self, cache: ModelCache, layout: str) -> None:
+        """Stores in a cache.
+
+        Args:
+            cache: of the engine's blocks: its geometry is that of one key's content.
+            layout: axes of the tensors, as for `ModelCache.put`.
+        """
+        self.cache = cache
+        self._layout = layout
+
+    def _sequence(self, key: bytes) -> TokenSequence:
+        """One block of tokens that stand for a key."""
+        count = self.cache.geometry.block_tokens
+        ids = np.zeros(count, np.uint32)
+        taken = min(count, 16)
+        ids[:taken] = np.frombuffer(blake2b(key, digest_size=4 * taken, person=b"tokens").digest(), np.uint32)
+        return self.cache.sequence(ids, block_hashes=[blake2b(key, digest_size=32, person=b"name").digest()])
+
+    def has(self, key: bytes) -> bool:
+        """Whether a block is cached; that counts as a use."""
+        with self.cache.match(self._sequence(key)) as match:
+            return match.tokens > 0
+
+    def leading(self, keys: Sequence[bytes]) -> int:
+        """How many leading ones of some keys are cached."""
+        count = 0
+        for key in keys:
+            if not self.has(key):
+                break
+            count += 1
+        return count
+
+    def load(self, key: bytes, kv: object, pages: object = None) -> bool:
+        """Copies a block into tensors; false is a miss, after which what they hold is undefined."""
+        with self.cache.match(self._sequence(key)) as match:
+            return match.tokens > 0 and match.load(kv, layout=self._layout, pages=pages) > 0
+
+    def put(self, key: bytes, kv: object, pages: object = None) -> bool:
+        """Stores a block; false if there was no room."""
+        return self.cache.put(self._sequence(key), kv, layout=self._layout, pages=pages) > 0
