@@ -8,6 +8,7 @@
 use crate::block::Geometry;
 use crate::error::{Result, input};
 use crate::workers::Workers;
+use std::ops::Range;
 
 /// Where one plane of one layer lies in the caller's memory. Strides are in bytes.
 #[derive(Debug, Clone, Copy)]
@@ -74,17 +75,17 @@ impl KvView {
         self.planes.len()
     }
 
-    /// Whether two of the rows that a load of so many tokens writes are the same.
+    /// Whether two of the rows that a load of some tokens writes are the same.
     ///
     /// # Errors
     /// Which, by page or stride.
-    pub(crate) fn check_apart(&self, geometry: &Geometry, tokens: usize) -> Result<()> {
-        if tokens == 0 {
+    pub(crate) fn check_apart(&self, geometry: &Geometry, tokens: Range<usize>) -> Result<()> {
+        if tokens.is_empty() {
             return Ok(());
         }
         let row = geometry.row_bytes();
         for PlaneView { token_stride, head_stride, .. } in &self.planes {
-            for (axis, stride, count) in [("N", token_stride, tokens), ("H", head_stride, geometry.kv_heads as usize)] {
+            for (axis, stride, count) in [("N", token_stride, tokens.len()), ("H", head_stride, geometry.kv_heads as usize)] {
                 if count > 1 && stride.unsigned_abs() < row {
                     return Err(input(format!(
                         "kv: rows of {row} bytes lie {stride} bytes apart along {axis}, so a load would write one over \
@@ -94,7 +95,7 @@ impl KvView {
             }
         }
         let Some(table) = &self.pages else { return Ok(()) };
-        let mut written = table.pages[..tokens.div_ceil(table.page_tokens)].to_vec();
+        let mut written = table.pages[tokens.start / table.page_tokens..tokens.end.div_ceil(table.page_tokens)].to_vec();
         written.sort_unstable();
         match written.windows(2).find(|two| two[0] == two[1]) {
             Some(two) => Err(input(format!("pages: page {} is named twice, expected each once in a load", two[0]))),

@@ -158,7 +158,16 @@ class Match:
             return lease.tokens
         return lease.tokens + len(remote.names) * lease.block_tokens
 
-    def load(self, kv: object, *, layout: str = "BHND", batch: int = 0, pages: object = None) -> int:
+    def load(
+        self,
+        kv: object,
+        *,
+        layout: str = "BHND",
+        batch: int = 0,
+        pages: object = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> int:
         """Copies the matched blocks into tensors: token i of the match to token i of the tensors.
 
         Args:
@@ -166,23 +175,36 @@ class Match:
             layout: axes of the tensors, see `ModelCache.put`.
             batch: row to use where the layout has B.
             pages: page table where the layout has P.
+            start: first token to load, where those before it are in ``kv`` already: a multiple of the block's tokens.
+                Their rows are neither read nor written.
+            stop: the token after the last one to load, likewise; ``None``: all of the match.
 
         Returns:
-            Leading tokens that are valid in ``kv`` now. Fewer than `tokens` if a block failed on the way: then
+            Leading tokens that are valid in ``kv`` now, those before ``start`` among them. Fewer than `tokens` if a block failed on the way: then
             `explain` has the reason, and what lies behind the valid tokens is undefined.
 
         Raises:
-            InputError: the tensors do not fit the model, or have no room for the match.
+            InputError: the tensors do not fit the model, or have no room for the match; or start and stop are no bounds
+                of its blocks.
             ClosedError: the match was released.
         """
+        size, most = self._lease.block_tokens, self.tokens
+        stop = most if stop is None else stop
+        for name, value in (("start", start), ("stop", stop)):
+            if type(value) is not int or not 0 <= value <= most or value % size:
+                raise InputError(f"{name} is {value!r}, expected a multiple of {size} from 0 to {most}")
+        if start > stop:
+            raise InputError(f"start is {start}, expected at most {stop}, where the load stops")
         remote, cut = self._remote, None
         if remote is not None and not remote.released and (remote.names or "ssd" in self._lease.places):
-            expected = self.tokens
             self._lease = remote.fetch(self._lease)
-            cut = (remote.reason or "evicted") if self._lease.tokens < expected else None
-        tokens, places, reason = self._lease.load(kv, layout, batch, pages)
+            cut = (remote.reason or "evicted") if self._lease.tokens < stop else None
+        here = self._lease.tokens // size
+        tokens, places, reason = self._lease.load(
+            kv, layout, batch, pages, min(start // size, here), min(stop // size, here)
+        )
         if remote is not None:
-            places = ["dragonfly" if n in remote.fetched else place for n, place in enumerate(places)]
+            places = ["dragonfly" if n in remote.fetched else place for n, place in enumerate(places, start // size)]
         self._loaded = (tokens, places, reason or cut)
         if reason == "not_worth_it":
             self._tell()

@@ -78,19 +78,21 @@ impl Lease {
         self.lease.miss().map(|m| m.name())
     }
 
-    /// Copies the match into `kv`; returns `(tokens, places, reason)`.
-    #[pyo3(signature = (kv, layout, batch, pages))]
+    /// Copies some blocks of the match into `kv`; returns `(tokens, places, reason)`.
+    #[pyo3(signature = (kv, layout, batch, pages, start, stop))]
     fn load<'py>(
         &self,
         kv: &Bound<'py, PyAny>,
         layout: &str,
         batch: usize,
         pages: Option<&Bound<'py, PyAny>>,
+        start: usize,
+        stop: usize,
     ) -> PyResult<(usize, Vec<&'static str>, Option<&'static str>)> {
         let py = kv.py();
         let placement = Placement { layout, batch, pages };
         let (view, tensors) = view(kv, self.lease.geometry(), &placement, true)?;
-        let outcome = py.detach(|| self.lease.load(&view));
+        let outcome = py.detach(|| self.lease.load_part(&view, start..stop));
         keep_alive(tensors);
         let outcome = outcome.map_err(|e| raise(py, &e))?;
         let places = outcome.places.iter().map(|t| t.name()).collect();

@@ -10,7 +10,7 @@ use super::{Lease, check_view};
 use crate::block::{Geometry, RECORD_HEADER_BYTES, Sealed};
 use crate::codec::Layout;
 use crate::copy::{BlockCopy, Direction, KvView, copy_planes};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, input};
 use crate::fused::{decode_blocks, decode_planes};
 use crate::pool::Slot;
 use crate::ssd::record::{read_record, tokens_of};
@@ -18,11 +18,12 @@ use crate::ssd::{ModelFile, Place};
 use crate::stats::{Miss, Tier};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
 use crate::trie::NodeId;
+use std::ops::Range;
 
 /// What a load did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadOutcome {
-    /// Tokens now valid in the caller's tensors.
+    /// Leading tokens of the match that are valid in the caller's tensors now, if those before what was asked for are.
     pub tokens: usize,
     /// Where each loaded block came from.
     pub places: Vec<Tier>,
@@ -39,6 +40,8 @@ pub(super) enum Source {
 
 // What a load is about to do.
 struct Plan {
+    /// The first block of the match that is loaded; what follows here is of it and those after it.
+    first: usize,
     /// One by one, until `settle`.
     held: Vec<NodeId>,
     sources: Vec<Source>,
@@ -47,9 +50,9 @@ struct Plan {
 }
 
 impl Plan {
-    fn nothing(blocks: usize, miss: Miss) -> Self {
-        let sources = (0..blocks).map(|_| Source::Gone(miss)).collect();
-        Self { held: Vec::new(), sources, counted: false }
+    fn nothing(part: &Range<usize>, miss: Miss) -> Self {
+        let sources = part.clone().map(|_| Source::Gone(miss)).collect();
+        Self { first: part.start, held: Vec::new(), sources, counted: false }
     }
 }
 
@@ -77,25 +80,40 @@ impl Lease {
     /// # Errors
     /// The view does not fit the model or covers fewer tokens than the match, or the lease was released.
     pub fn load(&self, view: &KvView) -> Result<LoadOutcome> {
+        self.load_part(view, 0..self.blocks())
+    }
+
+    /// As [`Lease::load`], of some blocks of the match alone: rows of the view that belong to others are not touched.
+    /// What it returns counts from the first token of the match.
+    ///
+    /// # Errors
+    /// As there, or the match has no such blocks.
+    pub fn load_part(&self, view: &KvView, part: Range<usize>) -> Result<LoadOutcome> {
         let geometry = self.model.spec().geometry;
-        check_view(&geometry, view, self.tokens.len())?;
-        view.check_apart(&geometry, self.tokens.len())?;
-        let Plan { held, sources, counted } = self.plan()?;
+        if part.start > part.end || part.end > self.blocks() {
+            let (start, end, blocks) = (part.start, part.end, self.blocks());
+            return Err(input(format!("blocks {start} to {end} asked for, the match has {blocks}")));
+        }
+        let size = geometry.block_tokens as usize;
+        check_view(&geometry, view, part.end * size)?;
+        view.check_apart(&geometry, part.start * size..part.end * size)?;
+        let plan = self.plan(&part)?;
+        let Plan { first, ref sources, .. } = plan;
         let unread = |source: &Source| match source {
             Source::Gone(miss) => *miss,
             _ => Miss::Closed,
         };
         let results: Vec<Mutex<Taken>> = sources.iter().map(|source| Mutex::new(Err(unread(source)))).collect();
         let spent = Spent::default();
-        self.copy_from_ram(&geometry, view, &sources, &results, &spent);
-        let runs = runs(&sources, geometry.record_bytes(), self.shared.workers.threads());
-        if let Some(reads) = Reads::new(self, &sources, &runs, &spent) {
+        self.copy_from_ram(&geometry, view, &plan, &results, &spent);
+        let runs = runs(sources, geometry.record_bytes(), self.shared.workers.threads());
+        if let Some(reads) = Reads::new(self, sources, &runs, &spent) {
             self.shared.workers.each(runs.len().min(self.shared.workers.threads()), |_| {
                 loop {
                     let Some(arrived) = reads.lock().next() else { break };
                     let run = arrived.run.clone();
-                    let done = self.records(&sources, arrived, |n, record| match record {
-                        Ok(record) => self.take_record(&geometry, view, &sources[n], n, record, &spent),
+                    let done = self.records(sources, arrived, |n, record| match record {
+                        Ok(record) => self.take_record(&geometry, view, &sources[n], first + n, record, &spent),
                         Err(_) => Err(Miss::Io),
                     });
                     for (n, result) in run.zip(done) {
@@ -105,7 +123,7 @@ impl Lease {
             });
         }
         let results: Vec<Taken> = results.into_iter().map(Mutex::into_inner).collect();
-        Ok(self.settle(&geometry, &held, &sources, &results, &spent, counted))
+        Ok(self.settle(&geometry, &plan, &results, &spent))
     }
 
     // The token ids that block `n` must carry.
@@ -116,7 +134,7 @@ impl Lease {
 
     // Where each block lies. Those that are still there are held one by one until `settle`: neither a release in the
     // midst of the load nor room made for a promotion takes them away.
-    fn plan(&self) -> Result<Plan> {
+    fn plan(&self, part: &Range<usize>) -> Result<Plan> {
         let mut state = self.shared.state.lock();
         // Acquire pairs with the swap in `release`.
         if self.released.load(Ordering::Acquire) {
@@ -124,12 +142,12 @@ impl Lease {
         }
         state.catch_up(&self.shared.touched);
         let alive = !state.closed && state.models.contains_key(&self.model.id);
-        let matched = &self.hashes[..self.blocks()];
+        let matched = &self.hashes[part.clone()];
         if !alive {
-            return Ok(Plan::nothing(matched.len(), Miss::Closed));
+            return Ok(Plan::nothing(part, Miss::Closed));
         }
         if !state.begin_load(self.namespace.owner) {
-            return Ok(Plan::nothing(matched.len(), Miss::Quota));
+            return Ok(Plan::nothing(part, Miss::Quota));
         }
         let held: Vec<NodeId> = matched.iter().map_while(|&hash| state.nodes.find(hash)).collect();
         let held = state.nodes.lease(&held).to_vec();
@@ -167,32 +185,32 @@ impl Lease {
             sources.push(source);
         }
         sources.resize_with(matched.len(), || Source::Gone(lost));
-        Ok(Plan { held, sources, counted: true })
+        Ok(Plan { first: part.start, held, sources, counted: true })
     }
 
     fn copy_from_ram(
         &self,
         geometry: &Geometry,
         view: &KvView,
-        sources: &[Source],
+        plan: &Plan,
         results: &[Mutex<Taken>],
         spent: &Spent,
     ) {
         let (mut blocks, mut coded) = (Vec::new(), Vec::new());
-        for (n, source) in sources.iter().enumerate() {
+        for (n, source) in plan.sources.iter().enumerate() {
             let Source::Ram(slot, layout) = source else { continue };
             let at = self.shared.arena.at(*slot);
             let length = geometry.payload_offset() - RECORD_HEADER_BYTES;
             // SAFETY: the slot is published and held by this lease; what follows its header does not change.
             let tokens = unsafe { std::slice::from_raw_parts(at.add(RECORD_HEADER_BYTES), length) };
-            if !tokens_of(tokens, geometry).eq(self.expected(n).iter().copied()) {
+            if !tokens_of(tokens, geometry).eq(self.expected(plan.first + n).iter().copied()) {
                 *results[n].lock() = Err(Miss::Corrupt);
                 continue;
             }
             *results[n].lock() = Ok((Tier::Ram, layout.clone()));
             // SAFETY: the payload lies within the slot.
             let payload = unsafe { at.add(geometry.payload_offset()) };
-            let block = BlockCopy { payload, first_token: n * geometry.block_tokens as usize };
+            let block = BlockCopy { payload, first_token: (plan.first + n) * geometry.block_tokens as usize };
             match layout {
                 Some(layout) => coded.push((block, layout)),
                 None => blocks.push(block),
@@ -205,19 +223,12 @@ impl Lease {
     }
 
     // Books what happened, promotes what was read again, and forgets what proved bad.
-    fn settle(
-        &self,
-        geometry: &Geometry,
-        held: &[NodeId],
-        sources: &[Source],
-        results: &[Taken],
-        spent: &Spent,
-        counted: bool,
-    ) -> LoadOutcome {
+    fn settle(&self, geometry: &Geometry, plan: &Plan, results: &[Taken], spent: &Spent) -> LoadOutcome {
+        let Plan { first, held, sources, counted } = plan;
         let good = results.iter().take_while(|r| r.is_ok()).count();
         let (model, owner) = (self.model.id, self.namespace.owner);
         let mut state = self.shared.state.lock();
-        if counted {
+        if *counted {
             state.end_load(owner);
         }
         for (n, (source, result)) in sources.iter().zip(results).enumerate() {
@@ -265,9 +276,9 @@ impl Lease {
         if state.has_work() {
             self.shared.work.notify_all();
         }
-        let tokens = good * geometry.block_tokens as usize;
+        let tokens = (first + good) * geometry.block_tokens as usize;
         let counts = state.owners.counts(owner);
-        counts.loaded_tokens += tokens as u64;
+        counts.loaded_tokens += (good * geometry.block_tokens as usize) as u64;
         counts.loaded_bytes += (good * geometry.block_bytes()) as u64;
         // Relaxed: all threads are done.
         let load = |spent: &AtomicU64| spent.load(Ordering::Relaxed);

@@ -390,3 +390,64 @@ def test_a_block_that_is_not_in_ram_has_no_view(tmp_path: Path) -> None:
         assert hit.tokens == 16
         assert hit.view(0) is None
         assert_right(caches["model"], tokens)
+
+
+@pytest.mark.parametrize("where", ["ram", "ssd"])
+def test_a_part_of_a_match_is_loaded_and_other_rows_are_left_alone(tmp_path: Path, where: str) -> None:
+    tokens = tokens_of(11, 40)
+    kv = kv_of(tokens, geometry())
+    with stratakv.open(config(tmp_path)) as caches:
+        caches.register("model", geometry()).put(tokens, kv, layout="LKHND")
+        if where == "ram":
+            cache = caches["model"]
+            check_parts(cache, tokens, kv)
+            return
+    with stratakv.open(config(tmp_path)) as caches:
+        check_parts(caches.register("model", geometry()), tokens, kv)
+
+
+def check_parts(cache: stratakv.ModelCache, tokens: np.ndarray, kv: np.ndarray) -> None:
+    for start, stop in ((0, 40), (0, 8), (8, 40), (12, 28), (36, 40), (20, 20), (0, 0), (8, None)):
+        end = 40 if stop is None else stop
+        out = np.full_like(kv, -1)
+        with cache.match(tokens) as hit:
+            assert hit.load(out, layout="LKHND", start=start, stop=stop) == end
+            assert len(hit.explain().blocks) == (end - start) // 4
+        assert np.array_equal(out[:, :, :, start:end], kv[:, :, :, start:end])
+        assert (out[:, :, :, :start] == -1).all()
+        assert (out[:, :, :, end:] == -1).all()
+
+
+def test_pages_of_a_part_may_stand_twice_before_it(cache: stratakv.ModelCache) -> None:
+    tokens = tokens_of(12, 16)
+    kv = kv_of(tokens, cache.geometry)
+    cache.put(tokens, kv, layout="LKHND")
+    shape = cache.geometry
+    pages = np.zeros((shape.layers, shape.planes, 4, shape.kv_heads, 4, shape.head_dim), np.float32)
+    with cache.match(tokens) as hit:
+        # What lies before is shared with others, or not there at all.
+        assert hit.load(pages, layout="LKPHND", pages=[0, 0, 2, 3], start=8) == 16
+        with pytest.raises(stratakv.InputError, match="page 0 is named twice"):
+            hit.load(pages, layout="LKPHND", pages=[0, 0, 2, 3])
+    assert np.array_equal(pages[:, :, 2], kv[:, :, :, 8:12])
+    assert not pages[:, :, :2].any()
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"start": 2}, "start is 2, expected a multiple of 4 from 0 to 16"),
+        ({"stop": 20}, "stop is 20, expected a multiple of 4 from 0 to 16"),
+        ({"start": -4}, "start is -4"),
+        ({"stop": True}, "stop is True"),
+        ({"start": 8, "stop": 4}, "start is 8, expected at most 4"),
+    ],
+)
+def test_bounds_that_are_no_part_of_the_match_are_refused(
+    cache: stratakv.ModelCache, bounds: dict[str, int], message: str
+) -> None:
+    tokens = tokens_of(13, 16)
+    kv = kv_of(tokens, cache.geometry)
+    cache.put(tokens, kv, layout="LKHND")
+    with cache.match(tokens) as hit, pytest.raises(stratakv.InputError, match=message):
+        hit.load(np.zeros_like(kv), layout="LKHND", **bounds)
