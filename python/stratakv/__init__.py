@@ -37,7 +37,7 @@ from stratakv.errors import (
 )
 from stratakv.manager import CacheManager, open
 from stratakv.quotas import Admission, Usage
-from stratakv.registry import Discovery, FoundModel, RefusedModel, discover
+from stratakv.registry import Discovery, FoundModel, RefusedModel, discover, weights_version
 from stratakv.stats import Explanation, Snapshot, Stats, TierStats
 from stratakv.status import Status
 
@@ -81,4 +81,5 @@ __all__ = [
     "__version__",
     "discover",
     "open",
+    "weights_version",
 ]

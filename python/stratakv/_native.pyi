@@ -100,6 +100,7 @@ class Model:
         layout: str,
         batch: int,
         pages: object,
+        start: int,
         adapter: str,
         tenant: str,
         priority: int,

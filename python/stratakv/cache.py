@@ -180,8 +180,8 @@ class Match:
             stop: the token after the last one to load, likewise; ``None``: all of the match.
 
         Returns:
-            Leading tokens that are valid in ``kv`` now, those before ``start`` among them. Fewer than `tokens` if a block failed on the way: then
-            `explain` has the reason, and what lies behind the valid tokens is undefined.
+            Leading tokens that are valid in ``kv`` now, those before ``start`` among them. Fewer than asked for if a
+            block failed on the way: then `explain` has the reason, and what lies behind the valid ones is undefined.
 
         Raises:
             InputError: the tensors do not fit the model, or have no room for the match; or start and stop are no bounds
@@ -372,6 +372,7 @@ class ModelCache:
         layout: str = "BHND",
         batch: int = 0,
         pages: object = None,
+        start: int = 0,
         text: str | None = None,
         adapter: str = "",
         tenant: str = "",
@@ -392,6 +393,8 @@ class ModelCache:
                 ``"KPNHD"`` a paged cache with one tensor per layer; ``"LKHND"`` one array for all.
             batch: row to use where the layout has B.
             pages: page numbers in the order of the sequence, where the layout has P.
+            start: first token that ``kv`` holds, at its own place: rows before it are not read. Where one of the blocks
+                before is not cached any more, nothing is stored.
             text: of the prompt, where the vector index embeds texts: it is not kept.
             adapter: as for `match`.
             tenant: as for `match`.
@@ -413,7 +416,9 @@ class ModelCache:
         # Written so that it refuses what is not a number, too.
         if ttl_s is not None and not (isinstance(ttl_s, (int, float)) and ttl_s >= 0):
             raise InputError(f"ttl_s is {ttl_s!r}, expected seconds from 0 up, or None")
-        stored = self._model.put(tokens, kv, layout, batch, pages, adapter, tenant, priority, ttl_s)
+        if type(start) is not int or start < 0:
+            raise InputError(f"start is {start!r}, expected an integer from 0")
+        stored = self._model.put(tokens, kv, layout, batch, pages, start, adapter, tenant, priority, ttl_s)
         if self._manager.semantic is not None and stored:
             self._manager.semantic.note("put", self, tokens, text, adapter, tenant)
         return stored
@@ -443,14 +448,20 @@ class ModelCache:
         """Names a namespace of the model in its present epoch, 16 bytes."""
         return self._model.space(adapter, tenant)
 
-    def names(self, tokens: object, adapter: str, tenant: str) -> list[bytes]:
-        """Names of the whole blocks of some tokens, 16 bytes each."""
-        names = self._model.names(self.sequence(tokens, adapter=adapter, tenant=tenant))
+    def names(self, tokens: object, adapter: str = "", tenant: str = "") -> list[bytes]:
+        """Names of the whole blocks of some tokens or of a `sequence`, 16 bytes each."""
+        own = isinstance(tokens, _native.TokenSequence)
+        asked = tokens if own else self.sequence(tokens, adapter=adapter, tenant=tenant)
+        names = self._model.names(asked)  # type: ignore[arg-type]  # it is a sequence in both cases
         return [names[at : at + 16] for at in range(0, len(names), 16)]
 
     def in_ram(self, names: list[bytes]) -> int:
         """How many leading blocks of a sequence are in RAM, by their names."""
         return sum(1 for _ in itertools.takewhile(lambda place: place & 1, self._model.places(names)))
+
+    def held(self, names: list[bytes]) -> list[bool]:
+        """Whether RAM or SSD has each of some blocks, by their names."""
+        return [place != 0 for place in self._model.places(names)]
 
     def suggest(
         self, tokens: object = None, *, text: str | None = None, limit: int = 3, adapter: str = "", tenant: str = ""

@@ -616,12 +616,14 @@ class Config:
         environ: Mapping[str, str] = os.environ,
         *,
         tables: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> Config:
-        """Reads a TOML file and tables, if they are given, then the environment; the later one wins.
+        """Reads defaults, a TOML file and tables, if they are given, then the environment; the later one wins.
 
         Args:
             path: the file.
             tables: what a file would hold, as a mapping of sections.
+            defaults: the same, in place of our own.
             environ: where the ``STRATAKV_`` variables are read from.
 
         Raises:
@@ -629,7 +631,7 @@ class Config:
         """
         values: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
         files = [] if path is None else [(str(path), read_toml(Path(path)))]
-        for where, sections in [*files, ("configuration", tables or {})]:
+        for where, sections in [("defaults", defaults or {}), *files, ("configuration", tables or {})]:
             for section, table in sections.items():
                 if section not in _SECTIONS:
                     raise unknown_name("section", section, list(_SECTIONS), where)

@@ -58,10 +58,7 @@ class FoundModel:
         Raises:
             InputError: a file cannot be read.
         """
-        digest = hashlib.sha256()
-        for file in _weights(self.path):
-            digest.update(f"{file.name}:{_content(file)}\n".encode())
-        return digest.hexdigest()[:32]
+        return weights_version(self.path)
 
     def stamp(self) -> tuple[tuple[str, int, int], ...]:
         """What changes when its files do: names, sizes and times. Cheap, and no proof of what is in them."""
@@ -95,6 +92,23 @@ class Discovery:
 
     models: tuple[FoundModel, ...]
     refused: tuple[RefusedModel, ...]
+
+
+def weights_version(path: str | os.PathLike[str]) -> str:
+    """A digest of all weights in a folder or GGUF file, 32 hexadecimal digits: for `CacheManager.register`.
+
+    Files are read whole where nothing else tells: some seconds for a large model that is no Hugging Face cache.
+
+    Raises:
+        InputError: there are none, or a file cannot be read.
+    """
+    files = _weights(Path(path))
+    if not files:
+        raise InputError(f"{path}: no weights there, expected *.safetensors, pytorch_model*.bin or a GGUF file")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}:{_content(file)}\n".encode())
+    return digest.hexdigest()[:32]
 
 
 def discover(folder: str | os.PathLike[str], *, block_tokens: int = 16, dtype: Dtype | None = None) -> Discovery:

@@ -45,7 +45,7 @@ impl Model {
     }
 
     /// Stores what is not cached yet; returns how many leading tokens are cached now.
-    #[pyo3(signature = (tokens, kv, layout, batch, pages, adapter, tenant, priority, ttl_s))]
+    #[pyo3(signature = (tokens, kv, layout, batch, pages, start, adapter, tenant, priority, ttl_s))]
     #[expect(clippy::too_many_arguments, reason = "one crossing carries the whole request; Python names them")]
     fn put<'py>(
         &self,
@@ -54,6 +54,7 @@ impl Model {
         layout: &str,
         batch: usize,
         pages: Option<&Bound<'py, PyAny>>,
+        start: usize,
         adapter: &str,
         tenant: &str,
         priority: u8,
@@ -66,7 +67,10 @@ impl Model {
         // What no clock can reach is never over.
         let ttl = ttl_s.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
         let retention = Retention { priority, ttl };
-        let put = || self.store.put_sequence(&self.model, &asked.sequence(self, adapter, tenant), &view, retention);
+        let put = || {
+            let sequence = asked.sequence(self, adapter, tenant);
+            self.store.put_sequence(&self.model, &sequence, &view, start, retention)
+        };
         let outcome = py.detach(put);
         keep_alive(tensors);
         Ok(outcome.or_raise(py)?.tokens)

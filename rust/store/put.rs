@@ -36,10 +36,11 @@ impl Store {
     /// The view does not fit the model, or covers fewer tokens; the store is closed.
     pub fn put(&self, model: &Model, tokens: &[u32], adapter: &str, tenant: &str, view: &KvView) -> Result<PutOutcome> {
         let sequence = self.sequence(model, adapter, tenant, tokens.to_vec());
-        self.put_sequence(model, &sequence, view, Retention::default())
+        self.put_sequence(model, &sequence, view, 0, Retention::default())
     }
 
-    /// As [`put`](Self::put), of a sequence. What is asked beyond the default for its blocks replaces what was asked for
+    /// As [`put`](Self::put), of a sequence, of whose tokens the view holds those from `start` on: rows before are not read,
+    /// and if a block before is not cached, nothing is stored. What is asked beyond the default for its blocks replaces what was asked for
     /// them before, and holds while they are in RAM.
     ///
     /// # Errors
@@ -49,6 +50,7 @@ impl Store {
         model: &Model,
         sequence: &Sequence,
         view: &KvView,
+        start: usize,
         retention: Retention,
     ) -> Result<PutOutcome> {
         if retention.priority > Retention::MAX_PRIORITY {
@@ -78,6 +80,10 @@ impl Store {
         }
         let mut state = self.shared.open_state()?;
         state.catch_up(&self.shared.touched);
+        if known * block_tokens < start {
+            state.owners.counts(namespace.owner).put_refused += (hashes.len() - known) as u64;
+            return Ok(PutOutcome { tokens: known * block_tokens, new_blocks: 0 });
+        }
         let layout = state.models.get(&model.id).and_then(|m| m.hot.clone());
         let owner = namespace.owner;
         let granted = state.granted(owner, hashes.len() - known, block_tokens);

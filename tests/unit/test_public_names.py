@@ -49,6 +49,7 @@ DOCUMENTED = [
     "__version__",
     "discover",
     "open",
+    "weights_version",
 ]
 
 THINGS = [each for each in DOCUMENTED if each != "__version__"]

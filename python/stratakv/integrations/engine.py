@@ -64,19 +64,22 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(out)
 
 
-def open_caches(options: Mapping[str, Any], *folders: str) -> CacheManager:
+def open_caches(
+    options: Mapping[str, Any], *folders: str, defaults: Mapping[str, Mapping[str, Any]] | None = None
+) -> CacheManager:
     """Opens the store that an engine's options describe.
 
     Args:
         options: ``config`` (a TOML file) and sections of `stratakv.Config`; the environment is read last.
         *folders: below ``ssd.path``: processes of one engine have a directory each.
+        defaults: sections in which the engine's defaults are others than ours.
 
     Raises:
         ConfigError: an option makes no sense.
         StrataKVError: as `stratakv.open`.
     """
     tables = {name: value for name, value in options.items() if name != "config"}
-    config = Config.load(options.get("config"), tables=tables)
+    config = Config.load(options.get("config"), tables=tables, defaults=defaults)
     if config.ssd.enabled and folders:
         config = replace(config, ssd=replace(config.ssd, path=Path(str(config.ssd.path)).joinpath(*folders)))
     return open_store(config)

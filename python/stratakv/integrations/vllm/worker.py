@@ -1,0 +1,348 @@
+"""A worker's side: it has the store of its rank, loads into the engine's blocks and saves from them.
+
+    match (asked by the scheduler) ─▶ lease, until the step ─▶ load: before the forward pass, or behind it
+                                                     forward ─▶ save: what it computed, once
+
+What does not load is told to the engine, which computes it. What a failed load may have spoilt is never saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from stratakv import CacheManager, Match, ModelCache, StrataKVError, TokenSequence
+from stratakv.integrations.engine import open_caches
+from stratakv.integrations.vllm.messages import Counted, Ids, Load, Save, Saved, Step
+from stratakv.integrations.vllm.pages import DeviceMover, Gathered, HostMover, Pages
+from stratakv.integrations.vllm.ranks import Answers, Found
+
+_log = logging.getLogger(__name__)
+
+# Steps whose saves may be on their way from a device.
+_MOST_BEHIND = 8
+# How often blocks that were announced are looked for, and how many at a time.
+_LOOK_EVERY_S, _LOOK_AT = 1.0, 4096
+
+
+@dataclass
+class _Saving:
+    """A request's tokens so far."""
+
+    sequence: TokenSequence
+    # Tokens that were handed over; the sequence may still be behind.
+    tokens: int = 0
+
+
+@dataclass
+class _Leases:
+    """Matches that wait for their step."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    by_request: dict[str, tuple[int, Match]] = field(default_factory=dict)
+
+    def keep(self, request: str, step: int, match: Match) -> None:
+        with self.lock:
+            before = self.by_request.pop(request, None)
+            self.by_request[request] = (step, match)
+        if before is not None:
+            before[1].release()
+
+    def take(self, request: str) -> Match | None:
+        with self.lock:
+            found = self.by_request.pop(request, None)
+        return found[1] if found is not None else None
+
+    def release(self, until: int | None) -> None:
+        """Gives back what was asked for up to a step and is not loaded in it; ``None``: all."""
+        with self.lock:
+            over = [name for name, (step, _) in self.by_request.items() if until is None or step <= until]
+            matches = [self.by_request.pop(name)[1] for name in over]
+        for match in matches:
+            match.release()
+
+
+class Worker:
+    """One rank's store, and what moves between it and the engine's blocks."""
+
+    def __init__(
+        self,
+        name: str,
+        version: str,
+        rank: str,
+        specs: Mapping[str, FullAttentionSpec],
+        caches: Mapping[str, torch.Tensor],
+        blocks: int,
+        block_tokens: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Opens the store and begins to answer.
+
+        Args:
+            name: of the model.
+            version: of all that its keys and values depend on.
+            rank: this worker's among all; each has a directory of its own.
+            specs: of each layer that has a cache.
+            caches: each layer's tensor, ``[B, H, N, C]``.
+            blocks: of the scheduler.
+            block_tokens: tokens of one of them.
+            options: as of `open_caches`, and ``staging``: pass memory of the host in between, as devices need.
+
+        Raises:
+            InputError: the tensors are not what can be cached.
+            StrataKVError: the store cannot be opened.
+        """
+        given = dict(options)
+        staging = given.pop("staging", False)
+        on_device = any(cache.device.type != "cpu" for cache in caches.values())
+        pages = Pages(specs, caches, blocks, block_tokens, packed=not on_device)
+        self._mover: HostMover | DeviceMover = DeviceMover(pages) if on_device or staging else HostMover(pages)
+        self._block, self._geometry = block_tokens, pages.geometry
+        self.layers = pages.names
+        self._name, self._version = name, f"{version} {pages.packing} rank {rank}"
+        # A worker is often ended before it could write what it has: blocks go to the SSD as they are put.
+        self._caches: CacheManager = open_caches(given, f"rank-{rank}", defaults={"ssd": {"policy": "write_through"}})
+        self._cache: ModelCache = self._caches.register(name, pages.geometry, weights_version=self._version)
+        self._leases = _Leases()
+        self._saving: dict[str, _Saving] = {}
+        self._gathered: dict[int, Gathered] = {}
+        self._lock = threading.Lock()
+        self._invalid: set[int] = set()
+        self._received: set[str] = set()
+        self._counted = Counted()
+        self._saved = Saved()
+        self._announced: dict[bytes, bytes] = {}
+        self._looked = time.monotonic()
+        self._loads = ThreadPoolExecutor(2, thread_name_prefix="stratakv-load")
+        self._puts = ThreadPoolExecutor(1, thread_name_prefix="stratakv-put")
+        self._room = threading.BoundedSemaphore(_MOST_BEHIND)
+        self._answers = Answers(self)
+        self.address = self._answers.address
+        self._events: list[Any] = []
+        where = self._caches.config.ssd.path if self._caches.config.ssd.enabled else "RAM alone"
+        moved = "through host memory" if isinstance(self._mover, DeviceMover) else "in place"
+        self.summary = f"{self._geometry} of {name}, {pages.packing}, moved {moved}, in {where}"
+
+    # What the scheduler asks.
+
+    def match(self, request: str, step: int, tokens: Ids, adapter: str, tenant: str) -> Found:
+        """Leases what there is of a prompt, until the step is over."""
+        try:
+            match = self._cache.match(tokens, adapter=adapter, tenant=tenant)
+        except StrataKVError as error:
+            _log.warning("a prompt is computed, the cache could not be asked: %s", error)
+            return Found()
+        if not match.tokens:
+            match.release()
+            return Found()
+        self._leases.keep(request, step, match)
+        tiers: dict[str, int] = {}
+        for place in match.explain().blocks:
+            tiers[place] = tiers.get(place, 0) + self._block
+        return Found(match.tokens, set(tiers) <= {"ram"}, tiers)
+
+    def reset(self) -> None:
+        """Forgets everything, as the weights may be others now: what comes is stored under a version of its own."""
+        self._leases.release(None)
+        self._saving.clear()
+        self._caches.unregister(self._name)
+        version = f"{self._version} after {uuid.uuid4().hex}"
+        self._cache = self._caches.register(self._name, self._geometry, weights_version=version)
+
+    # Before the forward pass.
+
+    def begin(self, step: Step) -> None:
+        """Loads what this step waits for, and begins to load what it does not."""
+        after = self._mover.mark() if step.loads else None
+        for load in step.loads:
+            match = self._leases.take(load.request)
+            if load.behind:
+                self._loads.submit(self._load_behind, load, match, after)
+            else:
+                self._events = self._load(load, match, after) or self._events
+        self._leases.release(step.number)
+
+    def _load_behind(self, load: Load, match: Match | None, after: object) -> None:
+        """A load that the engine does not wait for: told when it is there, or is not."""
+        try:
+            events = self._load(load, match, after)
+            if events:
+                events[-1].synchronize()
+        except Exception:
+            # The request waits for a word: without one it would wait for ever.
+            _log.exception("a load failed, its tokens are computed")
+            self._fail(load, 0)
+        with self._lock:
+            self._received.add(load.request)
+
+    def _load(self, load: Load, match: Match | None, after: object) -> list[Any] | None:
+        started = time.perf_counter()
+        valid, events = 0, None
+        try:
+            if match is not None:
+                valid, events = self._mover.load(match, load, after)
+        except StrataKVError as error:
+            _log.warning("%d tokens are computed, they could not be loaded: %s", load.stop - load.start, error)
+        finally:
+            if match is not None:
+                match.release()
+        valid = max(valid, load.start)
+        with self._lock:
+            self._counted.add(
+                loaded_tokens=valid - load.start,
+                loaded_bytes=(valid - load.start) * self._geometry.token_bytes,
+                load_seconds=time.perf_counter() - started,
+            )
+        if valid < load.stop:
+            reason = match.explain().reason if match is not None else "its lease is over"
+            _log.warning("%d of %d tokens are computed: %s", load.stop - valid, load.stop - load.start, reason)
+            self._fail(load, valid)
+        return events
+
+    def _fail(self, load: Load, valid: int) -> None:
+        valid = max(valid, load.start)
+        with self._lock:
+            self._invalid.update(load.pages[valid // self._block : load.stop // self._block].tolist())
+            self._counted.add(failed_tokens=load.stop - valid)
+
+    def wait_for_layer(self, number: int) -> None:
+        """Has the engine's stream wait for one layer of this step's loads."""
+        if self._events:
+            torch.accelerator.current_stream().wait_event(self._events[number])
+
+    def wait_for_loads(self) -> None:
+        """Has the engine's stream wait for all of this step's loads."""
+        self.wait_for_layer(-1)
+
+    # During and after the forward pass.
+
+    def gather_layer(self, step: Step, number: int) -> None:
+        """Begins to bring one layer of what this step saves to the host."""
+        if isinstance(self._mover, DeviceMover):
+            for n, save in enumerate(step.saves):
+                if n not in self._gathered:
+                    self._gathered[n] = self._mover.gather(save.pages[save.start // self._block :])
+                self._mover.gather_layer(self._gathered[n], number)
+
+    def finish(self, step: Step) -> None:
+        """Saves what this step computed."""
+        for number in range(self._geometry.layers):
+            self.gather_layer(step, number)
+        gathered, self._gathered, self._events = self._gathered, {}, []
+        with self._lock:
+            invalid = np.fromiter(self._invalid, np.uint32, len(self._invalid))
+        for n, save in enumerate(step.saves):
+            self._save(save, invalid, gathered.get(n))
+        for request in step.finished:
+            self._saving.pop(request, None)
+
+    def _save(self, save: Save, invalid: Ids, gathered: Gathered | None) -> None:
+        state = self._saving.get(save.request)
+        if save.start == 0:
+            sequence = self._cache.sequence(adapter=save.adapter, tenant=save.tenant)
+            state = self._saving[save.request] = _Saving(sequence)
+        elif state is None or state.tokens != save.start:
+            return
+        # They hold, or were computed from, what was not loaded.
+        if len(invalid) and np.isin(save.pages, invalid).any():
+            del self._saving[save.request]
+            return
+        state.tokens += len(save.tokens)
+        if gathered is None:
+            self._put(state, save, None)
+        elif self._room.acquire(blocking=False):
+            self._puts.submit(self._put_behind, state, save, gathered)
+        else:
+            self._counted.add(refused_tokens=len(save.tokens))
+            del self._saving[save.request]
+
+    def _put_behind(self, state: _Saving, save: Save, gathered: Gathered) -> None:
+        try:
+            self._put(state, save, gathered)
+        except Exception:
+            _log.exception("tokens were not saved")
+        finally:
+            self._room.release()
+
+    def _put(self, state: _Saving, save: Save, gathered: Gathered | None) -> None:
+        started = time.perf_counter()
+        try:
+            state.sequence.extend(save.tokens)
+            stored = self._mover.put(self._cache, state.sequence, save.pages, save.start, gathered)  # type: ignore[arg-type]
+        except StrataKVError as error:
+            _log.warning("%d tokens were not saved: %s", len(save.tokens), error)
+            stored = 0
+        new = max(stored - save.start, 0)
+        with self._lock:
+            self._counted.add(
+                saved_tokens=new,
+                saved_bytes=new * self._geometry.token_bytes,
+                save_seconds=time.perf_counter() - started,
+                refused_tokens=len(save.tokens) - new,
+            )
+            if save.hashes:
+                self._announce(state.sequence, save, new // self._block)
+
+    # What the engine is told.
+
+    def received(self) -> set[str]:
+        """Requests whose loads behind are over, whether they came or not."""
+        with self._lock:
+            out, self._received = self._received, set()
+        return out
+
+    def invalid(self) -> set[int]:
+        """The engine's blocks that were to be loaded and were not."""
+        with self._lock:
+            out, self._invalid = self._invalid, set()
+        return out
+
+    def counted(self) -> Counted | None:
+        """Sums since the last call."""
+        with self._lock:
+            return self._counted.taken()
+
+    def _announce(self, sequence: TokenSequence, save: Save, blocks: int) -> None:
+        """Notes blocks that were stored, by the engine's names for them and ours."""
+        names = self._cache.names(sequence)[save.start // self._block :][:blocks]
+        for name, engine_name in zip(names, save.hashes, strict=False):
+            if name not in self._announced:
+                self._announced[name] = engine_name
+                self._saved.stored[engine_name] = 1
+
+    def saved(self) -> Saved | None:
+        """What was stored since the last call, and which of all that ever was is gone."""
+        now = time.monotonic()
+        with self._lock:
+            if self._announced and now - self._looked >= _LOOK_EVERY_S:
+                self._looked = now
+                # The oldest, which come last then.
+                names = [name for name, _ in zip(self._announced, range(_LOOK_AT), strict=False)]
+                for name, held in zip(names, self._cache.held(names), strict=True):
+                    engine_name = self._announced.pop(name)
+                    if held:
+                        self._announced[name] = engine_name
+                    else:
+                        self._saved.gone.add(engine_name)
+            if not self._saved.stored and not self._saved.gone:
+                return None
+            out, self._saved = self._saved, Saved()
+        return out
+
+    def close(self) -> None:
+        """Ends everything; what is only in RAM is written as far as the time allows."""
+        self._answers.close()
+        self._loads.shutdown()
+        self._puts.shutdown()
+        self._leases.release(None)
+        self._caches.close()
