@@ -117,7 +117,9 @@ def name_and_version(vllm_config: VllmConfig, given: str | None) -> tuple[str, s
         "ranks": [parallel.tensor_parallel_size, parallel.pipeline_parallel_size],
     }
     text = json.dumps(terms, sort_keys=True, default=str)
-    return str(model.model), blake2b(text.encode(), digest_size=16).hexdigest()
+    # Where it lies does not matter.
+    name = Path(str(model.model)).name if Path(str(model.model)).exists() else str(model.model)
+    return name, blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _is_scaled(rope: dict[str, Any]) -> bool:
