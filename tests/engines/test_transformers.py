@@ -22,6 +22,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import stratakv  # noqa: E402 (after the skips)
+from llamas import BLOCK, GREEDY, PROMPT_TOKENS, llama, prompt, settings  # noqa: E402
 from stratakv.demo.report import Report, Turn  # noqa: E402
 from stratakv.integrations.transformers import Restored, generate, geometry, restore, store  # noqa: E402
 
@@ -30,40 +31,6 @@ pytestmark = [
     # torch and transformers warn about themselves; nothing of it is about the cache.
     pytest.mark.filterwarnings("default"),
 ]
-
-GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-PROMPT_TOKENS = 150
-BLOCK = 16
-
-
-def llama(dtype: Any = torch.float32, seed: int = 0, **changes: Any) -> Any:
-    settings = {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.3,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(**{**settings, **changes})
-    return transformers.LlamaForCausalLM._from_config(config, dtype=dtype).eval()
-
-
-def prompt(tokens: int = PROMPT_TOKENS, seed: int = 1) -> Any:
-    return torch.randint(1, 256, (1, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def settings(folder: Path, ram: str = "64MiB") -> stratakv.Config:
-    return stratakv.Config(
-        ram=stratakv.RamConfig(capacity_bytes=ram),
-        ssd=stratakv.SsdConfig(path=str(folder), capacity_bytes="256MiB", segment_bytes="4MiB", policy="write_through"),
-    )
 
 
 def split_run(model: Any, input_ids: Any, split: int, **options: Any) -> Any:
@@ -428,12 +395,12 @@ def test_a_model_without_a_sliding_window_is_not_refused() -> None:
     assert found == stratakv.Geometry(layers=2, kv_heads=1, head_dim=16, dtype="fp32")
 
 
-def test_a_static_cache_is_not_stored(model: Any, cache: stratakv.ModelCache) -> None:
-    static = transformers.StaticCache(config=model.config, max_cache_len=256)
-    with torch.inference_mode():
-        model(prompt(), past_key_values=static)
-    with pytest.raises(stratakv.InputError, match="StaticCache"):
-        store(cache, prompt(), static)
+def test_a_quantized_cache_is_not_stored(model: Any, cache: stratakv.ModelCache) -> None:
+    class Quantized(transformers.DynamicCache):
+        """Any cache that is more than its kind says."""
+
+    with pytest.raises(stratakv.InputError, match="Quantized"):
+        store(cache, prompt(), Quantized())
 
 
 def test_a_cache_with_other_layers_is_not_stored(model: Any, cache: stratakv.ModelCache) -> None:
@@ -466,14 +433,16 @@ def test_a_cache_of_another_model_is_refused(caches: stratakv.CacheManager, mode
         ({"use_cache": False}, "use_cache"),
         ({"num_beams": 2}, "num_beams"),
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
-        ({"cache_implementation": "static"}, "cache_implementation"),
         ({"cache_implementation": "quantized"}, "cache_implementation"),
+        ({"prefill_chunk_size": 64}, "prefill_chunk_size"),
+        ({"token_healing": True}, "token_healing"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
         ({"inputs_embeds": torch.zeros(1, 4, 64)}, "inputs_embeds"),
         ({"position_ids": torch.arange(PROMPT_TOKENS)[None]}, "position_ids"),
         ({"assistant_model": "another"}, "assistant_model"),
         ({"generation_config": transformers.GenerationConfig(num_beams=3)}, "num_beams"),
-        ({"attention_mask": torch.tensor([[0] + [1] * (PROMPT_TOKENS - 1)])}, "attention_mask"),
+        ({"attention_mask": torch.tensor([[1] * (PROMPT_TOKENS - 1) + [0]])}, "padded on the right, by 1 of 150"),
+        ({"attention_mask": torch.tensor([[1] * 9 + [0] + [1] * (PROMPT_TOKENS - 10)])}, "hides token 9"),
         ({"attention_mask": torch.ones(1, 3)}, "attention_mask"),
     ],
 )
@@ -487,14 +456,14 @@ def test_an_argument_that_would_make_reuse_wrong_is_refused(
 @pytest.mark.parametrize(
     ("input_ids", "said"),
     [
-        (torch.ones(2, 20, dtype=torch.long), "batch of 2"),
-        (torch.ones(20, dtype=torch.long), r"\[1, tokens\]"),
+        (torch.ones(20, dtype=torch.long), r"\[rows, tokens\]"),
         (torch.ones(1, 0, dtype=torch.long), "empty"),
         (torch.ones(1, 20), "integers"),
-        ([[1, 2, 3]], r"\[1, tokens\]"),
+        (torch.ones(0, 20, dtype=torch.long), "no rows"),
+        ([[1, 2, 3]], r"\[rows, tokens\]"),
     ],
 )
-def test_a_prompt_that_is_not_one_sequence_is_refused(
+def test_a_prompt_that_is_no_tensor_of_token_ids_is_refused(
     model: Any, cache: stratakv.ModelCache, input_ids: Any, said: str
 ) -> None:
     with pytest.raises(stratakv.InputError, match=said):
