@@ -93,6 +93,15 @@ def test_turns_go_on_with_one_sequence(model: Any, cache: stratakv.ModelCache) -
     assert len(sequence) == tokens + len((" ".join(["<|end|>", "<|user|>", QUESTIONS[1], "<|end|>"])).split()) + 2 + 24
 
 
+def test_a_prompt_that_is_cached_whole_still_computes_its_last_token(model: Any, cache: stratakv.ModelCache) -> None:
+    # Six blocks with what the template puts around it.
+    question = words(96 - 65, 8)
+    for tokens in (0, 95):
+        chat = Chat(model, cache, tokenizer(), system=SYSTEM, **GREEDY)
+        assert chat.send(question) == uncached(model, tokenizer(), [question])[0]
+        assert chat.restored.tokens == tokens
+
+
 def test_a_template_that_rewrites_history_starts_a_new_sequence(model: Any, cache: stratakv.ModelCache) -> None:
     # It shows the model no more than the last words of what it said.
     rewriting = TEMPLATE.replace(

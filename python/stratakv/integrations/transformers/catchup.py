@@ -26,8 +26,9 @@ from stratakv.integrations.transformers.padding import Batch
 
 __all__ = ["catch_up", "starts"]
 
-# What a pass costs beside its tokens, in tokens: so many take as long as the weights take to be read. SmolLM2-135M on
-# two cores has it at some thirty.
+# What a pass costs beside its tokens, in tokens: so many take as long as the weights take to be read. SmolLM2-135M in
+# fp32 takes 69 ms for one token and 416 ms for 128 on one core of an EPYC (Zen 3): some 25. A larger value errs on the
+# side of fewer passes.
 _PASS_TOKENS = 32
 
 
