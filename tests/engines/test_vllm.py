@@ -1,7 +1,7 @@
 """vLLM's CPU build: with stratakv it says, token by token, what it says without it.
 
-Models have random weights, large enough that an answer depends on the whole prompt, or are SmolLM2. The reference is the
-same engine without the connector. `test_wrong_...` shows that wrong keys and values change what is said.
+Models have random weights, large enough that an answer depends on the whole prompt, or are SmolLM2. The reference is
+the same engine without the connector. `test_wrong_...` shows that wrong keys and values change what is said.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from engines.vllm_engine import damage
 
 pytest.importorskip("vllm")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 
 pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("default"), pytest.mark.timeout(600)]
 
@@ -148,7 +150,7 @@ def test_wrong_keys_and_values_would_show(
         for folder in (other, model):
             options = connector(tmp_path / f"store{len(named)}", **named)
             out = run(job | {"model": str(folder), "connector": options})
-        # Told apart by its weights, the other model is not found. Said to be the same, it is, and what is said is wrong.
+        # Told apart by its weights, the other model is not found. Said to be the same, it is, and says what is wrong.
         assert (out["rounds"][0]["cached"][0] > 0) == bool(named)
         assert (out["rounds"][0]["tokens"] != expected) == bool(named)
 
@@ -224,3 +226,47 @@ def test_scheduler_and_workers_in_processes_of_their_own_and_two_ranks(
     assert again["rounds"][0]["tokens"] == alone
     assert 0 < sum(again["rounds"][0]["cached"]) < sum(out["rounds"][1]["cached"])
     del expected  # Two ranks add in another order than one.
+
+
+def adapter(folder: Path, seed: int) -> Path:
+    """A LoRA adapter of random weights."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["q_proj", "v_proj"]}))
+    tensors = {}
+    for layer in range(3):
+        for name, rows in (("q_proj", 128), ("v_proj", 64)):
+            at = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{at}.lora_A.weight"] = torch.randn((8, 128), generator=generator) * 0.3
+            tensors[f"{at}.lora_B.weight"] = torch.randn((rows, 8), generator=generator) * 0.3
+    safetensors.save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_adapters_share_nothing_and_one_with_new_weights_under_its_old_name_neither(
+    model: Path, prompts: list[dict[str, Any]], expected: list[list[int]], tmp_path: Path
+) -> None:
+    folders = [adapter(tmp_path / f"adapter{n}", n) for n in (1, 2)]
+    with_lora = [
+        [prompt | {"lora": {"name": "a", "id": n, "path": str(folder)}} for prompt in prompts[:8]]
+        for n, folder in enumerate(folders, 1)
+    ]
+    engine = {"enable_prefix_caching": False, "enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    job = {"model": str(model), "engine": engine, "rounds": [{"prompts": each} for each in (*with_lora, prompts[:8])]}
+    alone = run(job)
+    said = [each["tokens"] for each in alone["rounds"]]
+    assert said[0] != said[1] != said[2] == expected[:8]
+    out = run(job | {"connector": connector(tmp_path / "store")})
+    assert [each["tokens"] for each in out["rounds"]] == said
+    assert [each["cached"][0] for each in out["rounds"]] == [0, 0, 0]
+    again = run(job | {"connector": connector(tmp_path / "store")})
+    assert [each["tokens"] for each in again["rounds"]] == said
+    assert all(each["cached"][0] > 0 for each in again["rounds"])
+
+
+def test_events_tell_what_is_stored_and_what_is_gone(model: Path, tmp_path: Path) -> None:
+    """Heard by our own router, as another engine's would be."""
+    from stratakv.events import Subscriber  # noqa: PLC0415
+
+    del Subscriber
