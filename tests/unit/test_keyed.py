@@ -10,7 +10,7 @@ import pytest
 
 import stratakv
 from stores import geometry
-from stratakv.integrations.engine import EngineVersionError, KeyedBlocks, open_caches, require
+from stratakv.integrations.engine import EngineVersionError, KeyedBlocks, leading, open_caches, require
 
 
 def content(seed: int, shape: stratakv.Geometry) -> np.ndarray:
@@ -33,6 +33,44 @@ def test_what_is_put_under_a_key_is_found_by_that_key_alone(caches: stratakv.Cac
         assert blocks.load(key, out)
         assert np.array_equal(out, content(seed, shape))
     assert not blocks.load(b"key", np.zeros_like(content(0, shape)))
+
+
+def test_leading_keys_are_counted_whatever_lies_behind_a_hole_and_used_last_to_first() -> None:
+    chance = np.random.default_rng(5)
+    for length in range(40):
+        for there in (length, int(chance.integers(0, length + 1))):
+            keys = [b"%d" % n for n in range(length)]
+            cached = set(keys[:there]) | {key for key in keys if chance.random() < 0.3}
+            expected = next((n for n, key in enumerate(keys) if key not in cached), length)
+            used: list[bytes] = []
+            assert leading(keys, lambda key, used=used, cached=cached: (used.append(key), key in cached)[1]) == expected
+            # What is leading was last used from its end to its head.
+            last = {key: n for n, key in enumerate(used)}
+            order = [last[key] for key in keys[:expected]]
+            assert order == sorted(order, reverse=True)
+    # A prompt of which nothing is cached costs one question.
+    used = []
+    assert leading([b"a", b"b", b"c"], lambda key: bool(used.append(key))) == 0
+    assert used == [b"a"]
+
+
+def test_a_lease_keeps_a_block_until_it_is_released(tmp_path: Path) -> None:
+    shape = geometry(block_tokens=16, head_dim=64, kv_heads=8)
+    options = {"ram": {"capacity_bytes": "2MiB", "eviction": "lru"}, "ssd": {"enabled": False}}
+    with open_caches(options) as caches:
+        blocks = KeyedBlocks(caches.register("keyed", shape), "LKHND")
+        assert blocks.lease(b"none") is None
+        for key in (b"kept", b"left"):
+            assert blocks.put(key, content(1, shape))
+        lease = blocks.lease(b"kept")
+        assert lease is not None
+        for number in range(40):
+            blocks.put(b"%d" % number, content(number, shape))
+        assert (blocks.has(b"kept"), blocks.has(b"left")) == (True, False)
+        lease.release()
+        for number in range(40, 80):
+            blocks.put(b"%d" % number, content(number, shape))
+        assert not blocks.has(b"kept")
 
 
 def test_options_are_sections_of_the_configuration(tmp_path: Path) -> None:

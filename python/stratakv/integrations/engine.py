@@ -9,7 +9,7 @@ Engines that ask by a key of their own and never show the tokens store through `
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from stratakv import CacheManager, Config, ModelCache, StrataKVError, TokenSequence
+from stratakv import CacheManager, Config, Match, ModelCache, StrataKVError, TokenSequence
 from stratakv import open as open_store
 
-__all__ = ["EngineVersionError", "KeyedBlocks", "open_caches", "require"]
+__all__ = ["EngineVersionError", "KeyedBlocks", "leading", "open_caches", "require", "settings"]
 
 
 class EngineVersionError(StrataKVError):
@@ -64,25 +64,61 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(out)
 
 
-def open_caches(
-    options: Mapping[str, Any], *folders: str, defaults: Mapping[str, Mapping[str, Any]] | None = None
-) -> CacheManager:
-    """Opens the store that an engine's options describe.
+def settings(options: Mapping[str, Any], *folders: str) -> Config:
+    """The configuration that an engine's options describe.
+
+    An engine's process is often ended before it could write what it has, so that blocks go to the SSD as they are put
+    unless the options say otherwise.
 
     Args:
         options: ``config`` (a TOML file) and sections of `stratakv.Config`; the environment is read last.
         *folders: below ``ssd.path``: processes of one engine have a directory each.
-        defaults: sections in which the engine's defaults are others than ours.
+
+    Raises:
+        ConfigError: an option makes no sense.
+    """
+    tables = {name: value for name, value in options.items() if name != "config"}
+    config = Config.load(options.get("config"), tables=tables, defaults={"ssd": {"policy": "write_through"}})
+    if config.ssd.enabled and folders:
+        config = replace(config, ssd=replace(config.ssd, path=Path(str(config.ssd.path)).joinpath(*folders)))
+    return config
+
+
+def open_caches(options: Mapping[str, Any], *folders: str) -> CacheManager:
+    """Opens the store that an engine's options describe; both as for `settings`.
 
     Raises:
         ConfigError: an option makes no sense.
         StrataKVError: as `stratakv.open`.
     """
-    tables = {name: value for name, value in options.items() if name != "config"}
-    config = Config.load(options.get("config"), tables=tables, defaults=defaults)
-    if config.ssd.enabled and folders:
-        config = replace(config, ssd=replace(config.ssd, path=Path(str(config.ssd.path)).joinpath(*folders)))
-    return open_store(config)
+    return open_store(settings(options, *folders))
+
+
+def leading(keys: Sequence[bytes], has: Callable[[bytes], bool]) -> int:
+    """How many leading ones of some keys are cached.
+
+    Keys of one prompt are asked for last to first, so that its head is what was used last and outlives its tail: under
+    keys a block has no block before it that would keep it. Where nearly all that is cached is leading, as it then is,
+    few are asked for that are not.
+
+    Args:
+        keys: in the order of the prompt.
+        has: whether one is cached; asking counts as a use.
+    """
+    if not keys or not has(keys[0]):
+        return 0
+    low, end = 1, len(keys)
+    while low < end:
+        middle = (low + end) // 2
+        if has(keys[middle]):
+            low = middle + 1
+        else:
+            end = middle
+    # What stands at `end` is not cached, or there is nothing; what stands before it may still have holes.
+    for number in reversed(range(end)):
+        if not has(keys[number]):
+            end = number
+    return end
 
 
 class KeyedBlocks:
@@ -115,14 +151,17 @@ class KeyedBlocks:
         with self.cache.match(self._sequence(key)) as match:
             return match.tokens > 0
 
+    def lease(self, key: bytes) -> Match | None:
+        """A block's match, leased until it is released; ``None`` if it is not cached. Counts as a use."""
+        match = self.cache.match(self._sequence(key))
+        if match.tokens > 0:
+            return match
+        match.release()
+        return None
+
     def leading(self, keys: Sequence[bytes]) -> int:
-        """How many leading ones of some keys are cached."""
-        count = 0
-        for key in keys:
-            if not self.has(key):
-                break
-            count += 1
-        return count
+        """How many leading ones of some keys are cached; see `leading`."""
+        return leading(keys, self.has)
 
     def load(self, key: bytes, kv: object, pages: object = None) -> bool:
         """Copies a block into tensors; false is a miss, after which what they hold is undefined."""

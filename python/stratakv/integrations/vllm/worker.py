@@ -110,8 +110,7 @@ class Worker:
         self._block, self._geometry = block_tokens, pages.geometry
         self.layers = pages.names
         self._name, self._version = name, f"{version} {pages.packing} rank {rank}"
-        # A worker is often ended before it could write what it has: blocks go to the SSD as they are put.
-        self._caches: CacheManager = open_caches(given, f"rank-{rank}", defaults={"ssd": {"policy": "write_through"}})
+        self._caches: CacheManager = open_caches(given, f"rank-{rank}")
         self._cache: ModelCache = self._caches.register(name, pages.geometry, weights_version=self._version)
         self._leases = _Leases()
         self._saving: dict[str, _Saving] = {}
