@@ -1,6 +1,6 @@
-"""LMCache: what its storage managers put through a plug-in, a connector or an L2 adapter comes back, or is a miss.
+"""LMCache: what its engine's storage manager puts through the plug-in or the connector comes back, or is a miss.
 
-Everything is driven by LMCache's own storage managers on the CPU, with its own buffer and its own keys. Its connectors
+Everything is driven by LMCache's own storage manager on the CPU, with its own buffer and its own keys. Its connectors
 to the memory of a GPU are not run.
 """
 
@@ -29,11 +29,6 @@ with warnings.catch_warnings():
     pytest.importorskip("lmcache")
     from lmcache.utils import CacheEngineKey
     from lmcache.v1.config import LMCacheEngineConfig
-    from lmcache.v1.distributed.api import GroupedObjectKeys, MemoryLayoutDesc, ObjectKey, PrefetchTaskSpec
-    from lmcache.v1.distributed.config import DRAML1ManagerConfig, EvictionConfig, StorageManagerConfig
-    from lmcache.v1.distributed.l2_adapters.config import L2AdaptersConfig
-    from lmcache.v1.distributed.l2_adapters.plugin_l2_adapter import PluginL2AdapterConfig
-    from lmcache.v1.distributed.storage_manager import StorageManager as ServerStorageManager
     from lmcache.v1.event_manager import EventManager
     from lmcache.v1.memory_management import MemoryFormat
     from lmcache.v1.metadata import LMCacheMetadata
@@ -41,6 +36,7 @@ with warnings.catch_warnings():
     from lmcache.v1.token_database import ChunkedTokenDatabase
 
     from stratakv.integrations import lmcache as adapter
+    from stratakv.integrations.lmcache import chunks
 
 import stratakv  # noqa: E402 (after the skips)
 from stratakv.integrations.engine import EngineVersionError  # noqa: E402
@@ -163,9 +159,19 @@ def buffer_bytes(manager: StorageManager) -> int:
     return 4096 * len(held)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("latent", [False, True])
-@pytest.mark.parametrize("where", [PLUGIN, REMOTE])
+@pytest.mark.parametrize(
+    ("where", "latent", "dtype"),
+    [
+        (PLUGIN, False, torch.bfloat16),
+        (PLUGIN, False, torch.float16),
+        (PLUGIN, False, torch.float32),
+        (PLUGIN, False, torch.float8_e4m3fn),
+        (PLUGIN, True, torch.bfloat16),
+        (REMOTE, False, torch.bfloat16),
+        (REMOTE, True, torch.float8_e4m3fn),
+    ],
+    ids=str,
+)
 def test_chunks_come_back_byte_for_byte_after_a_restart_too(
     tmp_path: Path, dtype: Any, latent: bool, where: str
 ) -> None:
@@ -186,6 +192,27 @@ def test_chunks_come_back_byte_for_byte_after_a_restart_too(
             assert same(taken([one(manager, keys[2], where)]), wanted[2:3])
         assert one(manager, keys_of(meta, 1, 9)[0], where) is None
         assert manager.memcheck()
+        assert buffer_bytes(manager) == free
+
+
+def test_a_chunk_that_is_served_under_another_key_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A control: keys that leave out the prefix.
+    monkeypatch.setattr(chunks.Chunks, "key", staticmethod(lambda key: key.model_name.encode()))
+    keys = keys_of(metadata(), 3)
+    with serving(store_options(tmp_path)) as manager:
+        wanted = put(manager, keys)
+        assert not same(taken(manager.batched_get(keys, location=PLUGIN)), wanted)
+
+
+def test_memory_that_is_not_given_back_is_seen(tmp_path: Path) -> None:
+    # A control, too.
+    keys = keys_of(metadata(), 1)
+    with serving(store_options(tmp_path)) as manager:
+        put(manager, keys)
+        free = buffer_bytes(manager)
+        kept = one(manager, keys[0])
+        assert buffer_bytes(manager) < free
+        kept.ref_count_down()
         assert buffer_bytes(manager) == free
 
 
@@ -521,7 +548,8 @@ def test_a_configuration_that_makes_no_sense_is_refused_with_a_sentence(tmp_path
     refused("rams.*ram", {**good, "rams": {}})
     refused(r"extra_config\.stratakv is 'fast', expected a table", "fast")  # type: ignore[arg-type]  # that is the point
     refused("weights_version is 7, expected text", {**good, "weights_version": 7})
-    refused("one block", {**good, "ram": {"capacity_bytes": "1MiB"}}, metadata(kv_shape=(64, 2, 256, 8, 128), chunk_size=256))
+    large = metadata(kv_shape=(64, 2, 256, 8, 128), chunk_size=256)
+    refused("one block", {**good, "ram": {"capacity_bytes": "1MiB"}}, large)
     latent = metadata(use_mla=True, world_size=2, worker_id=1)
     with pytest.raises(stratakv.ConfigError, match="remote_enable_mla_worker_id_as0"):
         adapter.StrataConnector(engine_config(good), latent, object())
@@ -530,11 +558,11 @@ def test_a_configuration_that_makes_no_sense_is_refused_with_a_sentence(tmp_path
 
 
 def test_keys_that_no_other_process_makes_again_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    for name, there in (("vllm", True), ("vllm", False)):
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda asked, *of, t=there, n=name: (t or None) if asked == n else found(asked, *of)
-        )
+    find, there = importlib.util.find_spec, True
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: (there or None) if name == "vllm" else find(name, *of)
+    )
+    for there in (True, False):
         for seed in (None, "random"):
             monkeypatch.delenv("PYTHONHASHSEED") if seed is None else monkeypatch.setenv("PYTHONHASHSEED", seed)
             if there:

@@ -636,8 +636,8 @@ class StrataHiCache(HiCacheStorage):
         try:
             stats = caches.stats()
             _log.info(
-                "%d of %d pages that were asked for were there; %d were stored, %d found no room",
-                *(stats.hit_blocks, stats.asked_blocks, stats.put_blocks, stats.put_refused_blocks),
+                "asked %d times for a page, %d times it was there; %d pages were stored, %d found no room",
+                *(stats.asked_blocks, stats.hit_blocks, stats.put_blocks, stats.put_refused_blocks),
             )
             caches.close()
         except StrataKVError as problem:

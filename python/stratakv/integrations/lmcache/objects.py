@@ -194,8 +194,8 @@ def closed(caches: CacheManager) -> None:
     try:
         stats = caches.stats()
         _log.info(
-            "%d of %d chunks that were asked for were there; %d were stored, %d found no room",
-            *(stats.hit_blocks, stats.asked_blocks, stats.put_blocks, stats.put_refused_blocks),
+            "asked %d times for a chunk, %d times it was there; %d chunks were stored, %d found no room",
+            *(stats.asked_blocks, stats.hit_blocks, stats.put_blocks, stats.put_refused_blocks),
         )
         caches.close()
     except StrataKVError as problem:
