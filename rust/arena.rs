@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::pool::Slot;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
-const HUGE_PAGE: usize = 2 << 20;
+pub(crate) const HUGE_PAGE: usize = 2 << 20;
 
 /// What backs the part of a mapping that was touched, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -93,6 +93,13 @@ impl Arena {
 
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Has the system back a huge page at an offset with memory, whatever it holds; false where it will not.
+    pub(crate) fn populate(&self, offset: usize) -> bool {
+        debug_assert!(offset.is_multiple_of(HUGE_PAGE) && offset < self.bytes);
+        // SAFETY: the page is within the mapping; the advice neither changes nor moves what is there.
+        unsafe { madvise(self.base.add(offset).cast(), HUGE_PAGE, Advice::LinuxPopulateWrite) }.is_ok()
     }
 
     /// What backs it at present; `None` where the kernel does not tell. Reads a file of a few kilobytes per mapping of

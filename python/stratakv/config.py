@@ -159,17 +159,22 @@ class RamConfig:
             the present load.
         codec: how blocks are encoded when they are put, unless a model is registered with another: a `Codec`, its name,
             or a table of its fields.
+        prefault: whether the whole arena is backed with memory at once, behind the opening. Else it is as blocks come,
+            and the first put to each part of it takes several times as long.
     """
 
     capacity_bytes: int | str = "2GiB"
     eviction: Eviction = "adaptive"
     codec: Codec | str | Mapping[str, Any] = "none"
+    prefault: bool = False
 
     def __post_init__(self) -> None:
         """Checks every field and turns the size into bytes."""
         object.__setattr__(self, "capacity_bytes", parse_bytes(self.capacity_bytes, "ram.capacity_bytes"))
         if self.eviction not in get_args(Eviction):
             raise ConfigError(f"ram.eviction is {self.eviction!r}, expected one of {', '.join(get_args(Eviction))}")
+        if not isinstance(self.prefault, bool):
+            raise ConfigError(f"ram.prefault is {self.prefault!r}, expected true or false")
         object.__setattr__(self, "codec", _codec("ram.codec", self.codec))
 
 

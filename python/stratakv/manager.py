@@ -68,6 +68,8 @@ class CacheManager:
             threads=config.store.threads,
             index_bytes=config.store.index_bytes,
         )
+        if config.ram.prefault:
+            threading.Thread(target=self._store.prefault, name="stratakv-prefault", daemon=True).start()
         refused = self._store.snapshot()["ssd_engine_refused"]
         if refused is not None:
             _log.warning("io_uring is refused here (%s): the SSD tier reads and writes with a few threads", refused)

@@ -69,6 +69,11 @@ impl Store {
         Ok(Model { store: self.store.clone(), model })
     }
 
+    /// Has the system back all of RAM with memory.
+    fn prefault(&self, py: Python<'_>) {
+        py.detach(|| self.store.prefault());
+    }
+
     /// Waits until every block is durable on SSD.
     fn flush(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.store.flush()).or_raise(py)

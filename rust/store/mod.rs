@@ -48,7 +48,7 @@ pub use sequence::Sequence;
 pub use share::Admitted;
 pub use view::BlockView;
 
-use crate::arena::{Arena, Pages};
+use crate::arena::{Arena, HUGE_PAGE, Pages};
 use crate::block::{Geometry, Secret};
 use crate::codec::Isa;
 use crate::copy::KvView;
@@ -432,6 +432,16 @@ impl Store {
             file.sync().map_err(|e| Error::io("cannot make the SSD tier durable", e))?;
         }
         Ok(())
+    }
+
+    /// Has the system back all of RAM with memory, so that no put waits for that. Ends early where the store is closed or
+    /// the system has no more.
+    pub fn prefault(&self) {
+        for offset in (0..self.shared.arena.bytes()).step_by(HUGE_PAGE) {
+            if self.shared.check_open().is_err() || !self.shared.arena.populate(offset) {
+                return;
+            }
+        }
     }
 
     /// Writes what is not on SSD yet, seals the segments and gives the directory back. Closing twice does nothing.

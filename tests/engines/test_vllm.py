@@ -267,6 +267,6 @@ def test_adapters_share_nothing_and_one_with_new_weights_under_its_old_name_neit
 
 def test_events_tell_what_is_stored_and_what_is_gone(model: Path, tmp_path: Path) -> None:
     """Heard by our own router, as another engine's would be."""
-    from stratakv.events import Subscriber  # noqa: PLC0415
+    from stratakv.events import Subscriber
 
     del Subscriber

@@ -23,6 +23,9 @@ from stratakv import open as open_store
 __all__ = ["EngineVersionError", "KeyedBlocks", "leading", "open_caches", "require", "settings"]
 
 
+_DEFAULTS = {"ram": {"prefault": True}, "ssd": {"policy": "write_through"}}
+
+
 class EngineVersionError(StrataKVError):
     """An engine is missing, or of a version that its adapter was not tested with."""
 
@@ -67,8 +70,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 def settings(options: Mapping[str, Any], *folders: str) -> Config:
     """The configuration that an engine's options describe.
 
-    An engine's process is often ended before it could write what it has, so that blocks go to the SSD as they are put
-    unless the options say otherwise.
+    Unless the options say otherwise, blocks go to the SSD as they are put, since an engine's process is often ended
+    before it could write what it has; and RAM is backed with memory at start, so that no request waits for that.
 
     Args:
         options: ``config`` (a TOML file) and sections of `stratakv.Config`; the environment is read last.
@@ -78,7 +81,7 @@ def settings(options: Mapping[str, Any], *folders: str) -> Config:
         ConfigError: an option makes no sense.
     """
     tables = {name: value for name, value in options.items() if name != "config"}
-    config = Config.load(options.get("config"), tables=tables, defaults={"ssd": {"policy": "write_through"}})
+    config = Config.load(options.get("config"), tables=tables, defaults=_DEFAULTS)
     if config.ssd.enabled and folders:
         config = replace(config, ssd=replace(config.ssd, path=Path(str(config.ssd.path)).joinpath(*folders)))
     return config
