@@ -145,15 +145,15 @@ impl Store {
         Ok(each.filter_map(|(model, tenant, counts)| Some((model, state.name_of(model)?, tenant, counts))).collect())
     }
 
-    /// Where the leading blocks of a sequence of a model are, by their names: a bit for each tier. Nothing is counted.
+    /// Where each of some blocks of a model is, by their names: a bit for each tier; 0: nowhere. Nothing is counted.
     ///
     /// # Errors
     /// The store is closed.
     pub fn places(&self, model: &Model, names: &[Sealed]) -> Result<Vec<u8>> {
         let state = self.shared.open_state()?;
         let hashes = names.iter().map(|&name| self.shared.secret.unseal(name));
-        let ids = hashes.map_while(|hash| state.nodes.find(hash).filter(|&id| state.nodes.model(id) == model.id));
-        Ok(ids.map(|id| state.place(id)).collect())
+        let ids = hashes.map(|hash| state.nodes.find(hash).filter(|&id| state.nodes.model(id) == model.id));
+        Ok(ids.map(|id| id.map_or(0, |id| state.place(id))).collect())
     }
 
     /// Names of the blocks of a sequence, to everyone who has the store's secret.

@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ pytest.importorskip("vllm")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
+
+from stratakv.events import Removed, Stored, Subscriber  # noqa: E402 (after the skips)
 
 pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("default"), pytest.mark.timeout(600)]
 
@@ -265,8 +268,55 @@ def test_adapters_share_nothing_and_one_with_new_weights_under_its_old_name_neit
     assert all(each["cached"][0] > 0 for each in again["rounds"])
 
 
-def test_events_tell_what_is_stored_and_what_is_gone(model: Path, tmp_path: Path) -> None:
-    """Heard by our own router, as another engine's would be."""
-    from stratakv.events import Subscriber
+def test_events_tell_what_is_stored_and_what_is_gone(
+    model: Path, prompts: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Heard as the router hears any engine."""
+    endpoint = f"ipc://{tmp_path}/events"
+    heard: list[object] = []
+    over = threading.Event()
 
-    del Subscriber
+    def listen() -> None:
+        with Subscriber(endpoint, topic="kv") as subscriber:
+            while not over.is_set():
+                heard.extend(subscriber.poll(0.1))
+            heard.extend(subscriber.poll(0.5))
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    try:
+        job = {
+            "model": str(model),
+            "connector": connector(tmp_path / "store", save_decoded=False),
+            "engine": {"enable_prefix_caching": False},
+        }
+        job["events"] = {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": endpoint,
+            "topic": "kv",
+        }
+        job["rounds"] = [
+            {"prompts": prompts[:4], "wait_s": 1.1},
+            {"prompts": prompts[4:5], "drop": True, "wait_s": 1.1},
+            {"prompts": prompts[5:6], "wait_s": 0.5},
+        ]
+        run(job)
+    finally:
+        over.set()
+        listener.join()
+    held: dict[object, tuple[int, ...]] = {}
+    removed = 0
+    for event in heard:
+        if isinstance(event, Stored) and event.place == "ram":
+            assert not held.keys() & set(event.names)
+            held |= {name: tuple(event.tokens) for name in event.names}
+        elif isinstance(event, Removed) and event.place == "ram":
+            removed += len([held.pop(name) for name in event.names])
+    # What was forgotten is gone; what came after is held, told by its tokens.
+    assert removed == len(
+        {tuple(p["ids"][: n + BLOCK]) for p in prompts[:4] for n in range(0, len(p["ids"]) - BLOCK + 1, BLOCK)}
+    )
+    for prompt in prompts[4:6]:
+        ids = tuple(prompt["ids"])
+        assert {ids[n : n + BLOCK] for n in range(0, len(ids) - BLOCK + 1, BLOCK)} <= set(held.values())

@@ -26,11 +26,9 @@ os.environ.update(
 
 
 @contextlib.contextmanager
-def dropping(every_s: float) -> Iterator[None]:
+def dropping(cache: Any, every_s: float) -> Iterator[None]:
     """Forgets all that is cached, again and again, between matches and loads as well."""
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-    cache, over = get_kv_transfer_group()._worker._cache, threading.Event()
+    over = threading.Event()
 
     def drop() -> None:
         while not over.wait(every_s):
@@ -63,6 +61,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if job.get("processes") else "0"
     from vllm import LLM, SamplingParams
     from vllm.config import KVEventsConfig, KVTransferConfig
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
     from vllm.lora.request import LoRARequest
 
     transfer = None
@@ -90,10 +89,14 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
             )
             lora = prompt.get("lora")
             loras.append(LoRARequest(lora["name"], lora["id"], lora["path"]) if lora else None)
+        if each.get("drop"):
+            get_kv_transfer_group()._worker._cache.drop()
         if "damage" in each:
             damage(Path(each["damage"][0]), each["damage"][1])
         greedy = SamplingParams(max_tokens=each.get("tokens", 16), temperature=0.0, ignore_eos=True, detokenize=False)
-        with dropping(each["drop_every_s"]) if "drop_every_s" in each else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if "drop_every_s" in each:
+                stack.enter_context(dropping(get_kv_transfer_group()._worker._cache, each["drop_every_s"]))
             started = time.perf_counter()
             done = llm.generate(prompts, greedy, use_tqdm=False, lora_request=loras if any(loras) else None)
             seconds = time.perf_counter() - started

@@ -7,6 +7,7 @@ tokens are known.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+
+_log = logging.getLogger(__name__)
 
 # Blocks that wait for all workers to have stored them; beyond that, events of some are not sent.
 _MOST_TOLD = 100_000
@@ -84,7 +87,7 @@ class Scheduler:
         asked = (request.num_tokens - 1) // self._block * self._block
         if not self._may_load or known.namespace is None or request.skip_reading_prefix_cache or asked <= computed:
             return 0, False
-        tokens = np.fromiter(request.all_token_ids[:asked], np.uint32, asked)
+        tokens = np.array(request.all_token_ids[:asked], np.uint32)
         found = self._ranks.match(request.request_id, self._number, tokens, *known.namespace)
         self._found[request.request_id] = (asked - computed, found)
         stop = found.tokens // self._block * self._block
@@ -117,6 +120,14 @@ class Scheduler:
         self._number += 1
         self._loads = []
         self._found.clear()
+        try:
+            self._plan_saves(step, output)
+        except Exception:
+            # What is not saved is a later miss; the loads of this step have to be told.
+            _log.exception("this step saves nothing")
+        return step
+
+    def _plan_saves(self, step: Step, output: SchedulerOutput) -> None:
         for name in output.finished_req_ids:
             self._known.pop(name, None)
             self._sources.pop(name, None)
@@ -132,7 +143,6 @@ class Scheduler:
                     save = self._save(known, known.request.num_computed_tokens + scheduled, state.get_block_ids)
                     if save is not None:
                         step.saves.append(save)
-        return step
 
     def _save(self, known: _Known, computed: int, block_ids: object) -> Save | None:
         """What is new of a request when so many of its tokens are computed: whole blocks of tokens that are known."""
@@ -146,7 +156,7 @@ class Scheduler:
         if not ids or len(ids[0]) * self._block < stop:
             return None
         known.saved = stop
-        tokens = np.fromiter(request.all_token_ids[start:stop], np.uint32, stop - start)
+        tokens = np.array(request.all_token_ids[start:stop], np.uint32)
         blocks = slice(start // self._block, stop // self._block)
         hashes = tuple(request.block_hashes[blocks]) if self._announces else ()
         if hashes:

@@ -8,6 +8,7 @@ What does not load is told to the engine, which computes it. What a failed load 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -141,6 +142,9 @@ class Worker:
         except StrataKVError as error:
             _log.warning("a prompt is computed, the cache could not be asked: %s", error)
             return Found()
+        except Exception:
+            _log.exception("a prompt is computed, the cache could not be asked")
+            return Found()
         if not match.tokens:
             match.release()
             return Found()
@@ -173,14 +177,9 @@ class Worker:
 
     def _load_behind(self, load: Load, match: Match | None, after: object) -> None:
         """A load that the engine does not wait for: told when it is there, or is not."""
-        try:
-            events = self._load(load, match, after)
-            if events:
-                events[-1].synchronize()
-        except Exception:
-            # The request waits for a word: without one it would wait for ever.
-            _log.exception("a load failed, its tokens are computed")
-            self._fail(load, 0)
+        events = self._load(load, match, after)
+        if events:
+            events[-1].synchronize()
         with self._lock:
             self._received.add(load.request)
 
@@ -192,6 +191,9 @@ class Worker:
                 valid, events = self._mover.load(match, load, after)
         except StrataKVError as error:
             _log.warning("%d tokens are computed, they could not be loaded: %s", load.stop - load.start, error)
+        except Exception:
+            # Whatever it is, it costs no request: what was not loaded is computed.
+            _log.exception("%d tokens are computed, they could not be loaded", load.stop - load.start)
         finally:
             if match is not None:
                 match.release()
@@ -241,7 +243,11 @@ class Worker:
         with self._lock:
             invalid = np.fromiter(self._invalid, np.uint32, len(self._invalid))
         for n, save in enumerate(step.saves):
-            self._save(save, invalid, gathered.get(n))
+            try:
+                self._save(save, invalid, gathered.get(n))
+            except Exception:
+                _log.exception("%d tokens were not saved", len(save.tokens))
+                self._saving.pop(save.request, None)
         for request in step.finished:
             self._saving.pop(request, None)
 
@@ -269,7 +275,7 @@ class Worker:
         try:
             self._put(state, save, gathered)
         except Exception:
-            _log.exception("tokens were not saved")
+            _log.exception("%d tokens were not saved", len(save.tokens))
         finally:
             self._room.release()
 
@@ -319,6 +325,12 @@ class Worker:
                 self._announced[name] = engine_name
                 self._saved.stored[engine_name] = 1
 
+    def _held(self, names: list[bytes]) -> list[bool]:
+        try:
+            return self._cache.held(names)
+        except StrataKVError:
+            return [False] * len(names)
+
     def saved(self) -> Saved | None:
         """What was stored since the last call, and which of all that ever was is gone."""
         now = time.monotonic()
@@ -326,8 +338,8 @@ class Worker:
             if self._announced and now - self._looked >= _LOOK_EVERY_S:
                 self._looked = now
                 # The oldest, which come last then.
-                names = [name for name, _ in zip(self._announced, range(_LOOK_AT), strict=False)]
-                for name, held in zip(names, self._cache.held(names), strict=True):
+                names = list(itertools.islice(self._announced, _LOOK_AT))
+                for name, held in zip(names, self._held(names), strict=True):
                     engine_name = self._announced.pop(name)
                     if held:
                         self._announced[name] = engine_name
