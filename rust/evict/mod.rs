@@ -20,6 +20,7 @@ mod arc;
 mod curve;
 mod gdsf;
 mod ghosts;
+mod keyed;
 mod list;
 mod lru;
 mod retention;
@@ -33,6 +34,7 @@ use crate::error::{Result, input};
 use adaptive::Adaptive;
 pub use curve::Curve;
 pub(crate) use ghosts::Ghosts;
+pub use keyed::Keyed;
 pub use retention::{Retained, Retention};
 
 /// A node of the index.

@@ -5,6 +5,7 @@
 
 mod archive;
 mod block;
+mod eviction;
 mod index;
 mod lease;
 mod model;
@@ -53,6 +54,7 @@ impl<T> OrRaise<T> for crate::Result<T> {
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<archive::Archive>()?;
+    module.add_class::<eviction::EvictionPolicy>()?;
     module.add_class::<index::PrefixIndex>()?;
     module.add_class::<index::Found>()?;
     module.add_class::<store::Store>()?;
