@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import stratakv
-from stores import geometry
+from stores import config, geometry
 from stratakv.integrations.engine import EngineVersionError, KeyedBlocks, leading, open_caches, require
 
 
@@ -54,23 +54,27 @@ def test_leading_keys_are_counted_whatever_lies_behind_a_hole_and_used_last_to_f
     assert used == [b"a"]
 
 
-def test_a_lease_keeps_a_block_until_it_is_released(tmp_path: Path) -> None:
-    shape = geometry(block_tokens=16, head_dim=64, kv_heads=8)
-    options = {"ram": {"capacity_bytes": "2MiB", "eviction": "lru"}, "ssd": {"enabled": False}}
-    with open_caches(options) as caches:
+def test_a_key_is_named_as_events_name_its_block_and_is_held_as_long_as_it_is_matched(tmp_path: Path) -> None:
+    shape = geometry()
+    with stratakv.open(config(None, ram="2MiB")) as caches:
         blocks = KeyedBlocks(caches.register("keyed", shape), "LKHND")
+        since = caches.events(None)[2]
+        assert blocks.put(b"one", content(1, shape))
+        anew, rows, _ = caches.events(since)
+        assert not anew
+        assert [(name, tier, stored) for _, name, _, tier, stored in rows] == [(blocks.name(b"one"), "ram", True)]
+        names = [blocks.name(b"none"), blocks.name(b"one"), blocks.name(b"two")]
+        assert blocks.cache.held(names) == [False, True, False]
         assert blocks.lease(b"none") is None
-        for key in (b"kept", b"left"):
-            assert blocks.put(key, content(1, shape))
-        lease = blocks.lease(b"kept")
+        lease = blocks.lease(b"one")
         assert lease is not None
-        for number in range(40):
-            blocks.put(b"%d" % number, content(number, shape))
-        assert (blocks.has(b"kept"), blocks.has(b"left")) == (True, False)
-        lease.release()
-        for number in range(40, 80):
-            blocks.put(b"%d" % number, content(number, shape))
-        assert not blocks.has(b"kept")
+        with lease as one:
+            for number in range(5000):
+                blocks.put(b"%d" % number, content(2, shape))
+            assert one.load(np.zeros_like(content(1, shape)), layout=blocks.layout) == shape.block_tokens
+        for number in range(5000):
+            blocks.put(b"again %d" % number, content(2, shape))
+        assert not blocks.has(b"one")
 
 
 def test_options_are_sections_of_the_configuration(tmp_path: Path) -> None:

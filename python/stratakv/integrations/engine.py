@@ -139,7 +139,7 @@ class KeyedBlocks:
             layout: axes of the tensors, as for `ModelCache.put`.
         """
         self.cache = cache
-        self._layout = layout
+        self.layout = layout
 
     def _sequence(self, key: bytes) -> TokenSequence:
         """One block of tokens that stand for a key."""
@@ -149,9 +149,17 @@ class KeyedBlocks:
         ids[:taken] = np.frombuffer(blake2b(key, digest_size=4 * taken, person=b"tokens").digest(), np.uint32)
         return self.cache.sequence(ids, block_hashes=[blake2b(key, digest_size=32, person=b"name").digest()])
 
+    def name(self, key: bytes) -> bytes:
+        """What `CacheManager.events` calls a block, 16 bytes."""
+        return self.cache.names(self._sequence(key), "", "")[0]
+
+    def match(self, key: bytes) -> Match:
+        """A block, leased until the match is released; of 0 tokens if it is not cached. That counts as a use."""
+        return self.cache.match(self._sequence(key))
+
     def has(self, key: bytes) -> bool:
         """Whether a block is cached; that counts as a use."""
-        with self.cache.match(self._sequence(key)) as match:
+        with self.match(key) as match:
             return match.tokens > 0
 
     def lease(self, key: bytes) -> Match | None:
@@ -168,9 +176,9 @@ class KeyedBlocks:
 
     def load(self, key: bytes, kv: object, pages: object = None) -> bool:
         """Copies a block into tensors; false is a miss, after which what they hold is undefined."""
-        with self.cache.match(self._sequence(key)) as match:
-            return match.tokens > 0 and match.load(kv, layout=self._layout, pages=pages) > 0
+        with self.match(key) as match:
+            return match.tokens > 0 and match.load(kv, layout=self.layout, pages=pages) > 0
 
     def put(self, key: bytes, kv: object, pages: object = None) -> bool:
         """Stores a block; false if there was no room."""
-        return self.cache.put(self._sequence(key), kv, layout=self._layout, pages=pages) > 0
+        return self.cache.put(self._sequence(key), kv, layout=self.layout, pages=pages) > 0
