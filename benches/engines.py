@@ -7,6 +7,7 @@ cache, which copies nothing and is the limit, and against computing it), `miss` 
 connector) and `lmcache` (LMCache's connector, where it runs).
 connector) and `lmcache` (LMCache's connector, where it runs).
 """
+
 from __future__ import annotations
 
 import json

@@ -273,6 +273,8 @@ def test_a_directory_in_use_and_options_that_make_no_sense_are_sentences_at_star
         first.close()
     with pytest.raises(stratakv.ConfigError, match="unknown section 'rams'"):
         worker(tmp_path, rams={})
+    with pytest.raises(stratakv.InputError, match="uint8"):
+        worker(tmp_path, ram={"capacity_bytes": "4MiB", "codec": "int8_asym"})
     # Another geometry in the same directory is another model, and finds nothing.
     with stratakv.open(config(tmp_path / "rank-0-of-1")) as caches:
         other = caches.register("model", stratakv.Geometry(layers=1, kv_heads=1, head_dim=8, dtype="fp16"))

@@ -112,7 +112,11 @@ class Worker:
         self.layers = pages.names
         self._name, self._version = name, f"{version} {pages.packing} rank {rank}"
         self._caches: CacheManager = open_caches(given, f"rank-{rank}")
-        self._cache: ModelCache = self._caches.register(name, pages.geometry, weights_version=self._version)
+        try:
+            self._cache: ModelCache = self._caches.register(name, pages.geometry, weights_version=self._version)
+        except BaseException:
+            self._caches.close()
+            raise
         self._leases = _Leases()
         self._saving: dict[str, _Saving] = {}
         self._gathered: dict[int, Gathered] = {}
