@@ -148,14 +148,16 @@ def test_wrong_keys_and_values_would_show(
 ) -> None:
     """The oracle sees what it must: a model of other weights leaves its blocks under this one's name."""
     other = llama(tmp_path / "llama", seed=1)
-    job = {"engine": {"enable_prefix_caching": False}, "rounds": [{"prompts": prompts}]}
-    for named in ({}, {"weights_version": "the same"}):
-        for folder in (other, model):
-            options = connector(tmp_path / f"store{len(named)}", **named)
-            out = run(job | {"model": str(folder), "connector": options})
-        # Told apart by its weights, the other model is not found. Said to be the same, it is, and says what is wrong.
-        assert (out["rounds"][0]["cached"][0] > 0) == bool(named)
-        assert (out["rounds"][0]["tokens"] != expected) == bool(named)
+    same = connector(tmp_path / "store", weights_version="the same")
+    job = {"engine": {"enable_prefix_caching": False}, "rounds": [{"prompts": prompts}], "connector": same}
+    run(job | {"model": str(other)})
+    # Said to be the same, the other model is found, and says what is wrong. Told apart by its weights, it is not.
+    wrong = run(job | {"model": str(model)})
+    assert wrong["rounds"][0]["cached"][0] > 0
+    assert wrong["rounds"][0]["tokens"] != expected
+    right = run(job | {"model": str(model), "connector": connector(tmp_path / "store")})
+    assert right["rounds"][0]["cached"][0] == 0
+    assert right["rounds"][0]["tokens"] == expected
 
 
 def test_damaged_records_little_ram_and_drops_in_mid_flight_cost_time_and_no_token(
@@ -204,31 +206,29 @@ def test_nothing_is_shared_between_salts(
     salted = [prompt | {"salt": "alice"} for prompt in prompts[:8]]
     other = [prompt | {"salt": "bob"} for prompt in prompts[:8]]
     job = {"model": str(model), "connector": connector(tmp_path), "engine": {"enable_prefix_caching": False}}
-    out = run(job | {"rounds": [{"prompts": each} for each in (salted, other, prompts[:8], salted)]})
-    assert [each["tokens"] for each in out["rounds"]] == [expected[:8]] * 4
-    assert [sum(each["cached"]) > 0 for each in out["rounds"]] == [False, False, False, True]
-    reset = run(job | {"rounds": [{"prompts": salted, "reset": True}, {"prompts": salted}]})
-    assert [sum(each["cached"]) > 0 for each in reset["rounds"]] == [True, False]
+    rounds = [{"prompts": each} for each in (salted, other, prompts[:8], salted)]
+    # After new weights nothing of before is found, in another process neither.
+    out = run(job | {"rounds": [*rounds, {"prompts": salted, "reset": True}, {"prompts": salted}]})
+    assert [each["tokens"] for each in out["rounds"]] == [expected[:8]] * 6
+    assert [each["cached"][0] > 0 for each in out["rounds"]] == [False, False, False, True, True, False]
     after = run(job | {"rounds": [{"prompts": salted}]})
-    assert sum(after["rounds"][0]["cached"]) == 0
+    assert after["rounds"][0]["cached"][0] == 0
 
 
-def test_scheduler_and_workers_in_processes_of_their_own_and_two_ranks(
+def test_two_ranks_in_processes_of_their_own_give_one_answer(
     model: Path, prompts: list[dict[str, Any]], expected: list[list[int]], tmp_path: Path
 ) -> None:
     job = {"model": str(model), "processes": True, "connector": connector(tmp_path)}
     job["engine"] = {"enable_prefix_caching": False, "tensor_parallel_size": 2, "max_num_batched_tokens": 256}
-    alone = run(job | {"connector": None, "rounds": [{"prompts": prompts}]})["rounds"][0]["tokens"]
-    out = run(job | {"rounds": [{"prompts": prompts}, {"prompts": prompts}]})
-    assert [each["tokens"] for each in out["rounds"]] == [alone] * 2
-    assert sum(out["rounds"][1]["cached"]) > 0.7 * sum(len(each["ids"]) for each in prompts)
+    out = run(job | {"rounds": [{"prompts": prompts[:16]}, {"prompts": prompts[:16]}]})
+    assert [each["tokens"] for each in out["rounds"]] == [expected[:16]] * 2
+    assert sum(out["rounds"][1]["cached"]) > 0.7 * sum(len(each["ids"]) for each in prompts[:16])
     assert sorted(each.name for each in tmp_path.iterdir()) == ["rank-0-of-2", "rank-1-of-2"]
-    # One rank has lost half of what it had: what both have is loaded, and what fails on one is computed by both.
+    # One rank has lost half of what it had: what both have is loaded.
     damage(tmp_path / "rank-1-of-2", 120_000)
-    again = run(job | {"rounds": [{"prompts": prompts}]})
-    assert again["rounds"][0]["tokens"] == alone
+    again = run(job | {"rounds": [{"prompts": prompts[:16]}]})
+    assert again["rounds"][0]["tokens"] == expected[:16]
     assert 0 < sum(again["rounds"][0]["cached"]) < sum(out["rounds"][1]["cached"])
-    del expected  # Two ranks add in another order than one.
 
 
 def adapter(folder: Path, seed: int) -> Path:
@@ -313,10 +313,11 @@ def test_events_tell_what_is_stored_and_what_is_gone(
             held |= {name: tuple(event.tokens) for name in event.names}
         elif isinstance(event, Removed) and event.place == "ram":
             removed += len([held.pop(name) for name in event.names])
-    # What was forgotten is gone; what came after is held, told by its tokens.
-    assert removed == len(
-        {tuple(p["ids"][: n + BLOCK]) for p in prompts[:4] for n in range(0, len(p["ids"]) - BLOCK + 1, BLOCK)}
-    )
-    for prompt in prompts[4:6]:
-        ids = tuple(prompt["ids"])
-        assert {ids[n : n + BLOCK] for n in range(0, len(ids) - BLOCK + 1, BLOCK)} <= set(held.values())
+
+    def blocks(of: list[dict[str, Any]]) -> set[tuple[int, ...]]:
+        """Whole blocks, told by the prompt up to their end."""
+        return {tuple(p["ids"][: n + BLOCK]) for p in of for n in range(0, len(p["ids"]) - BLOCK + 1, BLOCK)}
+
+    # What was forgotten is gone but for what came again at once; what is held is told by its tokens.
+    assert removed == len(blocks(prompts[:4]) - blocks(prompts[4:5]))
+    assert sorted(held.values()) == sorted(block[-BLOCK:] for block in blocks(prompts[4:6]))

@@ -270,13 +270,14 @@ def test_what_finds_no_room_is_not_stored_and_vllm_hears_of_it(caplog: pytest.Lo
     with Engine([tier(None, ram=LITTLE)], chunks=200) as engine:
         assert engine.compute([key(1000 + number) for number in range(MANY)])
         # All that is in RAM is in use, so nothing of it makes room.
-        matches = [engine.tier._blocks.match(key(1000 + number)) for number in range(MANY)]
-        assert 50 < sum(match.tokens > 0 for match in matches) < MANY
+        found = [engine.tier._blocks.lease(key(1000 + number)) for number in range(MANY)]
+        leases = [lease for lease in found if lease is not None]
+        assert 50 < len(leases) < MANY
         with caplog.at_level(logging.WARNING, LOG):
             assert engine.compute(KEYS)
         assert "12 of 12 chunks are not stored: 12 no room" in caplog.text
-        for match in matches:
-            match.release()
+        for lease in leases:
+            lease.release()
         assert engine.compute([key(50)])
         counted = stats(engine)
         assert counted["stratakv_refused_blocks_total"] == {(): 12}

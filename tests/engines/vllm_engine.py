@@ -58,7 +58,11 @@ def damage(folder: Path, every: int) -> int:
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if job.get("processes") else "0"
+    if job.get("processes"):
+        # Ranks that share cores would wait for each other's threads.
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
+    else:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
     from vllm.config import KVEventsConfig, KVTransferConfig
     from vllm.distributed.kv_transfer import get_kv_transfer_group

@@ -125,6 +125,7 @@ class Worker:
         self._received: set[str] = set()
         self._counted = Counted()
         self._saved = Saved()
+        # Our names of blocks, by the engine's.
         self._announced: dict[bytes, bytes] = {}
         self._looked = time.monotonic()
         self._loads = ThreadPoolExecutor(2, thread_name_prefix="stratakv-load")
@@ -325,9 +326,10 @@ class Worker:
         """Notes blocks that were stored, by the engine's names for them and ours."""
         names = self._cache.names(sequence)[save.start // self._block :][:blocks]
         for name, engine_name in zip(names, save.hashes, strict=False):
-            if name not in self._announced:
-                self._announced[name] = engine_name
+            if engine_name not in self._announced:
                 self._saved.stored[engine_name] = 1
+            # Stored again after a drop, it has another name, and was never gone to those who listen.
+            self._announced[engine_name] = name
 
     def _held(self, names: list[bytes]) -> list[bool]:
         try:
@@ -342,11 +344,11 @@ class Worker:
             if self._announced and now - self._looked >= _LOOK_EVERY_S:
                 self._looked = now
                 # The oldest, which come last then.
-                names = list(itertools.islice(self._announced, _LOOK_AT))
-                for name, held in zip(names, self._held(names), strict=True):
-                    engine_name = self._announced.pop(name)
+                looked_at = dict(itertools.islice(self._announced.items(), _LOOK_AT))
+                for engine_name, held in zip(looked_at, self._held(list(looked_at.values())), strict=True):
+                    del self._announced[engine_name]
                     if held:
-                        self._announced[name] = engine_name
+                        self._announced[engine_name] = looked_at[engine_name]
                     else:
                         self._saved.gone.add(engine_name)
             if not self._saved.stored and not self._saved.gone:
