@@ -85,7 +85,9 @@ impl KvView {
         }
         let row = geometry.row_bytes();
         for PlaneView { token_stride, head_stride, .. } in &self.planes {
-            for (axis, stride, count) in [("N", token_stride, tokens.len()), ("H", head_stride, geometry.kv_heads as usize)] {
+            for (axis, stride, count) in
+                [("N", token_stride, tokens.len()), ("H", head_stride, geometry.kv_heads as usize)]
+            {
                 if count > 1 && stride.unsigned_abs() < row {
                     return Err(input(format!(
                         "kv: rows of {row} bytes lie {stride} bytes apart along {axis}, so a load would write one over \
@@ -95,7 +97,8 @@ impl KvView {
             }
         }
         let Some(table) = &self.pages else { return Ok(()) };
-        let mut written = table.pages[tokens.start / table.page_tokens..tokens.end.div_ceil(table.page_tokens)].to_vec();
+        let mut written =
+            table.pages[tokens.start / table.page_tokens..tokens.end.div_ceil(table.page_tokens)].to_vec();
         written.sort_unstable();
         match written.windows(2).find(|two| two[0] == two[1]) {
             Some(two) => Err(input(format!("pages: page {} is named twice, expected each once in a load", two[0]))),

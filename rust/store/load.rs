@@ -188,14 +188,7 @@ impl Lease {
         Ok(Plan { first: part.start, held, sources, counted: true })
     }
 
-    fn copy_from_ram(
-        &self,
-        geometry: &Geometry,
-        view: &KvView,
-        plan: &Plan,
-        results: &[Mutex<Taken>],
-        spent: &Spent,
-    ) {
+    fn copy_from_ram(&self, geometry: &Geometry, view: &KvView, plan: &Plan, results: &[Mutex<Taken>], spent: &Spent) {
         let (mut blocks, mut coded) = (Vec::new(), Vec::new());
         for (n, source) in plan.sources.iter().enumerate() {
             let Source::Ram(slot, layout) = source else { continue };

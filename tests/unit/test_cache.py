@@ -451,3 +451,20 @@ def test_bounds_that_are_no_part_of_the_match_are_refused(
     cache.put(tokens, kv, layout="LKHND")
     with cache.match(tokens) as hit, pytest.raises(stratakv.InputError, match=message):
         hit.load(np.zeros_like(kv), layout="LKHND", **bounds)
+
+
+def test_a_put_of_a_sequence_s_end_stores_it_behind_what_is_cached_and_else_nothing(
+    cache: stratakv.ModelCache,
+) -> None:
+    tokens = tokens_of(14, 24)
+    kv = kv_of(tokens, cache.geometry)
+    end = kv.copy()
+    end[:, :, :, :8] = -1
+    # The beginning is not cached, and what stands in its place is not it.
+    assert cache.put(tokens, end, layout="LKHND", start=8) == 0
+    assert cache.match(tokens).tokens == 0
+    assert cache.put(tokens[:8], kv, layout="LKHND") == 8
+    assert cache.put(tokens, end, layout="LKHND", start=8) == 24
+    assert assert_right(cache, tokens).loaded_tokens == 24
+    with pytest.raises(stratakv.InputError, match="start is -4, expected an integer from 0"):
+        cache.put(tokens, kv, layout="LKHND", start=-4)
