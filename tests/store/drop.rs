@@ -91,7 +91,8 @@ fn what_was_made_before_a_drop_finds_and_stores_nothing_after_it() {
         let late = store.match_sequence(&model, sequence.clone()).expect("the store is open");
         assert_eq!((late.tokens(), late.miss()), (0, Some(Miss::Dropped)));
         let refused = store.snapshot().total.put_refused;
-        let outcome = store.put_sequence(&model, &sequence, &kv.view(), 0, Retention::default()).expect("it is no error");
+        let outcome =
+            store.put_sequence(&model, &sequence, &kv.view(), 0, Retention::default()).expect("it is no error");
         assert_eq!((outcome.tokens, store.snapshot().total.put_refused), (0, refused + 4));
         let new = store.match_prefix(&model, &tokens, adapter, "").expect("the store is open");
         assert_eq!((new.tokens(), new.miss()), (0, Some(Miss::NeverStored)));
@@ -119,7 +120,9 @@ fn no_thread_gets_bytes_of_weights_that_were_replaced() {
                 }
                 let mut right = Kv::of_adapter(&model, tokens, before);
                 if dice.below(2) == 0 {
-                    store.put_sequence(&model, &sequence, &right.view(), 0, Retention::default()).expect("no bad input");
+                    store
+                        .put_sequence(&model, &sequence, &right.view(), 0, Retention::default())
+                        .expect("no bad input");
                 } else {
                     let lease = store.match_sequence(&model, sequence).expect("the store is open");
                     let mut got = Kv::blank(FINE, tokens.len());
