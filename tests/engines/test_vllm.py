@@ -178,10 +178,11 @@ def test_damaged_records_little_ram_and_drops_in_mid_flight_cost_time_and_no_tok
     damaged = run(job | {"connector": connector(tmp_path)})
     assert damaged["rounds"][0]["tokens"] == expected
 
-    # All of it is forgotten every few milliseconds: between a match and its load, too.
-    rounds = [{"prompts": prompts, "drop_every_s": 0.003}] * 3
+    # All of it is forgotten many times a second: between a match and its load, too.
+    rounds = [{"prompts": prompts, "drop_every_s": 0.03}] * 3
     dropped = run(job | {"connector": connector(tmp_path), "rounds": rounds})
     assert [each["tokens"] for each in dropped["rounds"]] == [expected] * 3
+    assert dropped["metrics"]["vllm:stratakv_hit_tokens"] > 0
 
 
 @pytest.mark.parametrize("layer_by_layer", [False, True])
@@ -321,3 +322,21 @@ def test_events_tell_what_is_stored_and_what_is_gone(
     # What was forgotten is gone but for what came again at once; what is held is told by its tokens.
     assert removed == len(blocks(prompts[:4]) - blocks(prompts[4:5]))
     assert sorted(held.values()) == sorted(block[-BLOCK:] for block in blocks(prompts[4:6]))
+
+
+def test_loads_that_never_come_cost_no_token_and_end_with_drafts_too(
+    model: Path, prompts: list[dict[str, Any]], expected: list[list[int]], tmp_path: Path
+) -> None:
+    """No load is let through by the quota: whatever is found is computed, and what is saved beside it is right."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    engine = {"enable_prefix_caching": False, "speculative_config": drafts, "max_num_batched_tokens": 256}
+    job = {"model": str(model), "engine": engine, "rounds": [{"prompts": prompts}]}
+    refused = connector(tmp_path, quotas={"models": {"llama": {"loads": 0}}})
+    out = run(job | {"connector": refused})
+    assert out["rounds"][0]["tokens"] == expected
+    assert failures(out) > 0
+    assert out["metrics"]["vllm:stratakv_loaded_tokens"] == 0
+    again = run(job | {"connector": connector(tmp_path)})
+    assert again["rounds"][0]["tokens"] == expected
+    assert again["metrics"]["vllm:stratakv_loaded_tokens"] > 0
+    assert failures(again) == 0

@@ -6,8 +6,10 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,8 +114,8 @@ def test_every_layout_of_the_engine_is_read_from_its_strides(
             put = saver.put(cache, sequence, source_pages[:stop], start * BLOCK, gathered)
             assert put == stop * BLOCK
         with cache.match(tokens) as match:
-            load = Load("request", BLOCK, 4 * BLOCK, target_pages[:4], behind=False)
-            assert loader.load(match, load, None)[0] == 4 * BLOCK
+            load = Load("request", BLOCK, 4 * BLOCK, target_pages[:4])
+            assert loader.load(match, load, None) == 4 * BLOCK
     ratio = from_pages.ratio
     for name in names():
         for n in range(5):
@@ -152,11 +154,14 @@ def groups(*specs: Any) -> KVCacheConfig:
     return KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=every)
 
 
+PIPELINE = SimpleNamespace(pipeline_parallel_size=2)
+
+
 def engine(**changes: Any) -> Any:
     """What is read of vLLM's configuration before anything is served."""
     plain = {
         "cache_config": SimpleNamespace(block_size=BLOCK),
-        "parallel_config": SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        "parallel_config": SimpleNamespace(pipeline_parallel_size=1),
         "speculative_config": None,
     }
     return SimpleNamespace(**plain | changes)
@@ -195,8 +200,8 @@ def engine(**changes: Any) -> Any:
         ),
         (
             groups(full()),
-            engine(cache_config=SimpleNamespace(block_size=BLOCK, calculate_kv_scales=True)),
-            "calculate_kv_scales is on",
+            engine(speculative_config=SimpleNamespace(method="ngram"), parallel_config=PIPELINE),
+            "drafts over a pipeline",
         ),
     ],
 )
@@ -222,39 +227,64 @@ def request(**changes: Any) -> Any:
     return SimpleNamespace(**plain | changes)
 
 
-def test_adapter_media_and_salt_are_the_namespace(tmp_path: Path) -> None:
-    def lora(path: Path) -> Any:
-        return SimpleNamespace(lora_name="a", lora_path=str(path))
+def namespaces(*, media_gb: float = 4.0, prefix_caching: bool = True) -> model.Namespaces:
+    return model.Namespaces(
+        SimpleNamespace(
+            model_config=SimpleNamespace(multimodal_config=SimpleNamespace(mm_processor_cache_gb=media_gb)),
+            cache_config=SimpleNamespace(enable_prefix_caching=prefix_caching),
+        )
+    )
+
+
+def test_adapter_media_and_salt_are_the_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def lora(path: str, name: str = "a", number: int = 1) -> Any:
+        return SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=path)
 
     def image(identifier: str, offset: int) -> Any:
         return SimpleNamespace(identifier=identifier, mm_position=SimpleNamespace(offset=offset, length=3))
 
-    assert model.namespace(request()) == ("", "")
-    assert model.namespace(request(cache_salt="x")) == ("", "x")
-    for other in ({"prompt_token_ids": None}, {"prompt_embeds": torch.zeros(1)}, {"resumable": True}):
-        assert model.namespace(request(**other)) is None
+    spaces = namespaces()
+    assert spaces.of(request()) == ("", "")
+    assert spaces.of(request(cache_salt="x")) == ("", "x")
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "adapter_model.safetensors").write_bytes(folder.encode())
-    spaces = [
-        model.namespace(request(**each))
+    found = [
+        spaces.of(request(**each))
         for each in (
             {},
-            {"lora_request": lora(tmp_path / "one")},
-            {"lora_request": lora(tmp_path / "two")},
-            {"lora_request": lora(tmp_path / "gone")},
+            {"lora_request": lora(str(tmp_path / "one"))},
+            {"lora_request": lora(str(tmp_path / "two"))},
+            {"lora_request": lora(str(tmp_path / "one"), name="b")},
             {"mm_features": [image("a", 1)]},
             {"mm_features": [image("b", 1)]},
             {"mm_features": [image("a", 2)]},
             {"mm_features": [image("a", 1), image("b", 9)]},
-            {"mm_features": [image("a", 1)], "lora_request": lora(tmp_path / "one")},
+            {"mm_features": [image("a", 1)], "lora_request": lora(str(tmp_path / "one"))},
         )
     ]
-    assert len(set(spaces)) == len(spaces)
-    # An adapter of the same name with other weights is another one.
-    before = model.namespace(request(lora_request=lora(tmp_path / "one")))
+    assert None not in found
+    assert len(set(found)) == len(found)
+    assert spaces.of(request(lora_request=lora("~/one"))) == found[1]
+    # What cannot be told is not cached: no tokens, an adapter whose files are elsewhere, media that are but numbered.
+    for other in (
+        {"prompt_token_ids": None},
+        {"prompt_embeds": torch.zeros(1)},
+        {"resumable": True},
+        {"lora_request": lora("org/adapter")},
+        {"lora_request": lora("")},
+        {"lora_request": SimpleNamespace()},
+    ):
+        assert spaces.of(request(**other)) is None
+    numbered = namespaces(media_gb=0, prefix_caching=False)
+    assert numbered.of(request(mm_features=[image("a", 1)])) is None
+    assert numbered.of(request()) == ("", "")
+    # An adapter whose files change while it is served is not told by them any more; in another process it is another.
     (tmp_path / "one" / "adapter_model.safetensors").write_bytes(b"new weights")
-    assert model.namespace(request(lora_request=lora(tmp_path / "one"))) != before
+    assert spaces.of(request(lora_request=lora(str(tmp_path / "one")))) is None
+    assert namespaces().of(request(lora_request=lora(str(tmp_path / "one")))) not in (None, found[1])
 
 
 def worker(folder: Path, **options: Any) -> Worker:
@@ -288,8 +318,8 @@ class Rank:
     def match(self, request, step, tokens, adapter, tenant):
         if request == "slow": time.sleep(3)
         if request == "broken": raise RuntimeError("broken")
-        return Found(int(sys.argv[1]) if len(tokens) else 0, sys.argv[2] == "ram", {sys.argv[2]: int(sys.argv[1])})
-    def reset(self): print("reset", flush=True)
+        return Found(int(sys.argv[1]) if len(tokens) else 0, {sys.argv[2]: int(sys.argv[1])})
+    def reset(self, step): print("reset", step, flush=True)
 answers = Answers(Rank())
 a = answers.address
 print(json.dumps([a.path, a.key.hex(), a.pid]), flush=True)
@@ -324,12 +354,12 @@ def test_ranks_give_one_answer_the_least_and_one_that_is_silent_or_gone_has_noth
     tokens = np.arange(64, dtype=np.uint32)
     asker = ranks.Ranks([at_one, at_two])
     found = asker.match("a", 1, tokens, "", "")
-    assert (found.tokens, found.in_ram, found.tiers) == (32, False, {"ssd": 32})
+    assert (found.tokens, found.tiers) == (32, {"ssd": 32})
     alone = ranks.Ranks([at_one])
     assert (alone.match("a", 1, tokens, "", "").tokens, alone.match("a", 1, tokens[:0], "", "").tokens) == (64, 0)
-    assert asker.reset()
+    assert asker.reset(7)
     assert one.stdout is not None
-    assert one.stdout.readline() == "reset\n"
+    assert one.stdout.readline() == "reset 7\n"
     started = time.monotonic()
     assert asker.match("slow", 1, tokens, "", "").tokens == 0
     assert time.monotonic() - started < 2.5
@@ -341,12 +371,38 @@ def test_ranks_give_one_answer_the_least_and_one_that_is_silent_or_gone_has_noth
     two.send_signal(signal.SIGKILL)
     two.wait()
     assert asker.match("a", 1, tokens, "", "").tokens == 0
-    assert not asker.reset()
+    # Whoever did not forget may not be asked again.
+    assert not asker.reset(8)
+    asker._rest_until.clear()
+    assert asker.match("a", 1, tokens, "", "").tokens == 0
     assert ranks.Ranks([]).match("a", 1, tokens, "", "").tokens == 0
     stranger = ranks.Ranks([dataclasses.replace(at_one, key=bytes(32))])
     assert stranger.match("a", 1, tokens, "", "").tokens == 0
     assert alone.match("b", 1, tokens, "", "").tokens == 64
     assert oct(Path(at_one.path).parent.stat().st_mode)[-3:] == "700"
+
+
+def test_a_worker_that_never_answers_costs_its_deadline(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.bind(str(tmp_path / "rank"))
+        silent.listen()
+        asker = ranks.Ranks([Address(path=str(tmp_path / "rank"), key=bytes(32), pid=0)])
+        started = time.monotonic()
+        assert asker.match("a", 1, np.zeros(4_000_000, np.uint32), "", "").tokens == 0
+        assert time.monotonic() - started < 5
+        asker.close()
+
+
+def test_folders_of_workers_that_were_killed_are_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in (f"stratakv-{gone.pid}-abc", f"stratakv-{os.getpid()}-abc", "stratakv-other"):
+        (tmp_path / name).mkdir()
+    answers = ranks.Answers(SimpleNamespace())
+    assert not (tmp_path / f"stratakv-{gone.pid}-abc").exists()
+    answers.close()
+    assert sorted(each.name for each in tmp_path.iterdir()) == [f"stratakv-{os.getpid()}-abc", "stratakv-other"]
 
 
 def test_counters_add_up_over_ranks_and_steps() -> None:

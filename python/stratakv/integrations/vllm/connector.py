@@ -50,8 +50,8 @@ class StrataConnector(KVConnectorBase_V1):
 
     - ``weights_version``: a name of the weights, where reading them at start would take too long;
     - ``save_decoded``: whether what was generated is saved, too (default: true);
-    - ``layer_by_layer``: on a device, whether the forward pass waits for each layer's load rather than for all, and
-      each layer is saved as soon as it is computed (default: false; needs piecewise CUDA graphs, and sees to it).
+    - ``layer_by_layer``: on a device, whether each layer is saved as soon as it is computed, not all after the forward
+      pass (default: false; needs piecewise CUDA graphs, and sees to it).
     """
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
@@ -77,6 +77,7 @@ class StrataConnector(KVConnectorBase_V1):
             events = vllm_config.kv_events_config
             self._scheduler = Scheduler(
                 vllm_config.cache_config.block_size,
+                model.Namespaces(vllm_config),
                 loads=self._kv_transfer_config.is_kv_consumer,
                 saves=self._kv_transfer_config.is_kv_producer,
                 decoded=bool(own.get("save_decoded", True)),
@@ -98,7 +99,7 @@ class StrataConnector(KVConnectorBase_V1):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """Only where layers are waited for one by one."""
+        """Only where layers are saved one by one."""
         return bool(extra_config.get("layer_by_layer", False))
 
     def shutdown(self) -> None:
@@ -168,17 +169,13 @@ class StrataConnector(KVConnectorBase_V1):
         return self._connector_metadata if isinstance(self._connector_metadata, Step) else None
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ANN401 - the engine's
-        """Loads what this step waits for; begins to load what it does not wait for."""
+        """Begins to load what this step has made room for."""
         del forward_context, kwargs
         if self._worker is not None and (step := self._step) is not None:
             self._worker.begin(step)
-            if not self._layer_by_layer:
-                self._worker.wait_for_loads()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Has the forward pass wait for a layer's load."""
-        if self._layer_by_layer and self._worker is not None and layer_name in self._numbers:
-            self._worker.wait_for_layer(self._numbers[layer_name])
+        """No forward pass waits: a request is computed when all of its loads are there."""
 
     def save_kv_layer(
         self,
@@ -228,8 +225,9 @@ class StrataConnector(KVConnectorBase_V1):
         self._side.add(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Tokens that can be loaded beyond those computed, and whether behind the engine's back."""
-        return self._side.matched(request, num_computed_tokens)
+        """Tokens that can be loaded beyond those computed; the engine does not wait for them."""
+        tokens = self._side.matched(request, num_computed_tokens)
+        return tokens, tokens > 0
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Notes what is to be loaded."""

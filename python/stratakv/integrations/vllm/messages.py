@@ -38,14 +38,12 @@ class Load:
         start: first token to load.
         stop: the token after the last.
         pages: the engine's blocks, of all tokens up to `stop`.
-        behind: whether the engine does not wait for it.
     """
 
     request: str
     start: int
     stop: int
     pages: Ids
-    behind: bool
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Step(KVConnectorMetadata):
 
     Attributes:
         number: of the step: matches that were asked for before are loaded now, or given back.
-        loads: what to load before the forward pass, or behind it.
+        loads: what to begin to load.
         saves: what to save after it.
         finished: requests that are over.
     """
@@ -102,14 +100,14 @@ class Saved(KVConnectorWorkerMetadata):
     """What workers have stored, and lost: blocks by the engine's names; with several workers, how many of them."""
 
     stored: dict[bytes, int] = field(default_factory=dict)
-    gone: set[bytes] = field(default_factory=set)
+    gone: dict[bytes, int] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Both together: a block that one of them lost is gone."""
+        """Both together."""
         if isinstance(other, Saved):
-            for name, count in other.stored.items():
-                self.stored[name] = self.stored.get(name, 0) + count
-            self.gone |= other.gone
+            for mine, more in ((self.stored, other.stored), (self.gone, other.gone)):
+                for name, count in more.items():
+                    mine[name] = mine.get(name, 0) + count
         return self
 
 

@@ -6,7 +6,9 @@ so that a change of it is a miss. What cannot be told is refused at start.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,11 @@ from stratakv import InputError, weights_version
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.request import Request
+
+_log = logging.getLogger(__name__)
+
+# Names, sizes and times of an adapter's files.
+_Stamp = tuple[tuple[str, int, int], ...]
 
 # Drafts of these come from the tokens alone: no layers of a draft model, whose keys and values know the next token.
 _PLAIN_DRAFTS = {"ngram", "ngram_gpu", "suffix"}
@@ -86,10 +93,8 @@ def check(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
             f"speculative decoding by {drafts.method!r} has layers whose keys and values depend on the token after a"
             f" block; use one of {', '.join(sorted(_PLAIN_DRAFTS))}, or none, with StrataConnector"
         )
-    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
-        raise InputError(
-            "calculate_kv_scales is on: scales that each process measures anew make other bytes; turn it off"
-        )
+    if drafts is not None and parallel.pipeline_parallel_size > 1:
+        raise InputError("drafts over a pipeline of ranks are saved by the last alone; use no drafts, or one stage")
 
 
 def name_and_version(vllm_config: VllmConfig, given: str | None) -> tuple[str, str]:
@@ -115,11 +120,21 @@ def name_and_version(vllm_config: VllmConfig, given: str | None) -> tuple[str, s
         "quantization": model.quantization,
         "runner": str(model.runner_type),
         "ranks": [parallel.tensor_parallel_size, parallel.pipeline_parallel_size],
+        "media": _media_terms(model),
     }
     text = json.dumps(terms, sort_keys=True, default=str)
     # Where it lies does not matter.
     name = Path(str(model.model)).name if Path(str(model.model)).exists() else str(model.model)
     return name, blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _media_terms(model: Any) -> list[str]:  # noqa: ANN401 - vLLM's ModelConfig
+    """What the keys and values of an image depend on beside the image."""
+    settings = getattr(model, "multimodal_config", None)
+    if settings is None:
+        return []
+    files = [Path(str(model.model)) / name for name in ("preprocessor_config.json", "processor_config.json")]
+    return [str(settings.mm_processor_kwargs), *(file.read_text() for file in files if file.is_file())]
 
 
 def _is_scaled(rope: dict[str, Any]) -> bool:
@@ -152,35 +167,54 @@ def _weights(vllm_config: VllmConfig) -> str:
     return weights_version(folder)
 
 
-def namespace(request: Request) -> tuple[str, str] | None:
-    """Adapter and tenant of a request; ``None``: its tokens do not tell its keys and values, so it is not cached."""
-    if request.prompt_token_ids is None or request.prompt_embeds is not None or request.resumable:
-        return None
-    adapter = ""
-    if (lora := request.lora_request) is not None:
-        adapter = f"lora:{lora.lora_name}:{_adapter_version(lora.lora_path)}"
-    if request.mm_features:
-        # Their tokens are placeholders: what they stand for is told here, and where.
-        told = "|".join(
-            f"{each.identifier}@{each.mm_position.offset}+{each.mm_position.length}" for each in request.mm_features
-        )
-        adapter = f"{adapter}media:{blake2b(told.encode(), digest_size=16).hexdigest()}"
-    return adapter, request.cache_salt or ""
+class Namespaces:
+    """Adapter and tenant of requests."""
 
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        """Of an engine."""
+        media = getattr(vllm_config.model_config, "multimodal_config", None)
+        # Where vLLM has no use for their hashes it numbers them, and begins anew in each process.
+        self._media = bool(media and media.mm_processor_cache_gb) or vllm_config.cache_config.enable_prefix_caching
+        # What the files of an adapter were when it was first asked for; the engine serves it as it was then.
+        self._adapters: dict[tuple[str, int, str], tuple[_Stamp, str]] = {}
 
-_versions: dict[tuple[str, tuple[tuple[str, int, int], ...]], str] = {}
+    def of(self, request: Request) -> tuple[str, str] | None:
+        """Of one request; ``None``: its tokens do not tell its keys and values, so it is not cached."""
+        try:
+            return self._of(request)
+        except Exception:
+            _log.exception("a request is not cached: what it is cannot be told")
+            return None
 
+    def _of(self, request: Request) -> tuple[str, str] | None:
+        if request.prompt_token_ids is None or request.prompt_embeds is not None or request.resumable:
+            return None
+        told: dict[str, object] = {}
+        if (lora := request.lora_request) is not None:
+            version = self._adapter(lora.lora_name, lora.lora_int_id, lora.lora_path)
+            if version is None:
+                return None
+            told["lora"] = [lora.lora_name, version]
+        if request.mm_features:
+            if not self._media:
+                return None
+            # Their tokens are placeholders: what they stand for is told here, and where.
+            told["media"] = [[f.identifier, f.mm_position.offset, f.mm_position.length] for f in request.mm_features]
+        adapter = blake2b(json.dumps(told).encode(), digest_size=16).hexdigest() if told else ""
+        return adapter, request.cache_salt or ""
 
-def _adapter_version(path: str) -> str:
-    """A digest of an adapter's files; of one that is not on this machine, its path."""
-    files = sorted(each for each in Path(path).glob("adapter_*") if each.is_file()) if path else []
-    if not files:
-        return path
-    stamp = tuple((each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in files)
-    key = (path, stamp)
-    if key not in _versions:
-        digest = blake2b(digest_size=16)
-        for each in files:
-            digest.update(each.name.encode() + b"\0" + each.read_bytes())
-        _versions[key] = digest.hexdigest()
-    return _versions[key]
+    def _adapter(self, name: str, number: int, path: str) -> str | None:
+        """A digest of an adapter's files; ``None`` where they are not on this machine, or others than they were."""
+        folder = Path(path).expanduser()
+        files = sorted(each for each in folder.glob("adapter_*") if each.is_file()) if path else []
+        if not files:
+            return None
+        stamp = tuple((each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in files)
+        known = self._adapters.get((name, number, path))
+        if known is None:
+            digest = blake2b(digest_size=16)
+            for each in files:
+                with each.open("rb") as file:
+                    digest.update(f"{each.name} {hashlib.file_digest(file, 'sha256').hexdigest()} ".encode())
+            known = self._adapters[name, number, path] = (stamp, digest.hexdigest())
+        return known[1] if known[0] == stamp else None

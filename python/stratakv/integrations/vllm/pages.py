@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from stratakv import Geometry, InputError, Match, ModelCache, TokenSequence
 from stratakv.config import Dtype
+from stratakv.integrations.vllm import VERSION
 from stratakv.integrations.vllm.messages import Ids, Load
 
 LAYOUT = "PHND"
@@ -90,9 +91,13 @@ class Pages:
         )
         self.packing = "plain"
         if as_bytes:
-            isa = torch.backends.cpu.get_cpu_capability() if self.device.type == "cpu" else self.device.type
+            isa = self.device.type
+            if isa == "cpu":
+                # With AMX, kernels lay some blocks in another order.
+                amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+                isa = f"{torch.backends.cpu.get_cpu_capability()} amx {amx}"
             spec = specs[names[0]]
-            self.packing = f"{isa} {spec.dtype} {type(spec).__name__} {spec.kv_quant_mode} {tokens}"
+            self.packing = f"vLLM {VERSION} {isa} {spec.dtype} {type(spec).__name__} {spec.kv_quant_mode} {tokens}"
 
     def table(self, pages: Ids) -> Ids:
         """The pages of some of the engine's blocks."""
@@ -127,11 +132,11 @@ class HostMover:
     def mark(self) -> None:
         """There is no order beside that of the calls."""
 
-    def load(self, match: Match, load: Load, after: object) -> tuple[int, None]:
+    def load(self, match: Match, load: Load, after: object) -> int:
         """Loads some tokens of a match; returns how many leading ones are valid."""
         del after
         pages = self._pages.table(load.pages)
-        return match.load(self._kv, layout=LAYOUT, pages=pages, start=load.start, stop=load.stop), None
+        return match.load(self._kv, layout=LAYOUT, pages=pages, start=load.start, stop=load.stop)
 
     def gather(self, pages: Ids) -> None:
         """What is saved is read when it is put."""
@@ -146,8 +151,8 @@ class HostMover:
 class DeviceMover:
     """Copies through pinned host memory, on a stream of its own: a layer at a time, in order with the engine's stream.
 
-    Loads wait for what the engine's stream had when they were marked, and the engine's stream waits for them. What is
-    saved is selected into memory of its own before the engine's stream goes on, and copied to the host beside it.
+    Loads wait for what the engine's stream had when they were marked, and are done when they return. What is saved is
+    selected into memory of its own before the engine's stream goes on, and copied to the host beside it.
     """
 
     def __init__(self, pages: Pages) -> None:
@@ -170,8 +175,8 @@ class DeviceMover:
     def _index(self, table: Ids) -> torch.Tensor:
         return torch.as_tensor(table.astype(np.int64), device=self._pages.device)
 
-    def load(self, match: Match, load: Load, after: Any) -> tuple[int, list[Any] | None]:  # noqa: ANN401 - an event
-        """Loads some tokens of a match; returns how many leading ones are valid, after an event for each layer."""
+    def load(self, match: Match, load: Load, after: Any) -> int:  # noqa: ANN401 - an event of torch
+        """Loads some tokens of a match; returns how many leading ones are valid."""
         size = self._pages.block_tokens
         table = self._pages.table(load.pages[load.start // size : load.stop // size])
         host = self._host(len(table))
@@ -179,17 +184,19 @@ class DeviceMover:
         order = _order(len(table), load.start // size * self._pages.ratio)
         valid = match.load(kv, layout=LAYOUT, pages=order, start=load.start, stop=load.stop)
         came = max(valid - load.start, 0) // size * self._pages.ratio
-        events = []
-        with self._side or nullcontext():
-            if self._side is not None:
-                self._side.wait_event(after)
-            index = self._index(table[:came])
-            for layer, source in zip(self._pages.layers, host, strict=True):
-                for plane, rows in zip(layer, source, strict=True):
-                    plane.index_copy_(0, index, rows[:came].to(plane.device, non_blocking=True))
+        try:
+            with self._side or nullcontext():
                 if self._side is not None:
-                    events.append(self._side.record_event())
-        return valid, events or None
+                    self._side.wait_event(after)
+                index = self._index(table[:came])
+                for layer, source in zip(self._pages.layers, host, strict=True):
+                    for plane, rows in zip(layer, source, strict=True):
+                        plane.index_copy_(0, index, rows[:came].to(plane.device, non_blocking=True))
+        finally:
+            # Whatever came of it: nothing is on its way to the engine's blocks when they are its own again.
+            if self._side is not None:
+                self._side.synchronize()
+        return valid
 
     def gather(self, pages: Ids) -> Gathered:
         """Begins to bring some of the engine's blocks to host memory."""

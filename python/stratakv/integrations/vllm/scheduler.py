@@ -1,8 +1,9 @@
 """The scheduler's side: asks the workers what they have, and tells them what to load and save.
 
 A request is matched when the engine asks, as often as it asks: the match is leased for that step and given back at its
-end if nothing came of it. What a request has computed is saved block by block, as soon as the block is whole and its
-tokens are known.
+end if nothing came of it. What was found is always loaded behind: until all workers have told that it is there, the
+engine neither computes on it nor shows it to other requests. What a request has computed is saved block by block, as
+soon as the block is whole and its tokens are known.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from vllm.distributed.kv_events import MEDIUM_CPU, BlockRemoved, BlockStored, KV
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from stratakv.integrations.vllm.messages import Address, Counted, Load, Save, Saved, Step
-from stratakv.integrations.vllm.model import namespace
+from stratakv.integrations.vllm.model import Namespaces
 from stratakv.integrations.vllm.ranks import Found, Ranks
 
 if TYPE_CHECKING:
@@ -35,26 +36,34 @@ _MOST_TOLD = 100_000
 class _Known:
     """A request, its namespace, and how far it was saved."""
 
-    __slots__ = ("namespace", "request", "saved")
+    __slots__ = ("failed", "namespace", "pages", "request", "saved", "tiers")
 
-    def __init__(self, request: Request) -> None:
-        self.request, self.namespace, self.saved = request, namespace(request), 0
+    def __init__(self, request: Request, namespace: tuple[str, str] | None) -> None:
+        self.request, self.namespace, self.saved = request, namespace, 0
+        # What is loaded for it, where that comes from, and whether it did not come: then it is not tried again.
+        self.pages: frozenset[int] = frozenset()
+        self.tiers: dict[str, int] = {}
+        self.failed = False
 
 
 class Scheduler:
     """What is asked, loaded and saved."""
 
-    def __init__(self, block_tokens: int, *, loads: bool, saves: bool, decoded: bool, events: bool) -> None:
+    def __init__(
+        self, block_tokens: int, namespaces: Namespaces, *, loads: bool, saves: bool, decoded: bool, events: bool
+    ) -> None:
         """Of an engine whose workers are not known yet.
 
         Args:
             block_tokens: tokens of one of the engine's blocks.
+            namespaces: of its requests.
             loads: whether prompts are looked for.
             saves: whether what was computed is saved.
             decoded: whether that includes what was generated.
             events: whether blocks are announced.
         """
         self._block, self._may_load, self._may_save = block_tokens, loads, saves
+        self._namespaces = namespaces
         self._decoded, self._announces = decoded, events
         self._ranks = Ranks([])
         self._workers = 0
@@ -62,7 +71,6 @@ class Scheduler:
         self._known: dict[str, _Known] = {}
         self._found: dict[str, tuple[int, Found]] = {}
         self._loads: list[Load] = []
-        self._sources: dict[str, dict[str, int]] = {}
         self.counted = Counted()
         self._events: list[KVCacheEvent] = []
         # Stored blocks that not all workers have told of, and what an event says of each.
@@ -77,42 +85,42 @@ class Scheduler:
         """A request, once."""
         known = self._known.get(request.request_id)
         if known is None or known.request is not request:
-            known = self._known[request.request_id] = _Known(request)
+            known = self._known[request.request_id] = _Known(request, self._namespaces.of(request))
         return known
 
-    def matched(self, request: Request, computed: int) -> tuple[int, bool]:
-        """Tokens that can be loaded beyond those computed, and whether behind the engine's back."""
+    def matched(self, request: Request, computed: int) -> int:
+        """Tokens that can be loaded beyond those computed."""
         known = self.add(request)
         # The last token is always computed, to say what follows it.
         asked = (request.num_tokens - 1) // self._block * self._block
-        if not self._may_load or known.namespace is None or request.skip_reading_prefix_cache or asked <= computed:
-            return 0, False
+        if not self._may_load or known.namespace is None or known.failed or request.skip_reading_prefix_cache:
+            return 0
+        if asked <= computed:
+            return 0
         tokens = np.array(request.all_token_ids[:asked], np.uint32)
         found = self._ranks.match(request.request_id, self._number, tokens, *known.namespace)
         self._found[request.request_id] = (asked - computed, found)
-        stop = found.tokens // self._block * self._block
-        if stop <= computed:
-            return 0, False
-        return stop - computed, not found.in_ram
+        return max(found.tokens // self._block * self._block - computed, 0)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, tokens: int) -> None:
         """The engine has made room for so many of the tokens that were found."""
         found = self._found.pop(request.request_id, None)
-        if found is None:
-            return
-        asked, answer = found
-        self.counted.add(asked_tokens=asked, hit_tokens=tokens)
+        if found is not None:
+            self.counted.add(asked_tokens=found[0], hit_tokens=tokens)
         if not tokens:
             return
-        stop = answer.tokens // self._block * self._block
-        start = stop - tokens
-        pages = np.array(blocks.get_block_ids()[0][: stop // self._block], np.uint32)
-        self._loads.append(Load(request.request_id, start, stop, pages, behind=not answer.in_ram))
-        self._sources[request.request_id] = answer.tiers
+        ids = blocks.get_block_ids()[0]
+        # What was not found in this step is told all the same: the workers say that it did not come.
+        tiers = found[1].tiers if found is not None else {}
+        stop = (found[1].tokens if found is not None else len(ids) * self._block) // self._block * self._block
+        pages = np.array(ids[: stop // self._block], np.uint32)
+        self._loads.append(Load(request.request_id, stop - tokens, stop, pages))
+        known = self.add(request)
+        known.tiers, known.pages = tiers, frozenset(pages[(stop - tokens) // self._block :].tolist())
 
     def sources(self, request: Request) -> dict[str, int]:
         """Tokens of the last match by tier."""
-        return self._sources.get(request.request_id, {})
+        return self.add(request).tiers
 
     def step(self, output: SchedulerOutput) -> Step:
         """What the workers do in this step."""
@@ -130,7 +138,6 @@ class Scheduler:
     def _plan_saves(self, step: Step, output: SchedulerOutput) -> None:
         for name in output.finished_req_ids:
             self._known.pop(name, None)
-            self._sources.pop(name, None)
         # These have other blocks now than they had: what is known of the old ones is worth nothing.
         again = {*output.scheduled_cached_reqs.resumed_req_ids, *(new.req_id for new in output.scheduled_new_reqs)}
         for name in again & self._known.keys():
@@ -190,16 +197,22 @@ class Scheduler:
     def after(self, output: KVConnectorOutput) -> None:
         """What came of a step."""
         if output.invalid_block_ids:
-            # The workers do not save what may be spoilt: all is offered again.
+            # What failed once would be found again, and again: it is computed.
             for known in self._known.values():
-                known.saved = 0
+                known.failed |= not known.pages.isdisjoint(output.invalid_block_ids)
         meta = output.kv_connector_worker_meta
         if isinstance(meta, Saved):
             for name, count in meta.stored.items():
                 self._partly[name] = self._partly.get(name, 0) + count
                 if self._partly[name] >= self._workers and (event := self._told.pop(name, None)) is not None:
                     self._events.append(event)
-            gone = [name for name in meta.gone if self._partly.pop(name, 0)]
+            gone = []
+            for name, count in meta.gone.items():
+                before = self._partly.pop(name, 0)
+                if before > count:
+                    self._partly[name] = before - count
+                if before >= self._workers:
+                    gone.append(name)
             if gone:
                 names = [maybe_convert_block_hash(name) for name in gone]
                 self._events.append(BlockRemoved(block_hashes=names, medium=MEDIUM_CPU))
@@ -213,7 +226,7 @@ class Scheduler:
         """Has the workers forget everything."""
         for known in self._known.values():
             known.saved = 0
-        return self._ranks.reset()
+        return self._ranks.reset(self._number)
 
     def close(self) -> None:
         """Ends the connections."""

@@ -1,9 +1,10 @@
 """A worker's side: it has the store of its rank, loads into the engine's blocks and saves from them.
 
-    match (asked by the scheduler) ─▶ lease, until the step ─▶ load: before the forward pass, or behind it
+    match (asked by the scheduler) ─▶ lease, until the step ─▶ load, behind the engine ─▶ told: there, or not
                                                      forward ─▶ save: what it computed, once
 
-What does not load is told to the engine, which computes it. What a failed load may have spoilt is never saved.
+The engine keeps a request and its blocks apart until the word comes that they are loaded; what does not load it
+computes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -110,7 +110,10 @@ class Worker:
         self._mover: HostMover | DeviceMover = DeviceMover(pages) if on_device or staging else HostMover(pages)
         self._block, self._geometry = block_tokens, pages.geometry
         self.layers = pages.names
-        self._name, self._version = name, f"{version} {pages.packing} rank {rank}"
+        # Which layers a rank has is part of it: how they are divided can be set.
+        self._name, self._version = name, f"{version} {pages.packing} rank {rank} {' '.join(pages.names)}"
+        # Steps before that one computed with other weights; and whether this one could not be brought to the host.
+        self._saves_from, self._broken = 0, False
         self._caches: CacheManager = open_caches(given, f"rank-{rank}")
         try:
             self._cache: ModelCache = self._caches.register(name, pages.geometry, weights_version=self._version)
@@ -133,7 +136,6 @@ class Worker:
         self._room = threading.BoundedSemaphore(_MOST_BEHIND)
         self._answers = Answers(self)
         self.address = self._answers.address
-        self._events: list[Any] = []
         where = self._caches.config.ssd.path if self._caches.config.ssd.enabled else "RAM alone"
         moved = "through host memory" if isinstance(self._mover, DeviceMover) else "in place"
         self.summary = f"{self._geometry} of {name}, {pages.packing}, moved {moved}, in {where}"
@@ -157,115 +159,98 @@ class Worker:
         tiers: dict[str, int] = {}
         for place in match.explain().blocks:
             tiers[place] = tiers.get(place, 0) + self._block
-        return Found(match.tokens, set(tiers) <= {"ram"}, tiers)
+        return Found(match.tokens, tiers)
 
-    def reset(self) -> None:
-        """Forgets everything, as the weights may be others now: what comes is stored under a version of its own."""
+    def reset(self, step: int) -> None:
+        """Forgets everything, as the weights may be others now: what comes is stored under a version of its own.
+
+        What steps before that one computed is of the old weights, and is not saved any more.
+        """
+        self._saves_from = step
         self._leases.release(None)
-        self._saving.clear()
         self._caches.unregister(self._name)
         version = f"{self._version} after {uuid.uuid4().hex}"
         self._cache = self._caches.register(self._name, self._geometry, weights_version=version)
 
-    # Before the forward pass.
+    # Loads.
 
     def begin(self, step: Step) -> None:
-        """Loads what this step waits for, and begins to load what it does not."""
+        """Begins to load what this step has made room for."""
         after = self._mover.mark() if step.loads else None
         for load in step.loads:
-            match = self._leases.take(load.request)
-            if load.behind:
-                self._loads.submit(self._load_behind, load, match, after)
-            else:
-                self._events = self._load(load, match, after) or self._events
+            self._loads.submit(self._load, load, self._leases.take(load.request), after)
         self._leases.release(step.number)
 
-    def _load_behind(self, load: Load, match: Match | None, after: object) -> None:
-        """A load that the engine does not wait for: told when it is there, or is not."""
-        events = self._load(load, match, after)
-        if events:
-            events[-1].synchronize()
-        with self._lock:
-            self._received.add(load.request)
-
-    def _load(self, load: Load, match: Match | None, after: object) -> list[Any] | None:
+    def _load(self, load: Load, match: Match | None, after: object) -> None:
+        """Loads, and tells the engine that it is there, or is not: without a word a request waits for ever."""
         started = time.perf_counter()
-        valid, events = 0, None
+        valid, reason = 0, "its lease is over"
         try:
             if match is not None:
-                valid, events = self._mover.load(match, load, after)
+                valid = self._mover.load(match, load, after)
+                reason = match.explain().reason or ""
         except StrataKVError as error:
-            _log.warning("%d tokens are computed, they could not be loaded: %s", load.stop - load.start, error)
-        except Exception:
-            # Whatever it is, it costs no request: what was not loaded is computed.
-            _log.exception("%d tokens are computed, they could not be loaded", load.stop - load.start)
+            reason = str(error)
+        except Exception as error:
+            # Whatever it is, it costs no request.
+            _log.exception("a load failed")
+            reason = str(error)
         finally:
+            valid = max(valid, load.start)
+            with self._lock:
+                self._counted.add(
+                    loaded_tokens=valid - load.start,
+                    loaded_bytes=(valid - load.start) * self._geometry.token_bytes,
+                    load_seconds=time.perf_counter() - started,
+                    failed_tokens=load.stop - valid,
+                )
+                self._invalid.update(load.pages[valid // self._block : load.stop // self._block].tolist())
+                self._received.add(load.request)
             if match is not None:
                 match.release()
-        valid = max(valid, load.start)
-        with self._lock:
-            self._counted.add(
-                loaded_tokens=valid - load.start,
-                loaded_bytes=(valid - load.start) * self._geometry.token_bytes,
-                load_seconds=time.perf_counter() - started,
-            )
         if valid < load.stop:
-            reason = match.explain().reason if match is not None else "its lease is over"
             _log.warning("%d of %d tokens are computed: %s", load.stop - valid, load.stop - load.start, reason)
-            self._fail(load, valid)
-        return events
-
-    def _fail(self, load: Load, valid: int) -> None:
-        valid = max(valid, load.start)
-        with self._lock:
-            self._invalid.update(load.pages[valid // self._block : load.stop // self._block].tolist())
-            self._counted.add(failed_tokens=load.stop - valid)
-
-    def wait_for_layer(self, number: int) -> None:
-        """Has the engine's stream wait for one layer of this step's loads."""
-        if self._events:
-            torch.accelerator.current_stream().wait_event(self._events[number])
-
-    def wait_for_loads(self) -> None:
-        """Has the engine's stream wait for all of this step's loads."""
-        self.wait_for_layer(-1)
 
     # During and after the forward pass.
 
     def gather_layer(self, step: Step, number: int) -> None:
         """Begins to bring one layer of what this step saves to the host."""
-        if isinstance(self._mover, DeviceMover):
+        if not isinstance(self._mover, DeviceMover) or self._broken:
+            return
+        try:
             for n, save in enumerate(step.saves):
                 if n not in self._gathered:
                     self._gathered[n] = self._mover.gather(save.pages[save.start // self._block :])
                 self._mover.gather_layer(self._gathered[n], number)
+        except Exception:
+            # No memory, for one. It costs no request.
+            _log.exception("this step saves nothing")
+            self._broken = True
 
     def finish(self, step: Step) -> None:
         """Saves what this step computed."""
         for number in range(self._geometry.layers):
             self.gather_layer(step, number)
-        gathered, self._gathered, self._events = self._gathered, {}, []
-        with self._lock:
-            invalid = np.fromiter(self._invalid, np.uint32, len(self._invalid))
+        stale, self._broken = self._broken or step.number < self._saves_from, False
+        gathered, self._gathered = self._gathered, {}
         for n, save in enumerate(step.saves):
+            if stale:
+                self._saving.pop(save.request, None)
+                continue
             try:
-                self._save(save, invalid, gathered.get(n))
+                self._save(save, gathered.get(n))
             except Exception:
                 _log.exception("%d tokens were not saved", len(save.tokens))
                 self._saving.pop(save.request, None)
         for request in step.finished:
             self._saving.pop(request, None)
 
-    def _save(self, save: Save, invalid: Ids, gathered: Gathered | None) -> None:
+    def _save(self, save: Save, gathered: Gathered | None) -> None:
         state = self._saving.get(save.request)
         if save.start == 0:
             sequence = self._cache.sequence(adapter=save.adapter, tenant=save.tenant)
             state = self._saving[save.request] = _Saving(sequence)
         elif state is None or state.tokens != save.start:
-            return
-        # They hold, or were computed from, what was not loaded.
-        if len(invalid) and np.isin(save.pages, invalid).any():
-            del self._saving[save.request]
             return
         state.tokens += len(save.tokens)
         if gathered is None:
@@ -350,7 +335,7 @@ class Worker:
                     if held:
                         self._announced[engine_name] = looked_at[engine_name]
                     else:
-                        self._saved.gone.add(engine_name)
+                        self._saved.gone[engine_name] = 1
             if not self._saved.stored and not self._saved.gone:
                 return None
             out, self._saved = self._saved, Saved()
@@ -359,7 +344,7 @@ class Worker:
     def close(self) -> None:
         """Ends everything; what is only in RAM is written as far as the time allows."""
         self._answers.close()
-        self._loads.shutdown()
-        self._puts.shutdown()
+        self._loads.shutdown(cancel_futures=True)
+        self._puts.shutdown(cancel_futures=True)
         self._leases.release(None)
         self._caches.close()
