@@ -197,7 +197,10 @@ class StrataConnector(KVConnectorBase_V1):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose loads are over. Saves hold no blocks."""
         del finished_req_ids
-        return None, self._worker.received() if self._worker is not None else None
+        if self._worker is None:
+            return None, None
+        step = self._step
+        return None, self._worker.received(idle=step is not None and step.idle)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """The engine's blocks that were to be loaded and were not: it computes them."""

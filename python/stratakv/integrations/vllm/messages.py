@@ -78,12 +78,14 @@ class Step(KVConnectorMetadata):
         loads: what to begin to load.
         saves: what to save after it.
         finished: requests that are over.
+        idle: whether the engine computes nothing in this step.
     """
 
     number: int = 0
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     finished: frozenset[str] = frozenset()
+    idle: bool = False
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,12 @@ class Scheduler:
 
     def step(self, output: SchedulerOutput) -> Step:
         """What the workers do in this step."""
-        step = Step(number=self._number, loads=self._loads, finished=frozenset(output.finished_req_ids))
+        step = Step(
+            number=self._number,
+            loads=self._loads,
+            finished=frozenset(output.finished_req_ids),
+            idle=not output.total_num_scheduled_tokens,
+        )
         self._number += 1
         self._loads = []
         self._found.clear()

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 # Steps whose saves may be on their way from a device.
 _MOST_BEHIND = 8
+# How long an engine that has nothing to compute waits for a load, rather than asking again at once.
+_IDLE_S = 0.005
 # How often blocks that were announced are looked for, and how many at a time.
 _LOOK_EVERY_S, _LOOK_AT = 1.0, 4096
 
@@ -111,7 +114,8 @@ class Worker:
         self._block, self._geometry = block_tokens, pages.geometry
         self.layers = pages.names
         # Which layers a rank has is part of it: how they are divided can be set.
-        self._name, self._version = name, f"{version} {pages.packing} rank {rank} {' '.join(pages.names)}"
+        layers = blake2b(" ".join(pages.names).encode(), digest_size=8).hexdigest()
+        self._name, self._version = name, f"{version} {pages.packing} rank {rank} layers {layers}"
         # Steps before that one computed with other weights; and whether this one could not be brought to the host.
         self._saves_from, self._broken = 0, False
         self._caches: CacheManager = open_caches(given, f"rank-{rank}")
@@ -124,6 +128,8 @@ class Worker:
         self._saving: dict[str, _Saving] = {}
         self._gathered: dict[int, Gathered] = {}
         self._lock = threading.Lock()
+        self._came = threading.Condition(self._lock)
+        self._under_way = 0
         self._invalid: set[int] = set()
         self._received: set[str] = set()
         self._counted = Counted()
@@ -177,6 +183,8 @@ class Worker:
     def begin(self, step: Step) -> None:
         """Begins to load what this step has made room for."""
         after = self._mover.mark() if step.loads else None
+        with self._lock:
+            self._under_way += len(step.loads)
         for load in step.loads:
             self._loads.submit(self._load, load, self._leases.take(load.request), after)
         self._leases.release(step.number)
@@ -206,6 +214,8 @@ class Worker:
                 )
                 self._invalid.update(load.pages[valid // self._block : load.stop // self._block].tolist())
                 self._received.add(load.request)
+                self._under_way -= 1
+                self._came.notify_all()
             if match is not None:
                 match.release()
         if valid < load.stop:
@@ -290,9 +300,11 @@ class Worker:
 
     # What the engine is told.
 
-    def received(self) -> set[str]:
-        """Requests whose loads behind are over, whether they came or not."""
+    def received(self, *, idle: bool) -> set[str]:
+        """Requests whose loads are over, whether they came or not. An engine that has nothing to do waits for one."""
         with self._lock:
+            if idle and self._under_way and not self._received:
+                self._came.wait(_IDLE_S)
             out, self._received = self._received, set()
         return out
 
