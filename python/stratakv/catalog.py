@@ -255,7 +255,7 @@ class Catalog:
         entry = self._source.entry(model)
         names, asked = _names(entry, tokens, adapter, tenant)
         size = entry.geometry.block_tokens
-        places = entry.model.places(names)
+        places = list(itertools.takewhile(bool, entry.model.places(names)))
         here = {tier: size * sum(place & 1 == bit for place in places) for tier, bit in (("ram", 1), ("ssd", 0))}
         holders = self._holders(model, names)
         nodes = None
