@@ -58,7 +58,7 @@ class FoundModel:
         Raises:
             InputError: a file cannot be read.
         """
-        return weights_version(self.path)
+        return _digest(_weights(self.path))
 
     def stamp(self) -> tuple[tuple[str, int, int], ...]:
         """What changes when its files do: names, sizes and times. Cheap, and no proof of what is in them."""
@@ -105,6 +105,10 @@ def weights_version(path: str | os.PathLike[str]) -> str:
     files = _weights(Path(path))
     if not files:
         raise InputError(f"{path}: no weights there, expected *.safetensors, pytorch_model*.bin or a GGUF file")
+    return _digest(files)
+
+
+def _digest(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}:{_content(file)}\n".encode())

@@ -229,3 +229,13 @@ def test_a_model_that_does_not_fit_the_tiers_is_refused_and_the_others_are_there
         assert [model.name for model in found.models] == ["small"]
         assert "below one block" in found.refused[0].reason
         assert list(caches) == ["small"]
+
+
+def test_weights_tell_their_version_and_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(stratakv.InputError, match=r"no weights there, expected \*\.safetensors"):
+        stratakv.weights_version(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    version = stratakv.weights_version(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"Weights")
+    assert len(version) == 32
+    assert stratakv.weights_version(tmp_path) != version
