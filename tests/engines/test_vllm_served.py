@@ -149,4 +149,4 @@ def test_a_server_that_is_killed_goes_on_where_it_was(smollm2: Path, tmp_path: P
         with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
             metrics = answer.read().decode()
         hits = [line for line in metrics.splitlines() if line.startswith("vllm:stratakv_hit_tokens_total{")]
-        assert float(hits[0].split()[-1]) == cached
+        assert float(hits[0].split()[-1]) >= cached
