@@ -119,7 +119,8 @@ class StrataConnector(KVConnectorBase_V1):
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
         """Sums from what was sent."""
-        return Counted(data or {})
+        # A copy: it is added to, and others read what was sent.
+        return Counted(dict(data or {}))
 
     @classmethod
     def build_prom_metrics(
