@@ -18,6 +18,8 @@ bytes that SGLang itself says a page consists of.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from stratakv.integrations.engine import KeyedBlocks, leading, require, settings
 
 VERSION = require("sglang", "0.5.23", "0.5.24")
@@ -95,7 +97,7 @@ class _Piece:
         self.blocks = KeyedBlocks(cache, self.layout)
 
 
-class _Pool:
+class _Pool(ABC):
     """A host pool: the pieces of its pages, and where they lie."""
 
     def __init__(self, pool: Any, pieces: Sequence[_Piece], *, replicated: bool) -> None:  # noqa: ANN401 - SGLang's
@@ -107,9 +109,9 @@ class _Pool:
         self.replicated = replicated
         self.page_bytes = sum(piece.geometry.block_bytes for piece in pieces)
 
+    @abstractmethod
     def tensors(self, start: int) -> Iterator[tuple[object, object]]:
         """Of the page that begins at a slot: for each piece the tensors, and the page table where they have one."""
-        raise NotImplementedError
 
     def starts(self, slots: torch.Tensor | None, pages: int) -> list[int]:
         """The first slot of each page.
