@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,22 +52,6 @@ def watched(model: Any, cache: stratakv.ModelCache, input_ids: Any, **options: A
     found: list[Restored] = []
     output = generate(model, cache, input_ids, on_restored=found.append, **{**GREEDY, **options})
     return output, found[0]
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return llama()
-
-
-@pytest.fixture
-def caches(tmp_path: Path) -> Iterator[stratakv.CacheManager]:
-    with stratakv.open(settings(tmp_path / "store")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def cache(caches: stratakv.CacheManager, model: Any) -> stratakv.ModelCache:
-    return caches.register("llama", geometry(model))
 
 
 def test_the_geometry_is_the_models() -> None:

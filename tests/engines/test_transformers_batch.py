@@ -29,22 +29,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return llama()
-
-
-@pytest.fixture
-def caches(tmp_path: Path) -> Iterator[stratakv.CacheManager]:
-    with stratakv.open(settings(tmp_path / "store")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def cache(caches: stratakv.CacheManager, model: Any) -> stratakv.ModelCache:
-    return caches.register("llama", geometry(model))
-
-
 @pytest.fixture
 def computed(model: Any) -> Iterator[list[tuple[int, int]]]:
     """Rows and columns of each forward pass."""

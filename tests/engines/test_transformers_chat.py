@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import stratakv  # noqa: E402 (after the skips)
-from llamas import BLOCK, SPECIAL, TEMPLATE, llama, settings, tokenizer, words  # noqa: E402
+from llamas import BLOCK, SPECIAL, TEMPLATE, settings, tokenizer, words  # noqa: E402
 from stratakv.demo import model_home  # noqa: E402
 from stratakv.integrations.transformers import Chat, generate, geometry  # noqa: E402
 
@@ -31,22 +30,6 @@ SYSTEM = words(60, seed=50)
 QUESTIONS = [words(20, seed) for seed in range(4)]
 # Of words alone: a special token is no text, so an answer with one would be written otherwise than it was made.
 GREEDY = {"max_new_tokens": 25, "do_sample": False, "pad_token_id": 0, "suppress_tokens": list(range(len(SPECIAL)))}
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return llama()
-
-
-@pytest.fixture
-def caches(tmp_path: Path) -> Iterator[stratakv.CacheManager]:
-    with stratakv.open(settings(tmp_path / "store")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def cache(caches: stratakv.CacheManager, model: Any) -> stratakv.ModelCache:
-    return caches.register("llama", geometry(model))
 
 
 def uncached(model: Any, tokens: Any, questions: list[str], system: str | None = SYSTEM, **options: Any) -> list[str]:

@@ -6,8 +6,6 @@ import contextlib
 import io
 import logging
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +14,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import stratakv  # noqa: E402 (after the skips)
-from llamas import BLOCK, GREEDY, llama, padded, prompt, settings, tokenizer  # noqa: E402
-from stratakv.integrations.transformers import generate, geometry, restore, stream  # noqa: E402
+from llamas import BLOCK, GREEDY, padded, prompt, tokenizer  # noqa: E402
+from stratakv.integrations.transformers import generate, restore, stream  # noqa: E402
 
 pytestmark = [
     pytest.mark.engines,
@@ -26,17 +24,6 @@ pytestmark = [
 ]
 
 LONG = {**GREEDY, "max_new_tokens": 40}
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return llama()
-
-
-@pytest.fixture
-def cache(tmp_path: Path, model: Any) -> Iterator[stratakv.ModelCache]:
-    with stratakv.open(settings(tmp_path / "store")) as caches:
-        yield caches.register("llama", geometry(model))
 
 
 def text_of(output: Any) -> str:

@@ -58,9 +58,15 @@ def llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that runs vLLM. LMCache, once imported, has all processes count in files that they share."""
+    out = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | more
+    out.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    return out
+
+
 def run(job: dict[str, Any], *, fails: bool = False, timeout_s: float = 300) -> Any:
     """What came of a job; of one that fails, what it said."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, str(ENGINE)],
         input=json.dumps(job),
@@ -68,7 +74,7 @@ def run(job: dict[str, Any], *, fails: bool = False, timeout_s: float = 300) -> 
         text=True,
         timeout=timeout_s,
         check=False,
-        env=environment,
+        env=environment(),
     )
     if fails:
         assert done.returncode, done.stdout

@@ -9,19 +9,33 @@ Engines that ask by a key of their own and never show the tokens store through `
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from stratakv import CacheManager, Config, Match, ModelCache, StrataKVError, TokenSequence
+from stratakv import CacheManager, Config, ConfigError, Match, ModelCache, StrataKVError, TokenSequence
 from stratakv import open as open_store
 
-__all__ = ["EngineVersionError", "KeyedBlocks", "leading", "open_caches", "require", "settings"]
+__all__ = [
+    "EngineVersionError",
+    "KeyedBlocks",
+    "close",
+    "guarded",
+    "leading",
+    "open_caches",
+    "require",
+    "settings",
+    "text_option",
+]
 
+_log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _DEFAULTS = {"ram": {"prefault": True}, "ssd": {"policy": "write_through"}}
 
@@ -95,6 +109,42 @@ def open_caches(options: Mapping[str, Any], *folders: str) -> CacheManager:
         StrataKVError: as `stratakv.open`.
     """
     return open_store(settings(options, *folders))
+
+
+def text_option(options: dict[str, Any], name: str) -> str:
+    """An option of an adapter's own, taken out of its table; empty if it is not there.
+
+    Raises:
+        ConfigError: it is no text.
+    """
+    value = options.pop(name, "")
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} is {value!r}, expected text")
+    return value
+
+
+def guarded(otherwise: _T, work: Callable[[], _T]) -> _T:
+    """What a call returns; a problem of the cache is logged, and is a miss."""
+    try:
+        return work()
+    except (StrataKVError, ValueError) as problem:
+        _log.warning("a miss: the store could not be used: %s", problem)
+    except Exception:
+        _log.exception("a miss: the store failed")
+    return otherwise
+
+
+def close(caches: CacheManager) -> None:
+    """Closes a store, and says what it did."""
+    try:
+        stats = caches.stats()
+        _log.info(
+            "asked for %d blocks, %d were there; %d were stored, %d found no room",
+            *(stats.asked_blocks, stats.hit_blocks, stats.put_blocks, stats.put_refused_blocks),
+        )
+        caches.close()
+    except StrataKVError as problem:
+        _log.warning("not all was written before the end: %s", problem)
 
 
 def leading(keys: Sequence[bytes], has: Callable[[bytes], bool]) -> int:

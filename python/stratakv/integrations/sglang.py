@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from stratakv.integrations.engine import KeyedBlocks, leading, require, settings
+from stratakv.integrations.engine import KeyedBlocks, close, guarded, leading, require, settings, text_option
 
 VERSION = require("sglang", "0.5.23", "0.5.24")
 
@@ -28,8 +28,8 @@ import ctypes  # noqa: E402 - another version of SGLang is refused before it is 
 import logging  # noqa: E402
 import time  # noqa: E402
 from collections import deque  # noqa: E402
-from collections.abc import Callable, Iterator, Mapping, Sequence  # noqa: E402
-from typing import Any, TypeVar  # noqa: E402
+from collections.abc import Iterator, Mapping, Sequence  # noqa: E402
+from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -47,7 +47,7 @@ from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost  # noqa: E40
 from sglang.srt.observability.metrics_collector import StorageMetrics  # noqa: E402
 from sglang.srt.runtime_context import get_model, get_parallel  # noqa: E402
 
-from stratakv import CacheManager, ConfigError, Geometry, StrataKVError  # noqa: E402
+from stratakv import CacheManager, ConfigError, Geometry  # noqa: E402
 from stratakv import open as open_store  # noqa: E402
 
 __all__ = ["StrataHiCache"]
@@ -80,8 +80,6 @@ _ENGINE_OPTIONS = {
 
 # Transfers whose figures are kept until SGLang asks for them.
 _KEPT_FIGURES = 1024
-
-_T = TypeVar("_T")
 
 
 class _Piece:
@@ -307,8 +305,8 @@ class StrataHiCache(HiCacheStorage):
         del kwargs
         self._config = storage_config
         options = {k: v for k, v in (storage_config.extra_config or {}).items() if k not in _ENGINE_OPTIONS}
-        self._weights_version = _text(options, "weights_version")
-        self._format = _text(options, "kv_cache_dtype")
+        self._weights_version = text_option(options, "weights_version")
+        self._format = text_option(options, "kv_cache_dtype")
         if storage_config.dcp_size > 1:
             raise ConfigError("decode context parallelism is not supported by this storage: use --dcp-size 1")
         ranks = f"tp{storage_config.tp_rank}of{storage_config.tp_size}-pp{storage_config.pp_rank}"
@@ -406,7 +404,7 @@ class StrataHiCache(HiCacheStorage):
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
         """How many leading pages are stored."""
         del extra_info
-        return self._guarded(0, lambda: self._leading(self._pools[PoolName.KV], keys))
+        return guarded(0, lambda: self._leading(self._pools[PoolName.KV], keys))
 
     def batch_get_v1(
         self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
@@ -441,9 +439,7 @@ class StrataHiCache(HiCacheStorage):
     ) -> PoolTransferResult:
         """How many leading pages are stored in all pools that a prefix needs, and at which lengths it may end."""
         del extra_info
-        return self._guarded(
-            PoolTransferResult(0, {}, []), lambda: self._restorable(list(keys), list(pool_transfers or ()))
-        )
+        return guarded(PoolTransferResult(0, {}, []), lambda: self._restorable(list(keys), list(pool_transfers or ())))
 
     def _restorable(self, keys: list[str], transfers: list[PoolTransfer]) -> PoolTransferResult:
         found = self._leading(self._pools[PoolName.KV], keys)
@@ -485,7 +481,7 @@ class StrataHiCache(HiCacheStorage):
 
     def exists(self, key: str) -> bool:
         """Whether a page is stored."""
-        return self._guarded(False, lambda: self._pools[PoolName.KV].has(key.encode()))
+        return guarded(False, lambda: self._pools[PoolName.KV].has(key.encode()))
 
     def get(
         self,
@@ -509,7 +505,7 @@ class StrataHiCache(HiCacheStorage):
         for number in reversed(range(len(keys))):
             target = targets[number]
             if target is None and self._pools:
-                target = self._guarded(None, self.mem_pool_host.get_dummy_flat_data_page)
+                target = guarded(None, self.mem_pool_host.get_dummy_flat_data_page)
             if target is not None and self._flat("load", keys[number], target):
                 found[number] = target
         return found
@@ -557,7 +553,7 @@ class StrataHiCache(HiCacheStorage):
                 done = done and blocks is not None and bool(getattr(blocks, way)(key.encode() + piece.suffix, kv))
             return done
 
-        return self._guarded(False, work)
+        return guarded(False, work)
 
     # What both share.
 
@@ -583,18 +579,8 @@ class StrataHiCache(HiCacheStorage):
                 pages, taken = sum(done), time.perf_counter() - begun
                 self._figures[way].append((pages, pages * pool.page_bytes / max(taken, 1e-9) / 1e9))
 
-        self._guarded(None, work)
+        guarded(None, work)
         return done
-
-    def _guarded(self, otherwise: _T, work: Callable[[], _T]) -> _T:
-        """What a call returns; a problem of the cache is logged, and is a miss."""
-        try:
-            return work()
-        except (StrataKVError, ValueError) as problem:
-            _log.warning("a miss: the storage of %s could not be used: %s", self._config.model_name, problem)
-        except Exception:
-            _log.exception("a miss: the storage of %s failed", self._config.model_name)
-        return otherwise
 
     # The rest of the interface.
 
@@ -614,7 +600,7 @@ class StrataHiCache(HiCacheStorage):
                     piece.open(caches)
             return True
 
-        return self._guarded(False, work)
+        return guarded(False, work)
 
     def get_stats(self) -> StorageMetrics:
         """Pages and GB/s of the transfers since the last call, for SGLang's own metrics."""
@@ -633,25 +619,8 @@ class StrataHiCache(HiCacheStorage):
     def close(self) -> None:
         """Writes what is not on SSD yet, and gives the directory free; again does nothing."""
         caches, self._caches = self._caches, None
-        if caches is None:
-            return
-        try:
-            stats = caches.stats()
-            _log.info(
-                "asked %d times for a page, %d times it was there; %d pages were stored, %d found no room",
-                *(stats.asked_blocks, stats.hit_blocks, stats.put_blocks, stats.put_refused_blocks),
-            )
-            caches.close()
-        except StrataKVError as problem:
-            _log.warning("not all was written before the end: %s", problem)
-
-
-def _text(options: dict[str, Any], name: str) -> str:
-    """An option of ours, taken out."""
-    value = options.pop(name, "")
-    if not isinstance(value, str):
-        raise ConfigError(f"{name} is {value!r}, expected text")
-    return value
+        if caches is not None:
+            close(caches)
 
 
 def _replica() -> int:

@@ -21,8 +21,8 @@ from lmcache.v1.metadata import LMCacheMetadata
 
 from stratakv import Config, ConfigError
 from stratakv import open as open_store
-from stratakv.integrations.engine import KeyedBlocks, leading, settings
-from stratakv.integrations.lmcache.objects import Form, Held, Said, closed, dtype_name, guarded, text_option
+from stratakv.integrations.engine import KeyedBlocks, close, guarded, leading, settings, text_option
+from stratakv.integrations.lmcache.objects import Form, Held, Said, dtype_name
 
 __all__ = ["Chunks", "store_of"]
 
@@ -222,7 +222,7 @@ class Chunks:
         """Writes what is not on SSD yet, and gives the directory free; again does nothing."""
         self.threads.shutdown()
         self.held.release_all()
-        closed(self.caches)
+        close(self.caches)
 
 
 def _options(config: LMCacheEngineConfig) -> dict[str, Any]:

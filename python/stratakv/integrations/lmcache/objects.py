@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import torch
 from lmcache.v1.memory_management import MemoryObj
 
-from stratakv import CacheManager, ConfigError, Geometry, Match, StrataKVError
+from stratakv import Geometry, Match
 
-__all__ = ["Form", "Held", "Said", "closed", "dtype_name", "guarded", "layout_of", "leading_objects", "text_option"]
+__all__ = ["Form", "Held", "Said", "dtype_name", "layout_of", "leading_objects"]
 
 _log = logging.getLogger(__name__)
 
@@ -25,8 +24,6 @@ _LEASES = 4096
 _REMOVED = 65_536
 # Reasons that are told apart.
 _SAID = 32
-
-_T = TypeVar("_T")
 
 
 class Form:
@@ -176,38 +173,6 @@ class Said:
     def counts(self) -> dict[str, int]:
         """How often each was the case."""
         return dict(self._counts)
-
-
-def guarded(otherwise: _T, work: Callable[[], _T]) -> _T:
-    """What a call returns; a problem of the cache is logged, and is a miss."""
-    try:
-        return work()
-    except StrataKVError as problem:
-        _log.warning("a miss: the store could not be used: %s", problem)
-    except Exception:
-        _log.exception("a miss: the store failed")
-    return otherwise
-
-
-def closed(caches: CacheManager) -> None:
-    """Closes a store, and says what it did."""
-    try:
-        stats = caches.stats()
-        _log.info(
-            "asked %d times for a chunk, %d times it was there; %d chunks were stored, %d found no room",
-            *(stats.asked_blocks, stats.hit_blocks, stats.put_blocks, stats.put_refused_blocks),
-        )
-        caches.close()
-    except StrataKVError as problem:
-        _log.warning("not all was written before the end: %s", problem)
-
-
-def text_option(options: dict[str, Any], name: str) -> str:
-    """An option of ours, taken out."""
-    value = options.pop(name, "")
-    if not isinstance(value, str):
-        raise ConfigError(f"{name} is {value!r}, expected text")
-    return value
 
 
 def leading_objects(found: Sequence[MemoryObj | None]) -> list[MemoryObj]:

@@ -12,8 +12,9 @@ from lmcache.v1.memory_management import MemoryObj
 from lmcache.v1.metadata import LMCacheMetadata
 from lmcache.v1.storage_backend.abstract_backend import StoragePluginInterface
 
+from stratakv.integrations.engine import guarded
 from stratakv.integrations.lmcache.chunks import Chunks
-from stratakv.integrations.lmcache.objects import guarded, leading_objects
+from stratakv.integrations.lmcache.objects import leading_objects
 
 __all__ = ["StrataStoragePlugin"]
 

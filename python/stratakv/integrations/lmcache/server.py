@@ -21,8 +21,8 @@ from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInter
 from lmcache.v1.memory_management import MemoryObj
 from lmcache.v1.platform import create_event_notifier
 
-from stratakv.integrations.engine import KeyedBlocks, open_caches
-from stratakv.integrations.lmcache.objects import Form, Held, Said, closed, guarded, layout_of, text_option
+from stratakv.integrations.engine import KeyedBlocks, close, guarded, open_caches, text_option
+from stratakv.integrations.lmcache.objects import Form, Held, Said, layout_of
 
 __all__ = ["StrataL2Adapter"]
 
@@ -254,6 +254,6 @@ class StrataL2Adapter(L2AdapterInterface):
         self._open = False
         self._threads.shutdown()
         self._held.release_all()
-        closed(self._caches)
+        close(self._caches)
         for notifier in (self._store_fd, self._look_fd, self._load_fd):
             notifier.close()
