@@ -49,7 +49,7 @@ test: $(NATIVE) wheel ## Run every test: Rust, Python, and last those in engines
 
 test-engines: $(SERVING) ## Run the tests in transformers (two versions), vLLM, SGLang and LMCache, and the tiny demo.
 	@echo 'make: Python tests in real engines, and the demo on a tiny model'
-	$(SERVING_BIN)/python -m pytest tests/engines
+	$(SERVING_BIN)/python -m pytest -n 2 --dist worksteal tests/engines
 	PYTHONPATH=.venv-engines/newest $(SERVING_BIN)/python -m pytest tests/engines -k transformers
 	$(SERVING_BIN)/python -m stratakv.cli demo --tiny
 

@@ -17,7 +17,7 @@ from typing import Any
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
-    OMP_NUM_THREADS="2",
+    OMP_NUM_THREADS="1",
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_LOGGING_LEVEL="INFO",
@@ -44,7 +44,10 @@ def dropping(cache: Any, every_s: float) -> Iterator[None]:
 
 
 def damage(folder: Path, every: int) -> int:
-    """Turns one bit in every so many bytes of the store's segments."""
+    """Turns one bit in every so many bytes of the store's segments.
+
+    On the disk at once, and while nobody writes there: what is in the system's memory only is in the way of direct I/O.
+    """
     turned = 0
     for file in folder.rglob("*.kv"):
         with file.open("r+b") as handle:
@@ -54,6 +57,8 @@ def damage(folder: Path, every: int) -> int:
                 handle.seek(at)
                 handle.write(bytes([byte[0] ^ 0x10]))
                 turned += 1
+            handle.flush()
+            os.fsync(handle.fileno())
     return turned
 
 
@@ -96,6 +101,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         if each.get("drop"):
             get_kv_transfer_group()._worker._cache.drop()
         if "damage" in each:
+            get_kv_transfer_group()._worker._caches.flush()
             damage(Path(each["damage"][0]), each["damage"][1])
         greedy = SamplingParams(max_tokens=each.get("tokens", 16), temperature=0.0, ignore_eos=True, detokenize=False)
         with contextlib.ExitStack() as stack:
