@@ -40,5 +40,5 @@ pub use ssd::io::{Access, Engine, FileIo, Io, IoFile};
 pub use ssd::queue::{Done, Part, Queue, Transfer};
 pub use store::{
     Admitted, BlockView, Divisible, Event, Events, Lease, LoadOutcome, Model, ModelSpec, Options, Prefix, PutOutcome,
-    Quota, Sequence, Share, Store, TierQuota, WritePolicy,
+    Quota, Sequence, Share, Store, TierQuota, Work, WorkKind, WritePolicy,
 };

@@ -18,6 +18,8 @@
 //! ```
 //! Invariant: whoever cleared a bit, and still saw the stamp of the span that it meant, has that slot alone.
 
+mod free;
+
 use crate::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, Ordering};
 use std::cell::Cell;
 use std::collections::BTreeMap;

@@ -1,7 +1,7 @@
 //! Counters, and the one snapshot in which they leave the store.
 //!
 //! Every counter moves under its owner's lock, so a snapshot is one instant: `asked = hit + miss` holds in it exactly,
-//! per tier and in total, and the sum over models equals the total.
+//! per tier and in total, `miss` is the sum over its reasons, and the sum over models equals the total.
 
 use crate::evict::Kind;
 
@@ -38,7 +38,8 @@ pub enum Miss {
     Corrupt,
     /// Its bytes could not be read.
     Io,
-    /// Its namespace was dropped after the sequence or the match was made.
+    /// Its namespace was dropped after the sequence or the match was made; or its model was unregistered, or retired, after
+    /// it was stored.
     Dropped,
     /// The model was unregistered, or the store closed, while the match was held.
     Closed,
@@ -49,7 +50,7 @@ pub enum Miss {
 }
 
 impl Miss {
-    /// All reasons.
+    /// All reasons, in the order of their numbers.
     pub const ALL: [Self; 8] = [
         Self::NeverStored,
         Self::Evicted,
@@ -76,6 +77,32 @@ impl Miss {
     }
 }
 
+/// How often something lasted how long, in whole seconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Histogram {
+    /// How often it was at most as much as each of [`Histogram::BOUNDS_S`] and more than the one before; at last, how
+    /// often more than all of them.
+    pub counts: [u64; Self::BOUNDS_S.len() + 1],
+    /// Seconds of all together.
+    pub sum_s: u64,
+}
+
+impl Histogram {
+    /// A second, four, sixteen, and so on up to twelve days.
+    pub const BOUNDS_S: [u32; 11] = [1, 4, 16, 64, 256, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576];
+
+    /// So often it lasted so long.
+    pub(crate) fn note(&mut self, seconds: u32, times: u64) {
+        self.counts[Self::BOUNDS_S.partition_point(|&bound| bound < seconds)] += times;
+        self.sum_s += u64::from(seconds) * times;
+    }
+
+    fn add(&mut self, other: &Self) {
+        add_each(&mut self.counts, &other.counts);
+        self.sum_s += other.sum_s;
+    }
+}
+
 /// What one tier was asked while loading, and what it holds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TierCounts {
@@ -93,6 +120,10 @@ pub struct TierCounts {
     pub plain_bytes: u64,
     /// Blocks that had to leave.
     pub evicted: u64,
+    /// Of one block in sixteen: how long it was in the tier, when it left for whatever reason.
+    pub residence: Histogram,
+    /// Of one block in sixteen: how long before a match found it there the last one had found it, in whatever tier.
+    pub reuse_gap: Histogram,
     /// Payload bytes that were encoded for the tier, and nanoseconds that took, over all threads.
     pub encoded_bytes: u64,
     /// See there.
@@ -124,10 +155,24 @@ pub struct Counts {
     pub hit: u64,
     /// Blocks of them that were not.
     pub miss: u64,
+    /// Those by why the first of their match was not, in the order of [`Miss::ALL`].
+    pub missed: [u64; Miss::ALL.len()],
+    /// Loads, and nanoseconds from the call to the return of each.
+    pub loads: u64,
+    /// See there.
+    pub load_ns: u64,
+    /// Blocks that a load asked for and did not deliver, by why the first of them was not; as `missed`.
+    pub unloaded: [u64; Miss::ALL.len()],
     /// Tokens loaded: prefill that was saved.
     pub loaded_tokens: u64,
     /// Payload bytes loaded.
     pub loaded_bytes: u64,
+    /// Nanoseconds that computing the loaded tokens would have taken, where that is known.
+    pub saved_ns: u64,
+    /// Puts, and nanoseconds of each but for the hashing of its tokens.
+    pub puts: u64,
+    /// See there.
+    pub put_ns: u64,
     /// Blocks put that were new.
     pub put_blocks: u64,
     /// Payload bytes of those.
@@ -148,6 +193,8 @@ pub struct Counts {
     pub demotions_dropped: u64,
     /// Blocks copied up from SSD to RAM.
     pub promoted: u64,
+    /// Blocks that were forgotten, since they were dropped, or their model was retired or unregistered.
+    pub dropped: u64,
     /// Records on SSD that failed their checks.
     pub corrupt: u64,
     /// Reads and writes of the SSD that failed.
@@ -178,8 +225,15 @@ impl Counts {
         self.asked += other.asked;
         self.hit += other.hit;
         self.miss += other.miss;
+        add_each(&mut self.missed, &other.missed);
+        self.loads += other.loads;
+        self.load_ns += other.load_ns;
+        add_each(&mut self.unloaded, &other.unloaded);
         self.loaded_tokens += other.loaded_tokens;
         self.loaded_bytes += other.loaded_bytes;
+        self.saved_ns += other.saved_ns;
+        self.puts += other.puts;
+        self.put_ns += other.put_ns;
         self.put_blocks += other.put_blocks;
         self.put_bytes += other.put_bytes;
         self.put_refused += other.put_refused;
@@ -190,6 +244,7 @@ impl Counts {
         self.not_encodable += other.not_encodable;
         self.demotions_dropped += other.demotions_dropped;
         self.promoted += other.promoted;
+        self.dropped += other.dropped;
         self.corrupt += other.corrupt;
         self.io_errors += other.io_errors;
         self.not_worth_it += other.not_worth_it;
@@ -201,6 +256,8 @@ impl Counts {
             mine.used_bytes += theirs.used_bytes;
             mine.plain_bytes += theirs.plain_bytes;
             mine.evicted += theirs.evicted;
+            mine.residence.add(&theirs.residence);
+            mine.reuse_gap.add(&theirs.reuse_gap);
             mine.encoded_bytes += theirs.encoded_bytes;
             mine.encode_ns += theirs.encode_ns;
             mine.decoded_bytes += theirs.decoded_bytes;
@@ -220,11 +277,16 @@ impl Counts {
         self.asked -= others.asked;
         self.hit -= others.hit;
         self.miss -= others.miss;
+        self.missed.iter_mut().zip(others.missed).for_each(|(mine, theirs)| *mine -= theirs);
         self.loaded_tokens -= others.loaded_tokens;
         self.put_blocks -= others.put_blocks;
         self.put_bytes -= others.put_bytes;
         self
     }
+}
+
+fn add_each(mine: &mut [u64], theirs: &[u64]) {
+    mine.iter_mut().zip(theirs).for_each(|(mine, theirs)| *mine += theirs);
 }
 
 /// How far a quota is used, or would be if there were one.
@@ -276,12 +338,16 @@ pub struct Snapshot {
     pub total: Counts,
     /// Registered models by name.
     pub models: Vec<(String, Counts)>,
-    /// Tenants by name, over all models, those of before as well; the first is that of no tenant. Of SSD their records count.
+    /// Tenants in the order in which they were seen, over all models, those of before as well; the first is that of no tenant. Of SSD their records count.
     pub tenants: Vec<(String, Counts, Usage)>,
     /// Registered models by name. Of SSD their file counts.
     pub usage: Vec<(String, Usage)>,
     /// Bytes of the RAM tier's arena.
     pub ram_capacity_bytes: u64,
+    /// Bytes of it that are in no slot that is taken; and of the longest piece of them that one put could have.
+    pub ram_free_bytes: u64,
+    /// See there.
+    pub ram_largest_free_bytes: u64,
     /// The SSD tier's cap; 0 when there is none.
     pub ssd_capacity_bytes: u64,
     /// Bytes its files take, counted as allocated.
@@ -294,6 +360,10 @@ pub struct Snapshot {
     pub ssd_read_only: Option<String>,
     /// Bytes of the RAM tier's arena that each model holds, free slots among its own included.
     pub ram_held: Vec<(String, u64)>,
+    /// Blocks that wait to be written to SSD, by model.
+    pub demotion_queue: Vec<(String, u64)>,
+    /// Which share of what was asked for a cache would have hit that never forgets, by model; of those of which enough is known.
+    pub hit_ceiling: Vec<(String, f64)>,
     /// The eviction policy that runs in RAM at present, by model.
     pub ram_eviction: Vec<(String, Kind)>,
     /// What became of blocks that were brought up ahead of requests, by who had it done, in the order of [`Lifter::ALL`].
@@ -304,4 +374,30 @@ pub struct Snapshot {
     pub index_bytes: u64,
     /// Blocks that it had no room for.
     pub index_refused: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bound_belongs_to_what_is_below_it_and_the_last_count_to_all_beyond() {
+        let mut found = Histogram::default();
+        for seconds in [0, 1, 2, 4, 5, 1_048_576, 1_048_577, u32::MAX] {
+            found.note(seconds, 1);
+        }
+        found.note(3, 10);
+        found.note(9, 0);
+        assert_eq!(found.counts, [2, 12, 1, 0, 0, 0, 0, 0, 0, 0, 1, 2]);
+        assert_eq!(found.sum_s, 12 + 30 + 2 * (1 << 20) + 1 + u64::from(u32::MAX));
+        assert!(Histogram::BOUNDS_S.iter().enumerate().all(|(n, &bound)| bound == 1 << (2 * n)));
+        let mut twice = found;
+        twice.add(&found);
+        assert_eq!((twice.counts[1], twice.sum_s), (24, 2 * found.sum_s));
+    }
+
+    #[test]
+    fn reasons_stand_in_the_order_of_their_numbers() {
+        assert!(Miss::ALL.iter().enumerate().all(|(n, &why)| why as usize == n));
+    }
 }

@@ -1,6 +1,8 @@
 //! The store's contract through its public surface: right bytes or fewer, books that add up, caps that hold and calls
 //! that come back, whatever the budgets, the disk and other threads do.
 
+#[path = "store/counts.rs"]
+mod counts;
 #[path = "store/damage.rs"]
 mod damage;
 #[path = "store/disk.rs"]
@@ -168,6 +170,7 @@ proptest! {
                 }
             }
             let snapshot = store.snapshot();
+            assert_sums(&snapshot);
             let mut sum = gone;
             snapshot.models.iter().for_each(|(_, counts)| add(&mut sum, grown(counts)));
             prop_assert_eq!(sum, grown(&snapshot.total));

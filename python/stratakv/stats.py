@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 # Bytes decoded from a tier before anything is said of what that costs.
 _TOLD_FROM = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How often something lasted how long.
+
+    Attributes:
+        bounds: seconds, rising.
+        counts: how often it was at most as long as each bound and longer than the one before; at last, how often longer
+            than all.
+        sum: seconds of all together.
+    """
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum: float
+
+    @classmethod
+    def of(cls, row: tuple[Iterable[float], Iterable[int], float]) -> Histogram:
+        """One of a native snapshot."""
+        bounds, counts, total = row
+        return cls(tuple(bounds), tuple(counts), total)
+
+    def __add__(self, other: Histogram) -> Histogram:
+        """Both together, of equal bounds."""
+        counts = tuple(one + more for one, more in zip(self.counts, other.counts, strict=True))
+        return Histogram(self.bounds, counts, self.sum + other.sum)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +51,8 @@ class TierStats:
         used_bytes: bytes they take, headers and padding included.
         plain_bytes: bytes they would take if none were encoded.
         evicted_blocks: blocks that had to leave.
+        residence: of one block in sixteen, seconds in the tier, when it left for whatever reason.
+        reuse_gap: of one block in sixteen, seconds between two matches that found it, here at the second.
         encoded_bytes: payload bytes that were encoded for the tier.
         decoded_bytes: payload bytes that were decoded from it.
         written_bytes: bytes that were written to its device.
@@ -42,6 +71,8 @@ class TierStats:
     used_bytes: int
     plain_bytes: int
     evicted_blocks: int
+    residence: Histogram
+    reuse_gap: Histogram
     encoded_bytes: int
     decoded_bytes: int
     written_bytes: int
@@ -73,8 +104,15 @@ class Stats:
         asked_blocks: whole blocks asked for by matches; ``asked = hit + miss`` holds exactly.
         hit_blocks: blocks of them that were cached.
         miss_blocks: blocks of them that were not.
+        missed: those by why the first of their match was not; every reason that this node gives is there.
+        loads: loads made.
+        load_s: seconds that they took.
+        unloaded: blocks that a load asked for and did not deliver, by why the first of them was not; as ``missed``.
         loaded_tokens: tokens loaded, that is prefill saved.
         loaded_bytes: payload bytes loaded.
+        prefill_saved_s: seconds that computing the loaded tokens would have taken, where the model's rate was known.
+        puts: puts made.
+        put_s: seconds that they took, but for the hashing of tokens.
         put_blocks: blocks put that were new.
         put_bytes: payload bytes of those.
         put_refused_blocks: blocks of puts that found no room.
@@ -85,6 +123,7 @@ class Stats:
         not_encodable_blocks: blocks that were to be encoded, and stayed as they are: values that fit no scale.
         demotions_dropped_blocks: blocks that left RAM before they could be written to SSD.
         promoted_blocks: blocks copied up from SSD to RAM.
+        dropped_blocks: blocks that were forgotten, since they were dropped, or their model was unregistered or retired.
         corrupt_blocks: records that failed their checks.
         io_errors: reads and writes of the SSD that failed.
         not_worth_it_loads: loads that ended where reading on takes longer than computing.
@@ -95,8 +134,15 @@ class Stats:
     asked_blocks: int
     hit_blocks: int
     miss_blocks: int
+    missed: Mapping[str, int]
+    loads: int
+    load_s: float
+    unloaded: Mapping[str, int]
     loaded_tokens: int
     loaded_bytes: int
+    prefill_saved_s: float
+    puts: int
+    put_s: float
     put_blocks: int
     put_bytes: int
     put_refused_blocks: int
@@ -107,6 +153,7 @@ class Stats:
     not_encodable_blocks: int
     demotions_dropped_blocks: int
     promoted_blocks: int
+    dropped_blocks: int
     corrupt_blocks: int
     io_errors: int
     not_worth_it_loads: int
@@ -146,7 +193,11 @@ class Stats:
     @classmethod
     def of(cls, counts: Mapping[str, Any]) -> Stats:
         """The counters of a native snapshot."""
-        tiers = {name: TierStats(**row) for name, row in counts["tiers"].items()}
+        timed = ("residence", "reuse_gap")
+        tiers = {
+            name: TierStats(**{**row, **{each: Histogram.of(row[each]) for each in timed}})
+            for name, row in counts["tiers"].items()
+        }
         return cls(**{**counts, "tiers": tiers})
 
 
@@ -185,13 +236,22 @@ class Snapshot:
     Attributes:
         total: all together, models that were unregistered included.
         models: those registered, by name.
-        tenants: over all models, by name; ``""`` is no tenant, ``tag:...`` one that was found on SSD and has not been
-            seen since. What belongs to no block, as the header of a segment, counts for no tenant.
+        tenants: over all models, by name, in the order in which they were seen; ``""`` is no tenant, ``tag:...`` one
+            that was found on SSD and has not been seen since. What belongs to no block, as the header of a segment,
+            counts for no tenant.
     """
 
     total: Stats
     models: Mapping[str, Stats]
     tenants: Mapping[str, Stats]
+
+    @classmethod
+    def of(cls, counts: Mapping[str, Any]) -> Snapshot:
+        """The counters of a native snapshot."""
+        models, tenants = (
+            {name: Stats.of(row) for name, row in counts[kind].items()} for kind in ("models", "tenants")
+        )
+        return cls(total=Stats.of(counts["total"]), models=models, tenants=tenants)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,13 +10,20 @@
 //! block      . a . b c . d e      b again: c, d and e were asked for since, so its distance is 3
 //! ```
 //! Memory: 70 bytes for each sampled block, of which there are at most 8,192; what was asked for before these is forgotten.
+//!
+//! What a cache without an end would hit needs no order and no memory: all but the first ask for each block. It is counted
+//! from the beginning on, and never aged.
 
+use super::distinct::Distinct;
 use super::ghosts::TagMap;
 
 /// Sampled blocks that are known at a time.
 const MOST: usize = 8192;
 /// One ask of the sample for so many tokens that are asked for, no more: a match of them takes fifty times as long.
 const TOKENS_AN_ASK: u32 = 4096;
+
+/// Asks of the sample before which nothing is said of all.
+const TOLD_FROM: u64 = 100;
 
 /// The curve of one model.
 #[derive(Debug)]
@@ -33,6 +40,9 @@ pub struct Curve {
     hits: Vec<f32>,
     /// Blocks asked for, in the sample or not; aged.
     asked: f64,
+    /// Asks of the sample, and for how many different blocks; never aged.
+    asks: u64,
+    distinct: Distinct,
 }
 
 impl Curve {
@@ -48,6 +58,8 @@ impl Curve {
             next: 0,
             hits: Vec::new(),
             asked: 0.0,
+            asks: 0,
+            distinct: Distinct::default(),
         };
         curve.make_room();
         curve
@@ -66,6 +78,8 @@ impl Curve {
 
     /// A block of the sample was asked for; those of a request from its end to its start.
     pub fn ask(&mut self, tag: u64) {
+        self.asks += 1;
+        self.distinct.add(tag);
         // Nobody has tag 0; and none of the sample has tag 1.
         let tag = tag.max(1);
         if self.next == self.tags.len() {
@@ -96,6 +110,13 @@ impl Curve {
     /// Blocks asked for, aged.
     pub fn asked(&self) -> f64 {
         self.asked
+    }
+
+    /// The share of all asks, from the first on, that a cache would have hit that never forgets, 0 to 1. `None`: too few
+    /// are known.
+    pub fn ceiling(&self) -> Option<f64> {
+        let told = self.asks >= TOLD_FROM;
+        told.then(|| (1.0 - self.distinct.count() / self.asks as f64).clamp(0.0, 1.0))
     }
 
     /// How many of the blocks that were asked for a cache of each of these sizes would have hit; sizes rise.
@@ -228,10 +249,48 @@ mod tests {
     }
 
     #[test]
+    fn the_ceiling_is_that_of_all_asks_however_many_blocks_there_are() {
+        // Of more blocks than a curve knows, some far more often than others; then all of them in turn.
+        for blocks in [50, 1_000, 40_000] {
+            let mut curve = Curve::new(0, TOKENS_AN_ASK >> SHIFT);
+            let mut seen = std::collections::HashSet::new();
+            let number = |n: u64| mix(n) % blocks;
+            let skewed = (1..=3 * blocks).map(|n| number(2 * n) * number(2 * n + 1) / blocks);
+            for (asks, block) in skewed.chain(0..blocks).chain(0..blocks).enumerate() {
+                // As a sample's tags are.
+                curve.ask(mix(block + 1) << SHIFT);
+                seen.insert(block);
+                assert_eq!(curve.ceiling().is_some(), asks + 1 >= 100);
+                if asks % 997 == 0 {
+                    curve.age(0.5);
+                }
+            }
+            let (found, exact) = (curve.ceiling().expect("enough"), 1.0 - seen.len() as f64 / (5 * blocks) as f64);
+            assert!((found - exact).abs() < 0.01, "{found} for {exact}");
+        }
+    }
+
+    #[test]
+    fn the_ceiling_of_a_sample_is_near_that_of_the_whole() {
+        let number = |n: u64| mix(n) % 4000;
+        let asked: Vec<u64> = (1..=40_000).map(|n| number(2 * n) * number(2 * n + 1) / 4000).collect();
+        let exact = 1.0 - asked.iter().collect::<std::collections::HashSet<_>>().len() as f64 / asked.len() as f64;
+        let (samples, mut mean) = (32, 0.0);
+        for sample in 0..samples {
+            let mut curve = Curve::new(4000, TOKENS_AN_ASK >> SHIFT);
+            let tags = asked.iter().map(|block| mix(mix(sample + 1) ^ block));
+            tags.filter(|tag| tag & curve.sample() == 0).collect::<Vec<_>>().into_iter().for_each(|tag| curve.ask(tag));
+            mean += curve.ceiling().expect("enough") / samples as f64;
+        }
+        assert!((mean - exact).abs() < 0.02, "{mean} for {exact}");
+    }
+
+    #[test]
     fn it_takes_less_than_a_mebibyte() {
         let mut curve = Curve::new(1 << 20, TOKENS_AN_ASK);
         (0..200_000).for_each(|n| curve.ask(mix(mix(n) % 20_000)));
         let bytes = curve.tags.capacity() * 8 + curve.taken.capacity() * 4 + curve.hits.capacity() * 4;
+        let bytes = bytes + size_of_val(&*curve.distinct.registers);
         // A table of twelve bytes an entry, padded to sixteen, and one more, at most 7/8 full.
         assert!(bytes + curve.positions.capacity() * 8 / 7 * 17 < 1 << 20);
         assert_eq!(curve.tags.len(), 2 * MOST);

@@ -18,6 +18,7 @@
 mod adaptive;
 mod arc;
 mod curve;
+mod distinct;
 mod gdsf;
 mod ghosts;
 mod keyed;
@@ -33,7 +34,7 @@ mod contract;
 use crate::error::{Result, input};
 use adaptive::Adaptive;
 pub use curve::Curve;
-pub(crate) use ghosts::Ghosts;
+use ghosts::Ghosts;
 pub use keyed::Keyed;
 pub use retention::{Retained, Retention};
 

@@ -7,6 +7,9 @@ use super::{OrRaise, raise};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyMemoryView};
 
+/// Valid tokens, places, why not more, and seconds of RAM and of SSD.
+type Loaded = (usize, Vec<&'static str>, Option<&'static str>, (f64, f64));
+
 /// A leased match; `stratakv.Match` wraps it.
 #[pyclass(frozen, module = "stratakv._native")]
 pub(super) struct Lease {
@@ -78,7 +81,7 @@ impl Lease {
         self.lease.miss().map(|m| m.name())
     }
 
-    /// Copies some blocks of the match into `kv`; returns `(tokens, places, reason)`.
+    /// Copies some blocks of the match into `kv`; returns `(tokens, places, reason, (ram_s, ssd_s))`.
     #[pyo3(signature = (kv, layout, batch, pages, start, stop))]
     fn load<'py>(
         &self,
@@ -88,7 +91,7 @@ impl Lease {
         pages: Option<&Bound<'py, PyAny>>,
         start: usize,
         stop: usize,
-    ) -> PyResult<(usize, Vec<&'static str>, Option<&'static str>)> {
+    ) -> PyResult<Loaded> {
         let py = kv.py();
         let placement = Placement { layout, batch, pages };
         let (view, tensors) = view(kv, self.lease.geometry(), &placement, true)?;
@@ -96,7 +99,8 @@ impl Lease {
         keep_alive(tensors);
         let outcome = outcome.map_err(|e| raise(py, &e))?;
         let places = outcome.places.iter().map(|t| t.name()).collect();
-        Ok((outcome.tokens, places, outcome.miss.map(|m| m.name())))
+        let took = (outcome.ram.as_secs_f64(), outcome.ssd.as_secs_f64());
+        Ok((outcome.tokens, places, outcome.miss.map(|m| m.name()), took))
     }
 
     /// Reads into RAM what is on SSD alone; returns the leading blocks that are in RAM then.

@@ -150,6 +150,11 @@ impl Model {
         Ok(PyBytes::new(py, &py.detach(|| self.store.places(&self.model, &names)).or_raise(py)?))
     }
 
+    /// Why each block of a sequence is not there; of one that is there it says nothing.
+    fn missing(&self, sequence: &TokenSequence) -> Vec<&'static str> {
+        self.store.missing(&sequence.sequence.lock()).into_iter().map(|why| why.name()).collect()
+    }
+
     /// Names of the blocks of a sequence, 16 bytes each, one behind the other.
     fn names<'py>(&self, py: Python<'py>, sequence: &TokenSequence) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &self.store.names(&sequence.sequence.lock()).concat())

@@ -5,10 +5,11 @@ use super::model::{CodecTerms, Model, QuotaTerms, quota_of, scheme};
 use crate::block::{Dtype, Geometry};
 use crate::error::input;
 use crate::evict::Kind;
-use crate::stats::{Counts, Lifter, Tier, Usage};
+use crate::stats::{Counts, Histogram, Lifter, Miss, Tier, Usage};
 use crate::{Engine, ModelSpec, Options, SsdOptions, WritePolicy};
 use pyo3::prelude::*;
-use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyList};
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyList, PyTuple};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -133,6 +134,17 @@ impl Store {
         Ok((found.iter().map(|prefix| prefix_row(py, prefix)).collect(), next))
     }
 
+    /// What was done behind requests since the last such call: kind, model, when it began and ended in ns since 1970,
+    /// blocks, bytes, and names of the first of them.
+    fn behind<'py>(&self, py: Python<'py>) -> PyResult<Vec<WorkRow<'py>>> {
+        let done = py.detach(|| self.store.behind()).or_raise(py)?;
+        let row = |work: crate::Work| {
+            let names = work.names.iter().map(|name| PyBytes::new(py, name)).collect();
+            (work.kind.name(), work.model, work.begun_ns, work.ended_ns, work.blocks, work.bytes, names)
+        };
+        Ok(done.into_iter().map(row).collect())
+    }
+
     /// Prompts of which matches found too little: model, adapter, tenant, and token ids, 4 bytes each.
     fn missed<'py>(&self, py: Python<'py>) -> PyResult<Vec<MissedRow<'py>>> {
         let missed = py.detach(|| self.store.missed()).or_raise(py)?;
@@ -185,7 +197,18 @@ impl Store {
     }
 
     /// All counters at one instant.
-    fn snapshot<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+    ///
+    /// Args:
+    ///     tenants: how many are told apart, those first that were seen first; the others are one. `None`: all.
+    ///     tenant: one more that is.
+    #[pyo3(signature = (tenants=None, tenant=None))]
+    fn snapshot<'py>(
+        &self,
+        py: Python<'py>,
+        tenants: Option<usize>,
+        tenant: Option<&str>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let (most, named) = (tenants.unwrap_or(usize::MAX), tenant);
         let snapshot = py.detach(|| self.store.snapshot());
         let models = PyDict::new(py);
         for (name, counts) in &snapshot.models {
@@ -193,9 +216,14 @@ impl Store {
         }
         let (tenants, model_usage, tenant_usage) = (PyDict::new(py), PyDict::new(py), PyDict::new(py));
         let usage = |usage: &Usage| (usage.bytes[0], usage.bytes[1], usage.tokens_left, usage.loads);
-        for (name, counts, used) in &snapshot.tenants {
-            tenants.set_item(name, counts_dict(py, counts)?)?;
-            tenant_usage.set_item(name, usage(used))?;
+        let mut others: Option<Counts> = None;
+        for (n, (name, counts, used)) in snapshot.tenants.iter().enumerate() {
+            if n < most || named == Some(name) {
+                tenants.set_item(name, counts_dict(py, counts)?)?;
+                tenant_usage.set_item(name, usage(used))?;
+            } else {
+                others.get_or_insert_default().add(counts);
+            }
         }
         for (name, used) in &snapshot.usage {
             model_usage.set_item(name, usage(used))?;
@@ -204,9 +232,15 @@ impl Store {
         out.set_item("total", counts_dict(py, &snapshot.total)?)?;
         out.set_item("models", models)?;
         out.set_item("tenants", tenants)?;
+        out.set_item("other_tenants", others.map(|counts| counts_dict(py, &counts)).transpose()?)?;
+        out.set_item("tenant_count", snapshot.tenants.len())?;
         out.set_item("model_usage", model_usage)?;
         out.set_item("tenant_usage", tenant_usage)?;
         out.set_item("ram_capacity_bytes", snapshot.ram_capacity_bytes)?;
+        out.set_item("ram_free_bytes", snapshot.ram_free_bytes)?;
+        out.set_item("ram_largest_free_bytes", snapshot.ram_largest_free_bytes)?;
+        out.set_item("demotion_queue_blocks", snapshot.demotion_queue.into_iter().into_py_dict(py)?)?;
+        out.set_item("hit_ceiling", snapshot.hit_ceiling.into_iter().into_py_dict(py)?)?;
         out.set_item("ssd_capacity_bytes", snapshot.ssd_capacity_bytes)?;
         out.set_item("ssd_file_bytes", snapshot.ssd_file_bytes)?;
         out.set_item("ssd_io", snapshot.ssd_io)?;
@@ -235,6 +269,9 @@ impl Store {
 /// Number of the registration, model, tenant, and counts.
 type UsageRow = (u32, String, String, [u64; 5]);
 
+/// Kind, model, begin, end, blocks, bytes, and names.
+type WorkRow<'py> = (&'static str, String, u64, u64, usize, u64, Vec<Bound<'py, PyBytes>>);
+
 /// Model, adapter, tenant and token ids of a prompt.
 type MissedRow<'py> = (String, String, String, Bound<'py, PyBytes>);
 
@@ -253,6 +290,9 @@ pub(super) fn lifter_of(name: &str) -> crate::Result<Lifter> {
     known.ok_or_else(|| input(format!("lifter is {name:?}, expected warm or near")))
 }
 
+/// The same for all histograms.
+static BOUNDS_S: PyOnceLock<Py<PyTuple>> = PyOnceLock::new();
+
 fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyDict>> {
     let out = PyDict::new(py);
     let fields = [
@@ -262,6 +302,8 @@ fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyD
         ("miss_blocks", counts.miss),
         ("loaded_tokens", counts.loaded_tokens),
         ("loaded_bytes", counts.loaded_bytes),
+        ("loads", counts.loads),
+        ("puts", counts.puts),
         ("put_blocks", counts.put_blocks),
         ("put_bytes", counts.put_bytes),
         ("put_refused_blocks", counts.put_refused),
@@ -272,6 +314,7 @@ fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyD
         ("not_encodable_blocks", counts.not_encodable),
         ("demotions_dropped_blocks", counts.demotions_dropped),
         ("promoted_blocks", counts.promoted),
+        ("dropped_blocks", counts.dropped),
         ("corrupt_blocks", counts.corrupt),
         ("io_errors", counts.io_errors),
         ("not_worth_it_loads", counts.not_worth_it),
@@ -279,6 +322,14 @@ fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyD
     for (name, value) in fields {
         out.set_item(name, value)?;
     }
+    for (name, ns) in [("put_s", counts.put_ns), ("load_s", counts.load_ns), ("prefill_saved_s", counts.saved_ns)] {
+        out.set_item(name, Duration::from_nanos(ns).as_secs_f64())?;
+    }
+    for (name, blocks) in [("missed", counts.missed), ("unloaded", counts.unloaded)] {
+        out.set_item(name, Miss::ALL.map(Miss::name).into_iter().zip(blocks).into_py_dict(py)?)?;
+    }
+    let bounds =
+        BOUNDS_S.get_or_try_init(py, || PyTuple::new(py, Histogram::BOUNDS_S.map(f64::from)).map(Bound::unbind))?;
     let tiers = PyDict::new(py);
     for tier in Tier::ALL {
         let counts = counts.tiers[tier as usize];
@@ -304,6 +355,10 @@ fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyD
         let seconds = [("encode_s", counts.encode_ns), ("decode_s", counts.decode_ns), ("read_s", counts.read_ns)];
         for (name, ns) in seconds {
             row.set_item(name, Duration::from_nanos(ns).as_secs_f64())?;
+        }
+        for (name, histogram) in [("residence", counts.residence), ("reuse_gap", counts.reuse_gap)] {
+            let Histogram { counts, sum_s } = histogram;
+            row.set_item(name, (bounds, counts, sum_s as f64))?;
         }
         tiers.set_item(tier.name(), row)?;
     }

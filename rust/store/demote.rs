@@ -7,6 +7,7 @@
 //!
 //! The same thread takes back what a model or tenant has beyond a quota that was lowered, once its blocks are on SSD.
 
+use super::behind::Kind;
 use super::nodes::NodeId;
 use super::owners::OwnerId;
 use super::promote::Promotion;
@@ -178,8 +179,13 @@ impl Shared {
             Next::Write(run) => {
                 state.writing = Some(run.writing());
                 drop(state);
+                let begun = self.behind.begin();
                 let outcome = match self.write(&run) {
-                    Ok((records, encode_ns)) => Outcome::Written { records, encode_ns },
+                    Ok((records, encode_ns)) => {
+                        let names = run.blocks.iter().map(|block| block.identity.hash);
+                        self.behind.end(begun, Kind::Demote, model, names, records.iter().map(|r| r.bytes).sum());
+                        Outcome::Written { records, encode_ns }
+                    }
                     // What a failed opening has reserved goes back, so that the books agree with the disk.
                     Err(error) => {
                         let vacant = run.opening && run.file.punch(run.place.segment).is_ok();
@@ -335,10 +341,19 @@ impl State {
             || self.models.iter().any(|(&id, m)| m.wants.is_some() || self.is_above_quota(id))
     }
 
+    /// Notes whether a block stands in its model's queue; and tells whether it did.
+    pub(super) fn set_queued(&mut self, id: NodeId, queued: bool) -> bool {
+        let was = std::mem::replace(&mut self.nodes[id].queued, queued);
+        if let Some(books) = self.models.get_mut(&self.nodes.model(id)) {
+            books.queued_blocks = books.queued_blocks + u64::from(queued) - u64::from(was);
+        }
+        was
+    }
+
     /// Notes a block that is in RAM only.
     pub(super) fn enqueue_dirty(&mut self, id: NodeId) {
         let (model, hash) = (self.nodes.model(id), self.nodes.hash(id));
-        self.nodes[id].queued = true;
+        self.set_queued(id, true);
         self.last_ticket += 1;
         let Some(books) = self.models.get_mut(&model) else { return };
         books.dirty.push_back((self.last_ticket, hash));
@@ -359,7 +374,7 @@ impl State {
 
     fn requeue_dirty(&mut self, id: NodeId, ticket: u64) {
         let (model, hash) = (self.nodes.model(id), self.nodes.hash(id));
-        self.nodes[id].queued = true;
+        self.set_queued(id, true);
         if let Some(books) = self.models.get_mut(&model) {
             books.dirty.push_front((ticket, hash));
         }
@@ -375,9 +390,8 @@ impl State {
 fn next_dirty(state: &mut State, model: u32) -> Option<(NodeId, u64)> {
     while let Some((ticket, hash)) = state.models.get_mut(&model)?.dirty.pop_front() {
         if let Some(id) = state.nodes.find(hash) {
-            let node = &mut state.nodes[id];
-            let due = std::mem::take(&mut node.queued) && node.ram.is_some() && node.ssd.is_none();
-            if due {
+            let was = state.set_queued(id, false);
+            if was && state.nodes[id].ram.is_some() && state.nodes[id].ssd.is_none() {
                 return Some((id, ticket));
             }
         }

@@ -1,7 +1,7 @@
 //! Matching, without a lock: ask the index, count, and leave a note of what was touched. A match holds its deepest
 //! block, and so every block before it.
 
-use super::model::Model;
+use super::model::{Missing, Model};
 use super::namespace::Namespace;
 use super::{Sequence, Shared, Store};
 use crate::block::{BlockHash, Geometry};
@@ -108,6 +108,8 @@ pub struct Lease {
     /// Of the blocks that were found.
     pub(super) tokens: Vec<u32>,
     pub(super) asked_tokens: usize,
+    /// Why the first block that was not found was not.
+    pub(super) miss: Option<Miss>,
     pub(super) released: AtomicBool,
 }
 
@@ -128,11 +130,14 @@ impl Store {
         self.shared.check_open()?;
         sequence.check_model(model)?;
         let Sequence { namespace, mut tokens, hashes, .. } = sequence;
+        // Who finds nothing misses the first.
+        hashes.first().into_iter().for_each(|&first| self.shared.gone.warm(first));
         let found = self.shared.find(model, &namespace, &hashes, true)?;
         let blocks = found.map_or(0, |(_, blocks)| blocks);
-        namespace.matches.count(blocks, hashes.len() - blocks);
+        let miss = hashes.get(blocks).map(|&next| self.shared.why_missing(model, &namespace, next));
+        namespace.matches.count(blocks, miss.map(|why| (why, hashes.len() - blocks)));
         let asked_tokens = tokens.len();
-        if blocks < hashes.len() {
+        if miss.is_some() {
             self.shared.missed.note(model, &namespace, &tokens);
         }
         model.prefills.asked(&hashes, asked_tokens - blocks * model.spec.geometry.block_tokens as usize);
@@ -145,6 +150,7 @@ impl Store {
             hashes,
             tokens,
             asked_tokens,
+            miss,
             released: AtomicBool::new(false),
         })
     }
@@ -173,6 +179,17 @@ impl Shared {
         }
         Ok(found)
     }
+
+    /// Why a match does not find a block.
+    pub(super) fn why_missing(&self, model: &Model, namespace: &Namespace, hash: BlockHash) -> Miss {
+        forgotten(model, namespace).unwrap_or_else(|| self.gone.why(hash))
+    }
+}
+
+// Why nothing of a namespace is there, if that is so.
+fn forgotten(model: &Model, namespace: &Namespace) -> Option<Miss> {
+    let dropped = || (namespace.is_dropped() || model.is_retired()).then_some(Miss::Dropped);
+    if model.ended() { Some(Miss::Closed) } else { dropped() }
 }
 
 /// A lease on one block while a call lasts.
@@ -215,14 +232,17 @@ impl Lease {
 
     /// Why the match is not longer; `None` if every whole block was cached.
     pub fn miss(&self) -> Option<Miss> {
-        let next = *self.hashes.get(self.blocks())?;
-        Some(self.forgotten().unwrap_or_else(|| self.shared.state.lock().miss_reason(next)))
+        self.miss.map(|then| self.forgotten().unwrap_or(then))
+    }
+
+    /// Blocks that were not found, as they were counted.
+    pub(super) fn missing(&self) -> Missing {
+        self.miss.map(|why| (why, self.hashes.len() - self.blocks()))
     }
 
     /// Why nothing of the match is there any more, if that is so.
     pub(super) fn forgotten(&self) -> Option<Miss> {
-        let dropped = || (self.namespace.is_dropped() || self.model.is_retired()).then_some(Miss::Dropped);
-        if self.model.ended() { Some(Miss::Closed) } else { dropped() }
+        forgotten(&self.model, &self.namespace)
     }
 
     pub(super) fn blocks(&self) -> usize {

@@ -5,7 +5,7 @@ use super::state::State;
 use super::{Model, Sequence, Store};
 use crate::block::{BlockHash, Sealed};
 use crate::error::Result;
-use crate::stats::{Counts, Tier};
+use crate::stats::{Counts, Miss, Tier};
 use crate::sync::Guard;
 
 /// Blocks that are looked at under the lock at a time.
@@ -154,6 +154,11 @@ impl Store {
         let hashes = names.iter().map(|&name| self.shared.secret.unseal(name));
         let ids = hashes.map(|hash| state.nodes.find(hash).filter(|&id| state.nodes.model(id) == model.id));
         Ok(ids.map(|id| id.map_or(0, |id| state.place(id))).collect())
+    }
+
+    /// Why each block of a sequence is not there, as far as that is remembered; of one that is there it says nothing.
+    pub fn missing(&self, sequence: &Sequence) -> Vec<Miss> {
+        sequence.hashes.iter().map(|&hash| self.shared.gone.why(hash)).collect()
     }
 
     /// Names of the blocks of a sequence, to everyone who has the store's secret.

@@ -7,7 +7,7 @@
 
 use super::read::{Reads, runs};
 use super::{Lease, check_view};
-use crate::block::{Geometry, RECORD_HEADER_BYTES, Sealed};
+use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES, Sealed};
 use crate::codec::Layout;
 use crate::copy::{BlockCopy, Direction, KvView, copy_planes};
 use crate::error::{Error, ErrorKind, Result, input};
@@ -19,6 +19,7 @@ use crate::stats::{Miss, Tier};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
 use crate::trie::NodeId;
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 /// What a load did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +30,10 @@ pub struct LoadOutcome {
     pub places: Vec<Tier>,
     /// Why the load ended before the match did.
     pub miss: Option<Miss>,
+    /// How long it copied from RAM, and, after that, how long it read from SSD.
+    pub ram: Duration,
+    /// See there.
+    pub ssd: Duration,
 }
 
 // Where one block will be read from.
@@ -89,6 +94,7 @@ impl Lease {
     /// # Errors
     /// As there, or the match has no such blocks.
     pub fn load_part(&self, view: &KvView, part: Range<usize>) -> Result<LoadOutcome> {
+        let began = Instant::now();
         let geometry = self.model.spec().geometry;
         if part.start > part.end || part.end > self.blocks() {
             let (start, end, blocks) = (part.start, part.end, self.blocks());
@@ -105,7 +111,9 @@ impl Lease {
         };
         let results: Vec<Mutex<Taken>> = sources.iter().map(|source| Mutex::new(Err(unread(source)))).collect();
         let spent = Spent::default();
+        let begun = Instant::now();
         self.copy_from_ram(&geometry, view, &plan, &results, &spent);
+        let ram = begun.elapsed();
         let runs = runs(sources, geometry.record_bytes(), self.shared.workers.threads());
         if let Some(reads) = Reads::new(self, sources, &runs, &spent) {
             self.shared.workers.each(runs.len().min(self.shared.workers.threads()), |_| {
@@ -123,7 +131,9 @@ impl Lease {
             });
         }
         let results: Vec<Taken> = results.into_iter().map(Mutex::into_inner).collect();
-        Ok(self.settle(&geometry, &plan, &results, &spent))
+        let ssd = begun.elapsed() - ram;
+        let outcome = self.settle(&geometry, &plan, &results, &spent, began);
+        Ok(LoadOutcome { ram, ssd, ..outcome })
     }
 
     // The token ids that block `n` must carry.
@@ -151,7 +161,7 @@ impl Lease {
         }
         let held: Vec<NodeId> = matched.iter().map_while(|&hash| state.nodes.find(hash)).collect();
         let held = state.nodes.lease(&held).to_vec();
-        let lost = self.forgotten().unwrap_or(Miss::Evicted);
+        let lost = self.why_lost(matched.get(held.len()));
         let mut sources = Vec::with_capacity(matched.len());
         let worthwhile = state.worthwhile(self.model.id, &held);
         for (n, &id) in held.iter().enumerate() {
@@ -188,6 +198,12 @@ impl Lease {
         Ok(Plan { first: part.start, held, sources, counted: true })
     }
 
+    // Why a block of the match is not there any more. It was leased: so others found it bad, or had it dropped.
+    fn why_lost(&self, hash: Option<&BlockHash>) -> Miss {
+        let noted = || hash.map(|&hash| self.shared.gone.why(hash)).filter(|&why| why != Miss::NeverStored);
+        self.forgotten().or_else(noted).unwrap_or(Miss::Evicted)
+    }
+
     fn copy_from_ram(&self, geometry: &Geometry, view: &KvView, plan: &Plan, results: &[Mutex<Taken>], spent: &Spent) {
         let (mut blocks, mut coded) = (Vec::new(), Vec::new());
         for (n, source) in plan.sources.iter().enumerate() {
@@ -216,7 +232,14 @@ impl Lease {
     }
 
     // Books what happened, promotes what was read again, and forgets what proved bad.
-    fn settle(&self, geometry: &Geometry, plan: &Plan, results: &[Taken], spent: &Spent) -> LoadOutcome {
+    fn settle(
+        &self,
+        geometry: &Geometry,
+        plan: &Plan,
+        results: &[Taken],
+        spent: &Spent,
+        began: Instant,
+    ) -> LoadOutcome {
         let Plan { first, held, sources, counted } = plan;
         let good = results.iter().take_while(|r| r.is_ok()).count();
         let (model, owner) = (self.model.id, self.namespace.owner);
@@ -257,11 +280,12 @@ impl Lease {
                     counts.tier(*tier).saved_bytes += (geometry.record_bytes() as u64).saturating_sub(place.bytes());
                 }
             }
-            if let Err(miss) = result {
+            // What was gone before was counted by who found it so.
+            if let (Source::Ram(..) | Source::Ssd { .. }, Err(miss)) = (source, result) {
                 counts.corrupt += u64::from(*miss == Miss::Corrupt);
                 counts.io_errors += u64::from(*miss == Miss::Io);
-                if let Some(id) = linked.filter(|_| !matches!(source, Source::Gone(_))) {
-                    state.drop_subtree(id);
+                if let Some(id) = linked {
+                    state.drop_subtree(id, *miss);
                 }
             }
         }
@@ -285,8 +309,16 @@ impl Lease {
         }
         let places = results[..good].iter().flatten().map(|(tier, _)| *tier).collect();
         let miss = results.get(good).and_then(|r| r.as_ref().err().copied());
-        state.owners.counts(owner).not_worth_it += u64::from(miss == Some(Miss::NotWorthIt));
-        LoadOutcome { tokens, places, miss }
+        let computed_s = state.models.get(&model).and_then(|books| books.computed_s);
+        let counts = state.owners.counts(owner);
+        counts.saved_ns += computed_s.map_or(0, |seconds| (1e9 * seconds * good as f64) as u64);
+        if let Some(why) = miss {
+            counts.unloaded[why as usize] += (results.len() - good) as u64;
+            counts.not_worth_it += u64::from(why == Miss::NotWorthIt);
+        }
+        counts.loads += 1;
+        counts.load_ns += began.elapsed().as_nanos() as u64;
+        LoadOutcome { tokens, places, miss, ram: Duration::ZERO, ssd: Duration::ZERO }
     }
 }
 

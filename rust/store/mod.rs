@@ -10,10 +10,12 @@
 //! are complete, and its bytes never change afterwards. Lock order: registration, a model's namespaces, the epochs, the
 //! store's state, a scratch list.
 
+mod behind;
 mod coding;
 mod demote;
 mod divide;
 mod events;
+mod gone;
 mod lease;
 mod lift;
 mod listing;
@@ -36,6 +38,7 @@ mod view;
 mod worth;
 mod write;
 
+pub use behind::{Kind as WorkKind, Work};
 pub use divide::{Divisible, Share};
 pub use events::{Event, Events};
 pub use lease::Lease;
@@ -58,11 +61,12 @@ use crate::pool::Holding;
 use crate::ssd::io::{Engine, FileIo, Io};
 use crate::ssd::record::MAX_NAME_BYTES;
 use crate::ssd::{Ssd, SsdOptions, Stale};
-use crate::stats::Snapshot;
+use crate::stats::{Snapshot, Tier};
 use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
 use crate::trie::Trie;
 use crate::workers::Workers;
 use demote::Pace;
+use gone::Gone;
 use lease::{Missed, Touched};
 use namespace::Epochs;
 use owners::Sums;
@@ -135,6 +139,8 @@ struct Shared {
     trie: Arc<Trie>,
     touched: Touched,
     missed: Missed,
+    behind: behind::Behind,
+    gone: Arc<Gone>,
     closed: AtomicBool,
     state: Mutex<State>,
     /// Held while a model's file comes, goes or shrinks: the one lock that is held across I/O, and never by a request.
@@ -201,7 +207,8 @@ impl Store {
         let all_bytes = arena.bytes() as u64 + ssd.as_ref().map_or(0, Ssd::capacity_bytes);
         let blocks = options.index_bytes.map_or((all_bytes / INDEXED_BYTES).max(1 << 16), Trie::blocks_in);
         let trie = Arc::new(Trie::new(blocks as usize)?);
-        let mut state = State::new(trie.clone(), &options, arena.bytes(), ssd.as_ref(), stale);
+        let gone = Arc::new(Gone::default());
+        let mut state = State::new((trie.clone(), gone.clone()), &options, arena.bytes(), ssd.as_ref(), stale);
         if let Some(ssd) = &ssd {
             room::fit_stale_files(&mut state, ssd)?;
         }
@@ -209,6 +216,8 @@ impl Store {
             trie,
             touched: Touched::default(),
             missed: Missed::default(),
+            behind: behind::Behind::default(),
+            gone,
             closed: AtomicBool::new(false),
             state: Mutex::new(state),
             registration: Mutex::default(),
@@ -307,6 +316,7 @@ impl Store {
                 read_rate: ReadRate::default(),
                 computed_s: None,
                 dirty_blocks: 0,
+                queued_blocks: 0,
             },
         );
         drop(state);
@@ -496,9 +506,13 @@ impl Store {
             m.account.usage(state.ram.now(), bytes, m.geometry.block_tokens)
         };
         let mut files = state.models.values().filter_map(|m| m.disk.as_ref());
+        // Every slot counts for a tenant from the moment it is taken.
+        let taken: u64 = tenants.iter().map(|(.., usage)| usage.bytes[Tier::Ram as usize]).sum();
         Snapshot {
             total,
             ram_capacity_bytes: state.ram_bytes,
+            ram_free_bytes: state.ram_bytes.saturating_sub(taken),
+            ram_largest_free_bytes: state.ram.pool.longest_free() as u64,
             ssd_capacity_bytes: state.ssd_capacity_bytes,
             ssd_file_bytes: state.ssd_file_bytes(),
             ssd_io: match (&shared.ssd, files.next()) {
@@ -514,6 +528,8 @@ impl Store {
                 .values()
                 .map(|m| (m.name.clone(), state.ram.pool.held_bytes(&m.holding) as u64))
                 .collect(),
+            demotion_queue: state.models.values().map(|m| (m.name.clone(), m.queued_blocks)).collect(),
+            hit_ceiling: state.models.values().filter_map(|m| Some((m.name.clone(), m.curve.ceiling()?))).collect(),
             lifted: state.lifts,
             index_blocks: shared.trie.len() as u64,
             index_bytes: shared.trie.bytes() as u64,

@@ -4,8 +4,9 @@ use super::namespace::{Epochs, Namespaces};
 use super::owners::OwnerId;
 use super::worth::Prefills;
 use crate::block::{Geometry, Hasher, Secret};
-use crate::stats::Counts;
+use crate::stats::{Counts, Miss};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// What a model is registered with.
 #[derive(Debug, Clone)]
@@ -32,35 +33,63 @@ pub struct Model {
     pub(super) retired: AtomicBool,
 }
 
-/// What the matches of an owner count, without a lock. Asked is hit and miss together, by definition.
+/// What the matches and puts of an owner count, without a lock. Asked is hit and miss together, by definition.
 #[derive(Debug, Default)]
 pub(crate) struct Matches {
     matches: AtomicU64,
     hit: AtomicU64,
-    miss: AtomicU64,
+    /// By reason: so their sum is all that was missed, by definition as well.
+    missed: [AtomicU64; Miss::ALL.len()],
+    puts: AtomicU64,
+    put_ns: AtomicU64,
 }
+
+/// Blocks of a match that were not found, and why the first of them was not.
+pub(super) type Missing = Option<(Miss, usize)>;
 
 impl Matches {
     /// Counts one match.
-    pub(super) fn count(&self, hit: usize, miss: usize) {
+    pub(super) fn count(&self, hit: usize, missing: Missing) {
         // Relaxed, as all counts here: each is right by itself.
         self.matches.fetch_add(1, Ordering::Relaxed);
         self.hit.fetch_add(hit as u64, Ordering::Relaxed);
-        self.miss.fetch_add(miss as u64, Ordering::Relaxed);
+        if let Some((why, blocks)) = missing {
+            self.missed[why as usize].fetch_add(blocks as u64, Ordering::Relaxed);
+        }
     }
 
-    /// So many blocks of a match that was counted were found after all.
-    pub(super) fn found(&self, blocks: usize) {
-        self.hit.fetch_add(blocks as u64, Ordering::Relaxed);
-        self.miss.fetch_sub(blocks as u64, Ordering::Relaxed);
+    /// Of a match that was counted some blocks were missing, and now others are.
+    pub(super) fn recount(&self, before: Missing, now: Missing) {
+        let blocks = |missing: Missing| missing.map_or(0, |(_, blocks)| blocks as u64);
+        // Adding wraps around: it takes away where more is missing now.
+        self.hit.fetch_add(blocks(before).wrapping_sub(blocks(now)), Ordering::Relaxed);
+        if let Some((why, _)) = before {
+            self.missed[why as usize].fetch_sub(blocks(before), Ordering::Relaxed);
+        }
+        if let Some((why, _)) = now {
+            self.missed[why as usize].fetch_add(blocks(now), Ordering::Relaxed);
+        }
+    }
+
+    /// Counts one put.
+    pub(super) fn put(&self, took: Duration) {
+        self.puts.fetch_add(1, Ordering::Relaxed);
+        self.put_ns.fetch_add(took.as_nanos() as u64, Ordering::Relaxed);
     }
 
     pub(super) fn add_to(&self, counts: &mut Counts) {
-        let (hit, miss) = (self.hit.load(Ordering::Relaxed), self.miss.load(Ordering::Relaxed));
+        counts.puts += self.puts.load(Ordering::Relaxed);
+        counts.put_ns += self.put_ns.load(Ordering::Relaxed);
+        let hit = self.hit.load(Ordering::Relaxed);
         counts.matches += self.matches.load(Ordering::Relaxed);
         counts.hit += hit;
-        counts.miss += miss;
-        counts.asked += hit + miss;
+        counts.asked += hit;
+        for (sum, missed) in counts.missed.iter_mut().zip(&self.missed) {
+            let missed = missed.load(Ordering::Relaxed);
+            *sum += missed;
+            counts.miss += missed;
+            counts.asked += missed;
+        }
     }
 }
 

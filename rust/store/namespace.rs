@@ -16,6 +16,7 @@ use crate::block::{BlockHash, Hasher};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ssd::epochs::length_of;
 use crate::ssd::notes::Note;
+use crate::stats::Miss;
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering};
 use arc_swap::ArcSwap;
 use std::collections::{BTreeMap, HashMap};
@@ -199,7 +200,7 @@ impl Shared {
                 if first.is_empty() {
                     break;
                 }
-                forgotten += first.into_iter().map(|id| state.drop_subtree(id)).sum::<u64>();
+                forgotten += first.into_iter().map(|id| state.drop_subtree(id, Miss::Dropped)).sum::<u64>();
                 // Others need not wait until all is gone.
             }
         }

@@ -5,22 +5,19 @@
 //!
 //! What is unlinked while somebody holds it is found no more; its slot waits in limbo until the last lease went.
 
-use super::owners::OwnerId;
-use super::state::tag;
+use super::gone::Gone;
+use super::owners::{OwnerId, Owners};
 use crate::block::BlockHash;
 use crate::codec::Layout;
-use crate::evict::Ghosts;
 use crate::pool::Slot;
 use crate::ram::Walk;
 use crate::ssd::Place;
-use crate::stats::Lifter;
+use crate::stats::{Lifter, Miss, Tier};
 use crate::sync::Arc;
 pub(crate) use crate::trie::NodeId;
 use crate::trie::{Inserted, Trie};
 use std::collections::{HashMap, HashSet};
 
-/// How many evictions are remembered, to tell `evicted` from `never_stored`.
-const GHOSTS: usize = 1 << 16;
 /// How many namespaces have a name, beside those that have blocks.
 const NAMES: usize = 1 << 14;
 /// How many blocks that continue the same one are looked through for one in RAM.
@@ -37,6 +34,9 @@ pub(crate) struct Node {
     pub(super) since_s: u32,
     pub(super) used_s: u32,
     pub(super) uses: u32,
+    /// When it came to each tier, and when a match found it last; of timed blocks alone, and 0 before the first.
+    pub(super) came_s: [u32; 2],
+    pub(super) matched_s: u32,
     /// Who had it brought to RAM ahead of a request, as long as none has asked for it.
     pub(super) lifted: Option<Lifter>,
     pub(crate) ram: Option<Slot>,
@@ -62,6 +62,18 @@ impl Node {
     pub(crate) fn is_clean(&self, selective: bool) -> bool {
         self.ssd.is_some() || selective && !self.queued
     }
+
+    /// Counts how long ago a match found it before this; `matches`: so many did by now.
+    pub(super) fn matched(&mut self, now_s: u32, matches: u32, owners: &mut Owners) {
+        let tier = if self.ram.is_some() { Tier::Ram } else { Tier::Ssd };
+        let gaps = &mut owners.counts(self.owner).tier(tier).reuse_gap;
+        let before_s = std::mem::replace(&mut self.matched_s, now_s);
+        if before_s > 0 {
+            gaps.note(now_s.saturating_sub(before_s), 1);
+        }
+        // All but one of them follow another at once, as far as is known.
+        gaps.note(0, u64::from(matches.saturating_sub(1)));
+    }
 }
 
 /// Nodes of all models.
@@ -77,9 +89,7 @@ pub(crate) struct Nodes {
     first: HashMap<BlockHash, NodeId>,
     /// Adapter and tenant of namespaces that were asked for, by their seeds.
     names: HashMap<BlockHash, Arc<(String, String)>>,
-    ghosts: Ghosts,
-    /// Blocks that a quota did not let in.
-    refused: Ghosts,
+    gone: Arc<Gone>,
 }
 
 impl std::ops::Index<NodeId> for Nodes {
@@ -96,7 +106,7 @@ impl std::ops::IndexMut<NodeId> for Nodes {
 }
 
 impl Nodes {
-    pub(crate) fn new(trie: Arc<Trie>) -> Self {
+    pub(crate) fn new(trie: Arc<Trie>, gone: Arc<Gone>) -> Self {
         Self {
             trie,
             nodes: Vec::new(),
@@ -104,8 +114,7 @@ impl Nodes {
             namespaces: HashMap::new(),
             first: HashMap::new(),
             names: HashMap::new(),
-            ghosts: Ghosts::default(),
-            refused: Ghosts::default(),
+            gone,
         }
     }
 
@@ -251,9 +260,8 @@ impl Nodes {
         order
     }
 
-    /// Takes a childless block out of the index, and remembers that it was there. Returns its slot, unless somebody
-    /// holds the block.
-    pub(crate) fn remove(&mut self, id: NodeId) -> Option<Slot> {
+    /// Takes a childless block out of the index, and remembers why. Returns its slot, unless somebody holds the block.
+    pub(crate) fn remove(&mut self, id: NodeId, why: Miss) -> Option<Slot> {
         let (hash, parent, life) = (self.hash(id), self.parent(id), self.trie.generation(id));
         let node = self.nodes[id as usize].take()?;
         debug_assert!(node.first_child.is_none(), "children leave before their parent");
@@ -274,7 +282,8 @@ impl Nodes {
         if let Some(next) = node.next {
             self[next].previous = node.previous;
         }
-        self.ghosts.insert(tag(hash), GHOSTS);
+        // Who does not find it any more finds this.
+        self.gone.note(hash, why);
         let unlinked = self.trie.unlink(id, true);
         debug_assert!(unlinked, "only who has the lock gives a block children, or unlinks it");
         match node.ram {
@@ -300,19 +309,6 @@ impl Nodes {
 
     pub(crate) fn release(&self, path: &[NodeId]) {
         path.iter().for_each(|&id| self.trie.release(id));
-    }
-
-    pub(crate) fn was_evicted(&self, hash: BlockHash) -> bool {
-        self.ghosts.contains(tag(hash))
-    }
-
-    /// Remembers that a quota did not let a block in.
-    pub(super) fn refuse(&mut self, hash: BlockHash) {
-        self.refused.insert(tag(hash), GHOSTS);
-    }
-
-    pub(super) fn was_refused(&self, hash: BlockHash) -> bool {
-        self.refused.contains(tag(hash))
     }
 
     /// The blocks of a namespace that continue no other.

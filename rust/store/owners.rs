@@ -371,7 +371,6 @@ impl Owners {
             }
             tenants.push((tenant.called(), sum, tenant.account.usage(now, tenant.bytes, block_tokens)));
         }
-        tenants.sort_by(|a, b| a.0.cmp(&b.0));
         Sums { models, tenants, total }
     }
 }

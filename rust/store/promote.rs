@@ -3,6 +3,7 @@
 //! Ahead of a load, if it is asked for. And where a segment leaves: what was asked for since it was written is written
 //! again, from RAM: FIFO with reinsertion, as in CacheLib's block cache (Berg et al., OSDI 2020).
 
+use super::behind::Kind;
 use super::nodes::NodeId;
 use super::quota::Taker;
 use super::state::{Disk, State};
@@ -113,6 +114,7 @@ impl Shared {
     pub(super) fn promote(&self, promotion: Promotion) -> u64 {
         let Promotion { model, file, held, blocks, lifter } = promotion;
         let geometry = file.geometry();
+        let begun = self.behind.begin();
         let mut queue = file.queue();
         for (tag, Promoted { place, slot, .. }) in blocks.iter().enumerate() {
             let parts = vec![Part { at: self.arena.at(*slot), bytes: place.bytes() as usize }];
@@ -136,7 +138,7 @@ impl Shared {
         });
         let checked: Vec<std::result::Result<_, Miss>> = checked.collect();
         let mut state = self.state.lock();
-        let mut came = 0;
+        let (mut came, mut names) = (0, Vec::new());
         for ((Promoted { id, place, slot, .. }, checked), read) in blocks.into_iter().zip(checked).zip(read) {
             state.counts(model).tier(Tier::Ssd).read_bytes += read.unwrap_or(0) as u64;
             let here = state.nodes.is_linked(id) && state.nodes[id].ssd == Some(place);
@@ -149,19 +151,23 @@ impl Shared {
                     state.counts_of(id).promoted += 1;
                     state.lifted(id, lifter);
                     came += state.held(id)[Tier::Ram as usize].unwrap_or(0);
+                    if begun.is_some() {
+                        names.push(self.secret.seal(state.nodes.hash(id)));
+                    }
                     continue;
                 }
                 Err(miss) if here => {
                     let counts = state.counts(model);
                     counts.corrupt += u64::from(miss == Miss::Corrupt);
                     counts.io_errors += u64::from(miss == Miss::Io);
-                    state.drop_subtree(id);
+                    state.drop_subtree(id, miss);
                 }
                 _ => {}
             }
             state.free(slot);
         }
         state.nodes.release(&held);
+        self.behind.end(begun, Kind::Promote, model, names.into_iter(), came);
         came
     }
 }

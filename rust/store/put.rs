@@ -15,10 +15,11 @@ use crate::evict::Retention;
 use crate::fused::encode_blocks;
 use crate::pool::Slot;
 use crate::ssd::record::write_tokens;
-use crate::stats::Tier;
+use crate::stats::{Miss, Tier};
 use crate::sync::Arc;
 use crate::trie::NodeId;
 use std::ops::Range;
+use std::time::Instant;
 
 /// What a put did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +47,20 @@ impl Store {
     /// # Errors
     /// As there; or the sequence is of another model, or the priority too high.
     pub fn put_sequence(
+        &self,
+        model: &Model,
+        sequence: &Sequence,
+        view: &KvView,
+        start: usize,
+        retention: Retention,
+    ) -> Result<PutOutcome> {
+        let began = Instant::now();
+        let outcome = self.put_blocks(model, sequence, view, start, retention)?;
+        sequence.namespace.matches.put(began.elapsed());
+        Ok(outcome)
+    }
+
+    fn put_blocks(
         &self,
         model: &Model,
         sequence: &Sequence,
@@ -107,7 +122,7 @@ impl Store {
             _ => granted < hashes.len() - known || state.is_over(owner, Tier::Ram, geometry.record_bytes() as u64),
         };
         if over_quota {
-            state.nodes.refuse(hashes[cached]);
+            self.shared.gone.note(hashes[cached], Miss::Quota);
         }
         let counts = state.owners.counts(owner);
         counts.put_over_quota += if over_quota { refused as u64 } else { 0 };

@@ -5,6 +5,7 @@ use super::state::{Disk, State};
 use crate::block::Secret;
 use crate::ssd::record::{Entry, PAGE};
 use crate::ssd::{ModelFile, Phase, Place, Recovered, Segment};
+use crate::stats::Tier;
 use crate::sync::Arc;
 
 impl State {
@@ -58,6 +59,7 @@ impl State {
             };
             let Some(id) = self.nodes.insert(parent, hash, (model, owner), before) else { continue };
             self.alter(id, |node| (node.ssd, node.since_s, node.used_s) = (Some(place), opened_s, opened_s));
+            self.nodes[id].came_s[Tier::Ssd as usize] = opened_s;
             if let Some(segment) = self.segment(model, place.segment) {
                 segment.blocks.push(hash);
             }

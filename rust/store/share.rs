@@ -80,7 +80,11 @@ impl Store {
         else {
             return Ok(None);
         };
-        let (Some(slot), 1) = (state.nodes[id].ram, state.nodes.lease(&[id]).len()) else { return Ok(None) };
+        // Asked for first: one that is on SSD alone is not to be held for good.
+        let Some(slot) = state.nodes[id].ram else { return Ok(None) };
+        if state.nodes.lease(&[id]).is_empty() {
+            return Ok(None);
+        }
         // Its bytes stay until this goes.
         let _held = Held { trie: &shared.trie, id: Some(id) };
         let (hash, before, depth) = (state.nodes.hash(id), state.nodes.hash_before(id), state.nodes.depth(id));
@@ -296,9 +300,9 @@ impl super::Lease {
         let found = shared.find(&self.model, &self.namespace, &self.hashes[..most], false)?;
         let blocks = found.map_or(0, |(_, blocks)| blocks);
         self.model.prefills.forget(&self.hashes);
-        self.namespace.matches.found(blocks.saturating_sub(self.blocks()));
+        let miss = self.hashes.get(blocks).map(|&next| shared.why_missing(&self.model, &self.namespace, next));
         let tokens = sequence.tokens[..blocks * self.model.spec.geometry.block_tokens as usize].to_vec();
-        Ok(Self {
+        let now = Self {
             shared: shared.clone(),
             model: self.model.clone(),
             namespace: self.namespace.clone(),
@@ -306,8 +310,11 @@ impl super::Lease {
             hashes: self.hashes.clone(),
             tokens,
             asked_tokens: self.asked_tokens,
+            miss,
             released: AtomicBool::new(false),
-        })
+        };
+        self.namespace.matches.recount(self.missing(), now.missing());
+        Ok(now)
     }
 
     /// What names the namespace, in its epoch of then.

@@ -5,6 +5,7 @@
 //! yet on SSD, follow from the nodes alone, at every instant.
 
 use super::events::Log;
+use super::gone::Gone;
 use super::lease::Touched;
 use super::model::Matches;
 use super::nodes::{Node, NodeId, Nodes};
@@ -57,6 +58,8 @@ pub(crate) struct ModelState {
     /// Blocks put and not yet on SSD, by rising ticket. An entry may be outdated; its node's `queued` tells.
     pub(crate) dirty: VecDeque<(u64, BlockHash)>,
     pub(crate) dirty_blocks: u64,
+    /// Blocks that stand in that queue.
+    pub(super) queued_blocks: u64,
     /// How fast its records are read, and how long computing a block takes, as far as that is known.
     pub(crate) read_rate: ReadRate,
     pub(crate) computed_s: Option<f64>,
@@ -149,6 +152,9 @@ pub(super) fn unix_s() -> u32 {
     std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs() as u32)
 }
 
+/// Blocks of whose tags these bits are zero are timed.
+pub(super) const TIMED: u64 = 15;
+
 /// What policies know a block by.
 pub(super) fn tag(hash: BlockHash) -> u64 {
     hash.0 as u64
@@ -156,14 +162,14 @@ pub(super) fn tag(hash: BlockHash) -> u64 {
 
 impl State {
     pub(crate) fn new(
-        trie: Arc<Trie>,
+        (trie, gone): (Arc<Trie>, Arc<Gone>),
         options: &Options,
         ram_bytes: usize,
         ssd: Option<&Ssd>,
         stale: Vec<Stale>,
     ) -> Self {
         Self {
-            nodes: Nodes::new(trie),
+            nodes: Nodes::new(trie, gone),
             ram: Ram::new(ram_bytes, options.eviction),
             policy: options.policy,
             ram_bytes: ram_bytes as u64,
@@ -248,6 +254,7 @@ impl State {
             return;
         }
         let (model, owner) = (self.nodes.model(id), self.nodes[id].owner);
+        let timed = tag(self.nodes.hash(id)) & TIMED == 0;
         let is_dirty = |held: [Option<u64>; 2]| u64::from(held[0].is_some() && held[1].is_none());
         if let Some(model) = self.models.get_mut(&model) {
             model.dirty_blocks = model.dirty_blocks + is_dirty(after) - is_dirty(before);
@@ -273,11 +280,17 @@ impl State {
                     (counts.blocks, counts.plain_bytes) = (counts.blocks + 1, counts.plain_bytes + plain);
                     self.nodes[id].nth[tier as usize] = blocks.len() as u32;
                     blocks.push(id);
+                    if timed {
+                        self.nodes[id].came_s[tier as usize] = unix_s();
+                    }
                 }
                 (Some(_), None) => {
                     (counts.blocks, counts.plain_bytes) = (counts.blocks - 1, counts.plain_bytes - plain);
                     let nth = self.nodes[id].nth[tier as usize];
                     blocks.swap_remove(nth as usize);
+                    if timed {
+                        counts.residence.note(unix_s().saturating_sub(self.nodes[id].came_s[tier as usize]), 1);
+                    }
                     if let Some(&moved) = blocks.get(nth as usize) {
                         self.nodes[moved].nth[tier as usize] = nth;
                     }
@@ -353,11 +366,11 @@ impl State {
         let model = self.nodes.model(deepest);
         let (time, second) = (self.ram.now(), asked && self.selective());
         let Leaving { order, retained, .. } = self.ram.leaving(model);
-        let nodes = &mut self.nodes;
+        let (nodes, owners) = (&mut self.nodes, &mut self.owners);
         let mut curve = self.models.get_mut(&model).filter(|_| told).map(|m| &mut m.curve);
         let sample = curve.as_ref().map_or(u64::MAX, |curve| curve.sample());
-        // Both are the lowest bits of a tag: most blocks are in neither sample.
-        let either = if asked { sample & order.sample() } else { u64::MAX };
+        // All are the lowest bits of a tag: most blocks are in no sample.
+        let any = if asked { sample & order.sample() & TIMED } else { u64::MAX };
         let mut next = Some(deepest);
         let (mut due, mut lifted) = (Vec::new(), Vec::new());
         while let Some(id) = next {
@@ -373,8 +386,11 @@ impl State {
                 retained.touch(id, time);
             }
             let tag = if asked { tag(nodes.hash(id)) } else { u64::MAX };
-            if tag & either == 0 {
+            if tag & any == 0 {
                 order.asked(tag);
+                if tag & TIMED == 0 {
+                    nodes[id].matched(now_s, matches, owners);
+                }
                 if tag & sample == 0
                     && let Some(curve) = &mut curve
                 {
@@ -449,7 +465,7 @@ impl State {
         if clean {
             self.leave_ram(id);
         } else {
-            self.drop_subtree(id);
+            self.drop_subtree(id, Miss::Evicted);
         }
     }
 
@@ -467,11 +483,13 @@ impl State {
         }
     }
 
-    /// Makes a block and all below it unfindable. Held blocks keep their slots until nobody holds them.
+    /// Makes a block and all below it unfindable, and remembers why. Held blocks keep their slots until nobody holds them.
     /// Returns how many they were.
-    pub(crate) fn drop_subtree(&mut self, root: NodeId) -> u64 {
+    pub(crate) fn drop_subtree(&mut self, root: NodeId, why: Miss) -> u64 {
         let ids = self.nodes.subtree(root);
         for &id in &ids {
+            self.counts_of(id).dropped += u64::from(why == Miss::Dropped);
+            self.set_queued(id, false);
             self.book(id, self.held(id), [None; 2]);
             if let Some(slot) = self.nodes[id].ram {
                 self.ram.let_go(slot);
@@ -482,7 +500,7 @@ impl State {
                     self.alter(parent, |node| node.ram_children -= 1);
                 }
             }
-            if let Some(slot) = self.nodes.remove(id) {
+            if let Some(slot) = self.nodes.remove(id, why) {
                 self.free(slot);
             }
         }
@@ -512,7 +530,7 @@ impl State {
         if self.nodes[id].ram.is_some() {
             self.alter(id, |node| node.ssd = None);
         } else {
-            self.drop_subtree(id);
+            self.drop_subtree(id, Miss::Evicted);
         }
     }
 
@@ -535,13 +553,73 @@ impl State {
             segment.blocks.push(hash);
         }
     }
+}
 
-    /// Why a block is not cached.
-    pub(crate) fn miss_reason(&self, hash: BlockHash) -> Miss {
-        match (self.nodes.was_refused(hash), self.nodes.was_evicted(hash)) {
-            (true, _) => Miss::Quota,
-            (false, true) => Miss::Evicted,
-            (false, false) => Miss::NeverStored,
-        }
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::evict::Kind;
+    use crate::stats::Histogram;
+
+    const RAM: usize = 4 << 20;
+
+    // Two blocks in RAM, one after the other, of which the first alone is timed.
+    fn two_blocks() -> (State, [NodeId; 2]) {
+        let options = Options {
+            ram_capacity_bytes: RAM as u64,
+            ssd: None,
+            eviction: Kind::Lru,
+            policy: WritePolicy::default(),
+            secret: None,
+            threads: 1,
+            index_bytes: None,
+            stepped: true,
+        };
+        let trie = Arc::new(Trie::new(64).expect("memory is to be had"));
+        let mut state = State::new((trie, Arc::new(Gone::default())), &options, RAM, None, Vec::new());
+        let owner = state.owners.of(0, 0, 4096);
+        let class = state.ram.pool.class(&Holding::new(0), 4096);
+        let mut parent = None;
+        let ids = [TIMED + 1, TIMED + 2].map(|hash| {
+            let hash = BlockHash(u128::from(hash));
+            let id = state.nodes.insert(parent, hash, (0, owner), BlockHash(0)).expect("there is room");
+            let slot = state.ram.pool.allocate(&class).expect("there is room");
+            state.take(slot, owner);
+            state.place_in_ram(id, slot, None);
+            parent = Some(id);
+            id
+        });
+        (state, ids)
+    }
+
+    // So much of a histogram is at most 16 seconds, and so much longer, but no more than 64.
+    fn near(histogram: &Histogram) -> (u64, u64) {
+        let [a, b, c, d, rest @ ..] = histogram.counts;
+        assert!(rest.iter().all(|&count| count == 0));
+        (a + b + c, d)
+    }
+
+    #[test]
+    fn a_gap_is_from_match_to_match_and_a_stay_from_coming_to_leaving() {
+        let (mut state, [first, last]) = two_blocks();
+        let past = unix_s() - 40;
+        let ram = |state: &mut State| *state.owners.counts(state.nodes[first].owner).tier(Tier::Ram);
+        state.touch(last, 1, false);
+        assert_eq!(near(&ram(&mut state).reuse_gap), (0, 0), "the first match follows none");
+        state.nodes[first].matched_s = past;
+        // A put is no match.
+        state.touch(last, 0, false);
+        assert_eq!(near(&ram(&mut state).reuse_gap), (0, 0));
+        state.touch(last, 3, false);
+        assert_eq!(near(&ram(&mut state).reuse_gap), (2, 1), "two of the three came at once");
+        assert!((40..50).contains(&ram(&mut state).reuse_gap.sum_s));
+        state.nodes[first].came_s[Tier::Ram as usize] = past;
+        state.nodes[first].since_s = 1;
+        let owner = state.nodes[first].owner;
+        state.evict_from_ram(last, false);
+        assert_eq!(near(&state.owners.counts(owner).tier(Tier::Ram).residence), (0, 0), "it is not timed");
+        state.evict_from_ram(first, false);
+        assert_eq!(near(&state.owners.counts(owner).tier(Tier::Ram).residence), (0, 1));
+        assert_eq!(state.owners.counts(owner).tier(Tier::Ram).evicted, 2);
     }
 }

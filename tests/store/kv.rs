@@ -6,6 +6,7 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use std::{fs, thread};
 use stratakv::evict::Kind;
+use stratakv::stats::{Counts, Snapshot};
 use stratakv::{
     Dtype, Engine, Geometry, KvView, Lease, Model, ModelSpec, Options, PlaneView, SsdOptions, Store, WritePolicy,
 };
@@ -169,6 +170,25 @@ pub(crate) fn load(lease: &Lease, model: &Model, tokens: &[u32]) -> usize {
 
 pub(crate) fn fetch(store: &Store, model: &Arc<Model>, tokens: &[u32]) -> usize {
     load(&hold(store, model, tokens), model, tokens)
+}
+
+/// What holds in every snapshot.
+pub(crate) fn assert_sums(snapshot: &Snapshot) {
+    let total = &snapshot.total;
+    let models = snapshot.models.iter().map(|(_, counts)| counts);
+    let tenants = snapshot.tenants.iter().map(|(_, counts, _)| counts);
+    for counts in models.chain(tenants.clone()).chain([total]) {
+        assert_eq!(counts.hit + counts.miss, counts.asked);
+        assert_eq!(counts.missed.iter().sum::<u64>(), counts.miss);
+    }
+    let of = |counts: &Counts| {
+        let requests = [counts.matches, counts.puts, counts.loads, counts.dropped, counts.put_ns, counts.load_ns];
+        [&requests[..], &counts.missed, &counts.unloaded, &counts.tiers[0].residence.counts].concat()
+    };
+    let sum = tenants.map(of).reduce(|sum, more| sum.into_iter().zip(more).map(|(a, b)| a + b).collect());
+    assert_eq!(sum.unwrap_or_default(), of(total));
+    let (free, longest) = (snapshot.ram_free_bytes, snapshot.ram_largest_free_bytes);
+    assert!(longest <= free && free <= snapshot.ram_capacity_bytes, "{longest} of {free} bytes");
 }
 
 /// Disk blocks of all files of a directory, in bytes.

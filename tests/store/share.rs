@@ -46,6 +46,26 @@ fn what_one_node_exports_another_admits_and_loads() {
 }
 
 #[test]
+fn what_is_on_ssd_alone_is_not_exported_and_not_held_either() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let store = open(directory.path(), MIB, 4 * MIB);
+    let model = register(&store, "m", FINE);
+    let mut names = Vec::new();
+    for seed in 0..100 {
+        let tokens = sequence(seed, 8, &FINE);
+        assert_eq!(put(&store, &model, &tokens), 8);
+        store.flush().expect("the disk is well");
+        names.extend(hold(&store, &model, &tokens).names());
+        // Of 170 that RAM has room for, and twice as many on the SSD.
+        for &name in names.iter().rev().skip(200).take(8) {
+            assert_eq!(store.export(&model, name).expect("it is open"), None);
+        }
+    }
+    // Segments made room for others all the time.
+    assert_eq!(store.snapshot().total.demoted, 800);
+}
+
+#[test]
 fn blocks_of_one_run_have_the_same_head_however_they_are_asked_for() {
     let one = node("shared");
     let (model, other) = (register(&one, "m", FINE), register(&one, "n", FINE));

@@ -413,8 +413,8 @@ impl Simulation {
 
     fn check(&self) {
         let snapshot = self.store.snapshot();
+        assert_sums(&snapshot);
         let [ram, ssd] = snapshot.total.tiers;
-        assert_eq!(snapshot.total.hit + snapshot.total.miss, snapshot.total.asked);
         assert!(ram.hit + ram.miss == ram.asked && ssd.hit + ssd.miss == ssd.asked && ram.miss == ssd.asked);
         let used = (ram.used_bytes, ssd.used_bytes);
         assert!(used.0 <= RAM && used.1 <= snapshot.ssd_file_bytes, "{used:?} of {}", snapshot.ssd_file_bytes);
