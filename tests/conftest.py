@@ -9,6 +9,12 @@ import pytest
 
 import stratakv
 from stores import config, geometry
+from stratakv import log
+
+
+@pytest.fixture(autouse=True)
+def _what_one_test_logs_is_no_repeat_in_the_next() -> None:
+    log.REPEATS.forget()
 
 
 @pytest.fixture

@@ -12,12 +12,9 @@ from stratakv.cache import Match, ModelCache
 from stratakv.config import (
     Codec,
     Config,
-    DragonflyConfig,
     Geometry,
     Limits,
     ModelsConfig,
-    PostgresConfig,
-    QdrantConfig,
     Quota,
     QuotasConfig,
     RamConfig,
@@ -38,6 +35,7 @@ from stratakv.errors import (
 from stratakv.manager import CacheManager, open
 from stratakv.quotas import Admission, Usage
 from stratakv.registry import Discovery, FoundModel, RefusedModel, discover, weights_version
+from stratakv.sections import DragonflyConfig, ObserveConfig, PostgresConfig, QdrantConfig
 from stratakv.stats import Explanation, Snapshot, Stats, TierStats
 from stratakv.status import Status
 
@@ -60,6 +58,7 @@ __all__ = [
     "ModelExistsError",
     "ModelNotFoundError",
     "ModelsConfig",
+    "ObserveConfig",
     "PostgresConfig",
     "QdrantConfig",
     "Quota",

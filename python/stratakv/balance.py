@@ -81,7 +81,7 @@ class Balance:
         Raises:
             ClosedError: the store is closed.
         """
-        counts = self._store.snapshot()["models"]
+        counts = self._store.snapshot(0)["models"]
         self._look({name: counts[name]["asked_blocks"] for name in models}, now)
         room = self._store.divisible()
         n = max(len(models), 1)

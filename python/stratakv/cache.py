@@ -7,7 +7,6 @@ A match is leased until it is released: what it found stays. A cache problem nev
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,21 +15,22 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
-from stratakv import _native
+from stratakv import _native, log
 from stratakv.config import Codec, Geometry, Quota
-from stratakv.errors import ClosedError, InputError, StoreError, StrataKVError
+from stratakv.errors import ClosedError, InputError, StoreError
 from stratakv.quotas import Admission
 from stratakv.stats import Explanation, Stats, Suggestion
 from stratakv.tiers.dragonfly import Dragonfly
+from stratakv.tiers.remote import Remote
+from stratakv.tracing import Traces
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
+
 
 # As in the native half.
 MAX_PRIORITY = 10
 # Matches that may wait to be prefetched.
 _WAITING = 64
-# A block that is on SSD is read from the tier that nodes share where that takes so many times less.
-_QUICKER = 1.5
 
 
 class Behind:
@@ -64,81 +64,13 @@ class Behind:
             self._thread.shutdown(cancel_futures=True)
 
 
-class Remote:
-    """What of a match lies in the tier that nodes share, behind what is here."""
-
-    __slots__ = ("asked", "before", "fetched", "model", "names", "reason", "released", "space", "tier")
-
-    def __init__(
-        self, tier: Dragonfly, model: _native.Model, asked: tuple[object, str, str], lease: _native.Lease
-    ) -> None:
-        """Asks the tier which of the blocks that are not here it has."""
-        self.tier, self.model, self.asked = tier, model, asked
-        names, here = lease.names, lease.blocks
-        self.space = model.fingerprint + lease.space
-        count, self.reason = tier.leading(self.space, names, here)
-        self.before, self.names = names[:here], names[here : here + count]
-        # Which blocks of the match came from there.
-        self.fetched: set[int] = set()
-        self.released = False
-
-    def fetch(self, lease: _native.Lease) -> _native.Lease:
-        """Brings to RAM what of them is worth it, and what it has quicker than the SSD; the match as it is then."""
-        size = self.model.record_bytes
-        try:
-            self._overtake(lease, size)
-            first, rate = lease.blocks, self.model.prefill_rate()
-            saved_s = None if rate is None else lease.block_tokens * len(self.names) / rate
-            if self.names and not self.tier.cost.is_worth(size * len(self.names), saved_s):
-                self.names, self.reason = [], "not_worth_it"
-                self.tier.passed_over()
-            if not self.names:
-                return lease
-            names = [*self.before, *self.names]
-            records, reason = self.tier.fetch(self.space, names, size, first)
-            asked, self.names = len(self.names), []
-            _, came, wrong = self.model.admit(self.asked, "", "", first, records)
-            longer = lease.extended(self.model, self.asked, first + asked)
-        except ClosedError:
-            # The store went away under the match.
-            self.names, self.reason = [], "closed"
-            return lease
-        except StrataKVError as error:
-            _log.warning("a match ends before what is in dragonfly: %s", error)
-            self.names, self.reason = [], "error"
-            return lease
-        # What another request put meanwhile is here all the same.
-        here = longer.blocks - first
-        self.tier.booked(asked, here, sum(map(len, records[:came])))
-        self.reason = wrong or reason or self.reason
-        self.fetched |= set(range(first, first + here))
-        lease.release()
-        return longer
-
-    def _overtake(self, lease: _native.Lease, size: int) -> None:
-        """Brings blocks that are on SSD alone from there, where that takes much less than reading them."""
-        on_ssd = [n for n, place in enumerate(lease.places) if place == "ssd"]
-        terms, read_s = self.tier.cost.terms(), self.model.read_s()
-        if not on_ssd or terms is None or read_s is None:
-            return
-        first, count = on_ssd[0], on_ssd[-1] + 1 - on_ssd[0]
-        quick = _QUICKER * (terms[0] + terms[1] * size * count) < read_s * size * len(on_ssd)
-        if not quick or self.tier.leading(self.space, self.before, first)[0] < count:
-            return
-        records, _ = self.tier.fetch(self.space, self.before, size, first)
-        self.model.admit(self.asked, "", "", first, records)
-        came = {n for n, place in enumerate(lease.places) if place == "ram"}.intersection(on_ssd)
-        self.tier.booked(len(on_ssd), len(came), sum(len(records[n - first]) for n in came if n - first < len(records)))
-        self.fetched |= came
-
-
 class Match:
     """The longest cached prefix of some tokens, leased until exit or `release`.
 
     What of it lies in the tier that nodes share is not leased: a load gets it, or says why not.
     """
 
-    __slots__ = ("_behind", "_lease", "_loaded", "_remote", "_tell")
+    __slots__ = ("_behind", "_lease", "_loaded", "_remote", "_tell", "_took_s", "_trace")
 
     def __init__(
         self, lease: _native.Lease, behind: Behind, tell: Callable[[], None], remote: Remote | None = None
@@ -149,6 +81,27 @@ class Match:
         self._tell = tell
         self._remote = remote
         self._loaded: tuple[int, list[str], str | None] | None = None
+        # Who traces it, and as what.
+        self._trace: tuple[Traces, Any] | None = None
+
+    def traced(self, traces: Traces, request: Any) -> None:  # noqa: ANN401 - a span's context
+        """Has its loads traced, as parts of a request."""
+        self._trace = (traces, request)
+
+    @property
+    def names(self) -> list[bytes]:
+        """Names of all whole blocks that were asked for, 16 bytes each, as `CacheManager.events` has them."""
+        return self._lease.names
+
+    @property
+    def phases(self) -> dict[str, tuple[float, float]]:
+        """Of the last load, by tier: seconds after which it was asked, and those it took."""
+        if self._loaded is None:
+            return {}
+        remote = self._remote.took_s if self._remote is not None else 0.0
+        ram, ssd = self._took_s
+        found = {"dragonfly": (0.0, remote), "ram": (remote, ram), "ssd": (remote + ram, ssd)}
+        return {tier: found[tier] for tier in dict.fromkeys(self._loaded[1])}
 
     @property
     def tokens(self) -> int:
@@ -195,12 +148,18 @@ class Match:
                 raise InputError(f"{name} is {value!r}, expected a multiple of {size} from 0 to {most}")
         if start > stop:
             raise InputError(f"start is {start}, expected at most {stop}, where the load stops")
-        remote, cut = self._remote, None
+        if self._trace is not None:
+            traces, request = self._trace
+            return traces.load(self, request, lambda: self._load(kv, layout, batch, pages, start, stop))
+        return self._load(kv, layout, batch, pages, start, stop)
+
+    def _load(self, kv: object, layout: str, batch: int, pages: object, start: int, stop: int) -> int:
+        size, remote, cut = self._lease.block_tokens, self._remote, None
         if remote is not None and not remote.released and (remote.names or "ssd" in self._lease.places):
             self._lease = remote.fetch(self._lease)
             cut = (remote.reason or "evicted") if self._lease.tokens < stop else None
         here = self._lease.tokens // size
-        tokens, places, reason = self._lease.load(
+        tokens, places, reason, self._took_s = self._lease.load(
             kv, layout, batch, pages, min(start // size, here), min(stop // size, here)
         )
         if remote is not None:
@@ -222,8 +181,12 @@ class Match:
         Raises:
             ClosedError: the store was closed.
         """
-        lease = self._lease
-        return self._behind(lambda: lease.prefetch() * lease.block_tokens)
+        lease, trace = self._lease, self._trace
+
+        def work() -> int:
+            return lease.prefetch() * lease.block_tokens
+
+        return self._behind(work if trace is None else lambda: trace[0].behind("prefetch", trace[1], work))
 
     def view(self, block: int) -> memoryview | None:
         """One block where it lies in RAM, without a copy.
@@ -282,7 +245,18 @@ class Match:
 class ModelCache:
     """The cached prefixes of one model."""
 
-    __slots__ = ("_behind", "_manager", "_model", "_said", "geometry", "name", "retired")
+    __slots__ = (
+        "_around",
+        "_behind",
+        "_manager",
+        "_model",
+        "_said",
+        "_traces",
+        "geometry",
+        "name",
+        "retired",
+        "untraced",
+    )
 
     def __init__(
         self,
@@ -297,12 +271,26 @@ class ModelCache:
         self._behind = behind
         self._model = model
         self._said = False
+        self._traces: Traces | None = manager.traces
+        # Requests before the next that is traced; and the context of a caller's span.
+        self.untraced = 0
+        self._around: Callable[[None], Any] = bool
+        if self._traces is not None:
+            self.untraced, self._around = self._traces.skip(), self._traces.around
         self.name = name
         self.geometry = geometry
         # Whether its version is: then it finds nothing, and stores nothing.
         self.retired = False
 
-    def match(self, tokens: object, *, text: str | None = None, adapter: str = "", tenant: str = "") -> Match:
+    def match(
+        self,
+        tokens: object,
+        *,
+        text: str | None = None,
+        adapter: str = "",
+        tenant: str = "",
+        traceparent: str | None = None,
+    ) -> Match:
         """Finds the longest cached prefix and leases it.
 
         Args:
@@ -312,6 +300,7 @@ class ModelCache:
                 brought to RAM.
             adapter: name of the LoRA adapter, or of whatever else alters keys and values.
             tenant: salt of the tenant; nothing is shared across tenants.
+            traceparent: of the request, as W3C Trace Context writes it, where spans are made.
 
         Returns:
             The match; of 0 tokens if nothing is cached.
@@ -320,6 +309,13 @@ class ModelCache:
             InputError: the tokens are no 1-d sequence of non-negative integers.
             ClosedError: the store is closed.
         """
+        traces = self._traces
+        if traces is not None:
+            # Two threads may count one request alike: one more or less is traced.
+            self.untraced = left = self.untraced - 1
+            if (left < 0 or self._around(None) or traceparent) and traces.wants(self, traceparent):
+                found: Match = traces.match(self, traceparent, tokens=tokens, text=text, adapter=adapter, tenant=tenant)
+                return found
         tier: Dragonfly | None = self._manager.dragonfly
         if tier is None:
             if text is not None:
@@ -378,6 +374,7 @@ class ModelCache:
         tenant: str = "",
         priority: int = 0,
         ttl_s: float | None = None,
+        traceparent: str | None = None,
     ) -> int:
         """Stores the keys and values of a prompt. Back as soon as they are in RAM; the SSD follows behind.
 
@@ -403,6 +400,7 @@ class ModelCache:
             ttl_s: seconds from their last use on after which these blocks leave RAM before all others; until they do,
                 they are found. ``None``: no such time. Both hints hold for all blocks of the tokens, new or not, while
                 they are in RAM; a later put with hints replaces them.
+            traceparent: as for `match`.
 
         Returns:
             Leading tokens that are cached now.
@@ -418,7 +416,17 @@ class ModelCache:
             raise InputError(f"ttl_s is {ttl_s!r}, expected seconds from 0 up, or None")
         if type(start) is not int or start < 0:
             raise InputError(f"start is {start!r}, expected an integer from 0")
-        stored = self._model.put(tokens, kv, layout, batch, pages, start, adapter, tenant, priority, ttl_s)
+
+        def work() -> int:
+            return self._model.put(tokens, kv, layout, batch, pages, start, adapter, tenant, priority, ttl_s)
+
+        traces = self._traces
+        if traces is not None:
+            self.untraced -= 1
+        if traces is not None and traces.wants(self, traceparent):
+            stored = traces.put(self, traceparent, work, lambda: self.names(tokens, adapter, tenant))
+        else:
+            stored = work()
         if self._manager.semantic is not None and stored:
             self._manager.semantic.note("put", self, tokens, text, adapter, tenant)
         return stored
@@ -544,7 +552,14 @@ class ModelCache:
             self._said = True
             ssd = self._manager.model_stats(self.name).tiers["ssd"]
             rate = ssd.read_bytes / ssd.read_s / 1e6 if ssd.read_s else 0.0
-            _log.warning("model %r is computed where the SSD takes longer: it delivers %.4g MB/s", self.name, rate)
+            _log.warning(
+                "ssd_slower_than_computing",
+                "model %r is computed where the SSD takes longer: it delivers %.4g MB/s",
+                self.name,
+                rate,
+                key=self.name,
+                model=self.name,
+            )
 
     def set_ram_codec(self, codec: Codec | str | Mapping[str, Any]) -> None:
         """Encodes blocks when they are put, from now on; as such they go to SSD, too. See `set_cold_codec`.

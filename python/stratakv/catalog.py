@@ -11,7 +11,6 @@ import contextlib
 import heapq
 import itertools
 import json
-import logging
 import os
 import socket
 import time
@@ -25,8 +24,6 @@ from stratakv import _native
 from stratakv.errors import InputError, StoreError
 from stratakv.keeper import Entry, Keeper
 from stratakv.tiers.postgres import Holder, Postgres, split
-
-_log = logging.getLogger(__name__)
 
 # Prefixes that are asked for at a time, and found at most.
 _PREFIXES, _MOST = 1000, 10_000

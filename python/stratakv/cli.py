@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import stratakv
-from stratakv import archive, demo, routing, status
+from stratakv import archive, demo, routing, status, watch
 
 __all__ = ["main"]
 
@@ -65,6 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Exit status: 0 if all answer, 1 if one does not, 2 if the configuration makes no sense.",
     )
     status.add_arguments(health)
+
+    for name, says, add, does in (
+        ("top", "watch a store that runs", watch.add_top, "Shows tiers, models, hits and misses, again and again."),
+        ("stats", "say once what `top` shows", watch.add_stats, "All numbers of a store that runs."),
+        ("events", "say which blocks come and go", watch.add_events, "What the tiers of a running store got and lost."),
+        ("explain", "say why a prompt hits or misses", watch.add_explain, "Block by block, without counting as a use."),
+    ):
+        ends = {
+            "stats": "0 if all is well, 1 if the store is degraded, 2 if nobody answers.",
+            "explain": "0 if something would be loaded, 1 if not, 2 if nobody answers.",
+        }
+        epilog = f"Exit status: {ends.get(name, '0, or 2 if nobody answers.')}"
+        add(commands.add_parser(name, help=says, description=does, epilog=epilog))
 
     args = parser.parse_args(argv)
     done: int = args.run(args)

@@ -8,14 +8,14 @@ as ``"8GiB"`` or ``"500 MB"``. An unknown key is an error that names the nearest
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from stratakv.errors import ConfigError, InputError
-from stratakv.settings import check_seconds, from_text, parse_budget, parse_bytes, read_toml, unknown_name
+from stratakv.sections import DragonflyConfig, ObserveConfig, PostgresConfig, QdrantConfig
+from stratakv.settings import from_text, parse_bytes, read_toml, shown, unknown_name
 
 Dtype = Literal["fp32", "fp16", "bf16", "uint8"]
 """Element types of cached tensors; ``uint8`` carries either FP8 format."""
@@ -404,159 +404,6 @@ class QuotasConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DragonflyConfig:
-    """The tier that nodes share: DragonflyDB, Valkey or Redis, one node or a cluster.
-
-    Nodes that share have the same ``store.secret``: it names and seals what they write.
-
-    Attributes:
-        url: as ``redis://host:6379/0``, ``rediss://...`` with TLS or ``unix:///path``; ``None``: there is no such tier.
-        cluster: whether it is a cluster, or Dragonfly in cluster mode.
-        username: of an ACL user, if not in the URL.
-        password: of that user, if not in the URL.
-        ca_file: certificates by which TLS is verified; ``None``: the system's.
-        deadline_s: seconds that a call may take; then it is a miss.
-        ttl_s: seconds after which a block expires there; ``None``: the server decides what leaves.
-        required: whether a server that does not answer when the store is opened is an error.
-    """
-
-    url: str | None = field(default=None, repr=False)
-    cluster: bool = False
-    username: str | None = None
-    password: str | None = field(default=None, repr=False)
-    ca_file: str | os.PathLike[str] | None = None
-    deadline_s: float = 0.25
-    ttl_s: float | None = None
-    required: bool = False
-
-    def __post_init__(self) -> None:
-        """Checks every field."""
-        for name in ("url", "username", "password"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ConfigError(f"dragonfly.{name} is no text")
-        scheme = (self.url or "redis:").partition(":")[0]
-        if scheme not in ("redis", "rediss", "unix"):
-            raise ConfigError(f"dragonfly.url begins with {scheme!r}, expected redis://, rediss:// or unix://")
-        if self.ca_file is not None and self.url is not None and scheme != "rediss":
-            raise ConfigError(f"dragonfly.ca_file is for rediss://, dragonfly.url begins with {scheme!r}")
-        for name in ("cluster", "required"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"dragonfly.{name} is {getattr(self, name)!r}, expected true or false")
-        check_seconds("dragonfly.deadline_s", self.deadline_s)
-        if self.ttl_s is not None:
-            check_seconds("dragonfly.ttl_s", self.ttl_s)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PostgresConfig:
-    """The catalog in PostgreSQL, 15 or newer: what is cached where, for whom, since when.
-
-    Attributes:
-        url: as ``postgresql://user@host/database``, with libpq's parameters; ``None``: there is no catalog. To
-            another host TLS is verified, unless the URL says otherwise by ``sslmode``.
-        password: of that user, if not in the URL, the environment or a password file.
-        ca_file: certificates by which TLS is verified; ``None``: the system's.
-        node: what this node is called there; ``None``: as its host. A second process of one name gets ``#2`` behind it.
-        deadline_s: seconds that a call may take. No request waits for one.
-        interval_s: seconds between two looks at what is to be told.
-        poll_s: seconds after which a retired version is found at the latest, where its notice was missed.
-        keep_days: days that events, prefixes that nobody uses, and nodes that are gone are kept.
-        warm_start_bytes: bytes that are brought to RAM when a model is registered, of what was asked for most; half of
-            RAM at most, 0: none.
-        required: whether a database that does not answer, or cannot be used, is an error when the store is opened.
-    """
-
-    url: str | None = field(default=None, repr=False)
-    password: str | None = field(default=None, repr=False)
-    ca_file: str | os.PathLike[str] | None = None
-    node: str | None = None
-    deadline_s: float = 5.0
-    interval_s: float = 0.2
-    poll_s: float = 5.0
-    keep_days: int = 30
-    warm_start_bytes: int | str = "1GiB"
-    required: bool = False
-
-    def __post_init__(self) -> None:
-        """Checks every field."""
-        for name in ("url", "password", "node"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ConfigError(f"postgres.{name} is no text")
-        scheme = (self.url or "postgresql:").partition(":")[0]
-        if scheme not in ("postgresql", "postgres"):
-            raise ConfigError(f"postgres.url begins with {scheme!r}, expected postgresql://")
-        if not isinstance(self.required, bool):
-            raise ConfigError(f"postgres.required is {self.required!r}, expected true or false")
-        for name in ("deadline_s", "interval_s", "poll_s"):
-            check_seconds(f"postgres.{name}", getattr(self, name))
-        _check_days("postgres.keep_days", self.keep_days)
-        budget = parse_budget(self.warm_start_bytes, "postgres.warm_start_bytes")
-        object.__setattr__(self, "warm_start_bytes", budget)
-
-
-def _check_days(name: str, value: object) -> None:
-    if type(value) is not int or not 1 <= value <= 36_500:
-        raise ConfigError(f"{name} is {value!r}, expected days from 1 to 36500")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QdrantConfig:
-    """Which stored prefixes are near a prompt: points in Qdrant, for prefetch and routing, never for a hit.
-
-    Attributes:
-        url: as ``http://host:6333`` or ``https://...``; ``None``, and no ``path``: there is no such tier.
-        path: instead of a server a folder, or ``":memory:"``, in which the client library searches by itself: for one
-            process and some thousand prefixes.
-        api_key: of the server.
-        ca_file: certificates by which TLS is verified; ``None``: the system's.
-        collection: where the points are.
-        dimension: elements of a vector; of a collection that exists, those it has.
-        embedding: what makes the vectors: ``"tokens"``, ``"text"``, or a callable ``"module:function"``; see
-            `stratakv.embedding`.
-        deadline_s: seconds that a call may take. No request waits for one.
-        prefetch_bytes: bytes that are brought to RAM of what is near to one prompt; 0: none.
-        keep_days: days that points are kept.
-        required: whether a server that does not answer, or cannot be used, is an error when the store is opened.
-    """
-
-    url: str | None = field(default=None, repr=False)
-    path: str | os.PathLike[str] | None = None
-    api_key: str | None = field(default=None, repr=False)
-    ca_file: str | os.PathLike[str] | None = None
-    collection: str = "stratakv"
-    dimension: int = 512
-    embedding: str = "tokens"
-    deadline_s: float = 0.25
-    prefetch_bytes: int | str = "256MiB"
-    keep_days: int = 30
-    required: bool = False
-
-    def __post_init__(self) -> None:
-        """Checks every field."""
-        for name in ("url", "api_key"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ConfigError(f"qdrant.{name} is no text")
-        scheme, _, rest = (self.url or "http://").partition("://")
-        if scheme not in ("http", "https"):
-            raise ConfigError(f"qdrant.url begins with {scheme!r}, expected http:// or https://")
-        if "@" in rest:
-            raise ConfigError("qdrant.url holds a user, expected none: the server takes a key, see qdrant.api_key")
-        if self.url is not None and self.path is not None:
-            raise ConfigError(f"qdrant.path is {str(self.path)!r} and qdrant.url is set, expected one of them")
-        if not isinstance(self.collection, str) or not re.fullmatch(r"[\w-]{1,255}", self.collection, re.ASCII):
-            raise ConfigError(f"qdrant.collection is {self.collection!r}, expected letters, digits, _ and -")
-        if type(self.dimension) is not int or not 8 <= self.dimension <= 65_535:
-            raise ConfigError(f"qdrant.dimension is {self.dimension!r}, expected an integer from 8 to 65535")
-        if not isinstance(self.embedding, str) or not re.fullmatch(r"tokens|text|[\w.]+:\w+", self.embedding):
-            raise ConfigError(f"qdrant.embedding is {self.embedding!r}, expected 'tokens', 'text' or 'module:function'")
-        if not isinstance(self.required, bool):
-            raise ConfigError(f"qdrant.required is {self.required!r}, expected true or false")
-        check_seconds("qdrant.deadline_s", self.deadline_s)
-        _check_days("qdrant.keep_days", self.keep_days)
-        object.__setattr__(self, "prefetch_bytes", parse_budget(self.prefetch_bytes, "qdrant.prefetch_bytes"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreConfig:
     """What all tiers share.
 
@@ -594,6 +441,7 @@ class Config:
         postgres: the catalog.
         qdrant: which prefixes are near.
         store: what all tiers share.
+        observe: what it tells.
     """
 
     ram: RamConfig = field(default_factory=RamConfig)
@@ -604,12 +452,13 @@ class Config:
     postgres: PostgresConfig = field(default_factory=PostgresConfig)
     qdrant: QdrantConfig = field(default_factory=QdrantConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
 
     def __post_init__(self) -> None:
         """Checks the kind of every section."""
         for name, kind in _SECTIONS.items():
             if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected a {kind.__name__}")
+                raise ConfigError(f"{name} is {shown(getattr(self, name))}, expected a {kind.__name__}")
         for name in ("dragonfly", "postgres", "qdrant"):
             if getattr(self, name).url is not None and self.store.secret is None:
                 raise ConfigError(f"{name}.url is set and store.secret is not: nodes that share need the same secret")
@@ -641,7 +490,7 @@ class Config:
                 if section not in _SECTIONS:
                     raise unknown_name("section", section, list(_SECTIONS), where)
                 if not isinstance(table, dict):
-                    raise ConfigError(f"{where}: {section} is {table!r}, expected a table [{section}]")
+                    raise ConfigError(f"{where}: {section} is {shown(table)}, expected a table [{section}]")
                 values[section].update(table)
         for name, text in environ.items():
             for section in _SECTIONS:
@@ -668,6 +517,7 @@ _SECTIONS: dict[str, type[Any]] = {
     "postgres": PostgresConfig,
     "qdrant": QdrantConfig,
     "store": StoreConfig,
+    "observe": ObserveConfig,
 }
 
 

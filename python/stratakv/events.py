@@ -10,7 +10,6 @@ An event is a map with its type and fields, or, from older engines, an array of 
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import time
 from collections import deque
@@ -19,9 +18,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
+from stratakv import log
 from stratakv.errors import ClosedError, InputError, StrataKVError
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 # An engine's name of a block.
 Name = int | bytes
@@ -251,7 +251,7 @@ class Subscriber:
         try:
             return decode(payload)
         except InputError as error:
-            _log.warning("a batch of KV events was left out: %s", error)
+            _log.warning("events_left_out", "a batch of KV events was left out: %s", error)
             return [Cleared()]
 
     def _fill(self, first: int) -> list[Event]:
@@ -344,9 +344,9 @@ class Publisher:
                     self._answer()
                 self._publish()
         except ClosedError:
-            _log.info("KV events end: the store was closed")
+            _log.info("events_ended", "KV events end: the store was closed")
         except Exception:
-            _log.exception("KV events are published no more")
+            _log.exception("events_failed", "KV events are published no more")
         finally:
             self._events.close(linger=0)
             self._replay.close(linger=0)

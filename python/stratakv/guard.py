@@ -9,7 +9,6 @@ A call that fails, or is not made, is a miss with a reason, never an exception; 
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -17,9 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from stratakv import log
 from stratakv.errors import InputError
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 State = Literal["closed", "open", "half_open"]
 # Why a call gave nothing: it failed, took too long, or was not made since the breaker is open.
@@ -187,13 +187,13 @@ class Guard:
                 self._pause_s = self._first_pause_s
             self._last.append(False)
         if was_open:
-            _log.warning("%s answers again", self.name)
+            _log.warning("breaker_closed", "%s answers again", self.name, key=self.name, server=self.name)
 
     def _failed(self, error: Exception, *, late: bool, probe: bool) -> None:
         with self._lock:
             self._counts["timeouts" if late else "errors"] += 1
             # The kind alone: a message may hold an address with a password.
-            self._last_error = type(error).__name__
+            why = self._last_error = type(error).__name__
             self._last.append(True)
             if probe:
                 self._pause_s, self._probing = min(2 * self._pause_s, self._most_pause_s), False
@@ -203,7 +203,15 @@ class Guard:
             self._counts["opened"] += opened
             self._probe_at = self._clock() + self._pause_s
         if opened:
-            _log.warning("%s does not answer (%s): it is asked again later", self.name, self._last_error)
+            _log.warning(
+                "breaker_opened",
+                "%s does not answer (%s): it is asked again later",
+                self.name,
+                why,
+                key=self.name,
+                server=self.name,
+                error=why,
+            )
 
     def _forget(self, *, probe: bool) -> None:
         with self._lock:

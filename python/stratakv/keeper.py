@@ -7,20 +7,19 @@ what was asked for most ─▶ `Keeper` ─▶ comes to RAM when a model is regi
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from stratakv import _native
+from stratakv import _native, log
 from stratakv.config import Geometry
 from stratakv.errors import ClosedError
 from stratakv.tiers.behind import BehindStats, WriteBehind
 from stratakv.tiers.postgres import Postgres, PrefixRow, Row
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 # Prefixes that are told at a time.
 _PREFIXES = 1000
@@ -245,7 +244,7 @@ class Keeper:
             return
         except Exception:
             # It starts cold.
-            _log.exception("model %r could not be warmed up", name)
+            _log.exception("warm_up_failed", "model %r could not be warmed up", name, key=name, model=name)
 
     def _tell_all(self, _: list[_Batch]) -> None:
         self._since = None
@@ -273,4 +272,4 @@ class Keeper:
                 return
             except Exception:
                 # The next look tries again.
-                _log.exception("versions that are retired could not be dropped")
+                _log.exception("retired_not_dropped", "versions that are retired could not be dropped")

@@ -5,18 +5,17 @@ Lock order: loading from folders, the manager's table of models, then the native
 
 from __future__ import annotations
 
-import json
-import logging
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
-from stratakv import _native
+from stratakv import _native, log
 from stratakv.balance import Balance
 from stratakv.cache import Behind, ModelCache, Registered
 from stratakv.catalog import Catalog, Source
@@ -27,21 +26,30 @@ from stratakv.errors import (
     InputError,
     ModelExistsError,
     ModelNotFoundError,
-    StoreFormatError,
-    StrataKVError,
 )
 from stratakv.events import Row
+from stratakv.folders import Folders
 from stratakv.keeper import Keeper
+from stratakv.kept import Kept
+from stratakv.levels import Level
 from stratakv.near import SemanticIndex
-from stratakv.quotas import Admission, Tier, Usage, admit, check
-from stratakv.registry import Discovery, RefusedModel, discover
+from stratakv.observe import Observed
+from stratakv.observe import Source as Observable
+from stratakv.observe.explain import Explained, explain
+from stratakv.observe.logs import Logs
+from stratakv.quotas import Admission, Usage, admit
+from stratakv.registry import Discovery, discover
 from stratakv.stats import LiftStats, Snapshot, Stats
-from stratakv.status import Status, degraded
+from stratakv.status import Status, View, degraded
 from stratakv.tiers.dragonfly import Dragonfly, Feeder
 from stratakv.tiers.postgres import Postgres
 from stratakv.tiers.qdrant import Qdrant
+from stratakv.tracing import Traces, Work
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
+
+# For so long it is taken to be as it was what backs RAM.
+_PAGES_S = 5.0
 
 
 class CacheManager:
@@ -58,6 +66,7 @@ class CacheManager:
             StoreError: the SSD directory is locked, not writable, or of another format or secret.
         """
         self.config = config
+        self._logs = Logs(config.observe)
         ssd = config.ssd
         tier = (ssd.path, ssd.capacity_bytes, ssd.segment_bytes, ssd.policy, ssd.engine) if ssd.enabled else None
         self._store = _native.Store(
@@ -70,9 +79,6 @@ class CacheManager:
         )
         if config.ram.prefault:
             threading.Thread(target=self._store.prefault, name="stratakv-prefault", daemon=True).start()
-        refused = self._store.snapshot()["ssd_engine_refused"]
-        if refused is not None:
-            _log.warning("io_uring is refused here (%s): the SSD tier reads and writes with a few threads", refused)
         self._behind = Behind()
         # The tier that nodes share, if there is one.
         self.dragonfly: Dragonfly | None = None
@@ -81,17 +87,25 @@ class CacheManager:
         self.semantic: SemanticIndex | None = None
         self._postgres: Postgres | None = None
         self._keeper: Keeper | None = None
+        # Threads of what is opened below ask at once.
+        self._pid = os.getpid()
+        self._closed = False
         self._lock = threading.Lock()
         self._models: dict[str, Registered] = {}
-        # Models that came from a folder: which, and what their files looked like.
-        self._loaded: dict[str, tuple[str, object]] = {}
-        self._loading = threading.Lock()
+        self._folders = Folders(self, self._entries)
         self._clock = clock
         self._balance = Balance(config.models, self._store, config.ssd.segment_bytes)  # type: ignore[arg-type]
-        # As they were set while the store ran, now or before; None: the one of the configuration was taken away.
-        self._set_quotas, self._retired = self._kept()
         try:
-            self._check_kept_quotas()
+            self._logs.open()
+            refused = self._store.snapshot(0)["ssd_engine_refused"]
+            if refused is not None:
+                _log.warning(
+                    "io_uring_refused",
+                    "io_uring is refused here (%s): the SSD tier reads and writes with a few threads",
+                    refused,
+                )
+            self._kept = Kept(self._store, config)
+            self._kept.check_kept()
             for tenant, quota in self.quotas("tenants").items():
                 self._store.set_tenant_quota(tenant, quota.terms())
             if config.dragonfly.url is not None:
@@ -111,10 +125,14 @@ class CacheManager:
             if self.semantic is not None:
                 self.semantic.close()
             self._store.close()
+            self._logs.close()
             raise
-        database = None
-        if self._postgres is not None and self._keeper is not None:
-            database = (self._postgres, self._keeper)
+        # When it was asked last what backs RAM, and the answer.
+        self._ram_pages: tuple[float, tuple[str, int]] = (-math.inf, ("unknown", 0))
+        # What shows it; and who traces its requests.
+        self._observed: Observed | None = None
+        self.traces: Traces | None = None
+        database = (self._postgres, self._keeper) if self._postgres is not None and self._keeper is not None else None
         self.catalog = Catalog(
             Source(
                 store=self._store,
@@ -125,10 +143,46 @@ class CacheManager:
                 postgres=database,
             )
         )
-        self._pid = os.getpid()
-        self._closed = False
         self._wake = threading.Event()
         self._balancer: threading.Thread | None = None
+        if config.observe.listen is not None or config.observe.otlp is not None:
+            self._observe()
+
+    def _observe(self) -> None:
+        source = Observable(
+            view=self.view,
+            events=self.events,
+            hottest=lambda most: [prefix.row() for prefix in self.catalog.find(limit=most, fleet=False)],
+            work=lambda: [Work(*each) for each in self._store.behind()],
+            explain=self.explain,
+        )
+        try:
+            self._observed = Observed(self.config, _native.__version__, source)
+        except BaseException:
+            self.close()
+            raise
+        self.traces = self._observed.traces
+
+    def explain(self, model: str, tokens: object, adapter: str = "", tenant: str = "") -> Explained:
+        """Why a prompt hits or misses, block by block; that counts as no use.
+
+        Args:
+            model: name of the model.
+            tokens: as of `ModelCache.match`.
+            adapter: as there.
+            tenant: as there.
+
+        Raises:
+            ModelNotFoundError: no such model.
+            InputError: the tokens are no token ids.
+            ClosedError: the store is closed.
+        """
+        return explain(self._entry_of(model), self.dragonfly, tokens, adapter, tenant)
+
+    @property
+    def address(self) -> str | None:
+        """Where it answers over HTTP, as ``http://127.0.0.1:9470``; ``None``: nowhere, or another process does."""
+        return self._observed.address if self._observed is not None else None
 
     def register(
         self,
@@ -196,7 +250,7 @@ class CacheManager:
                 self._balancer = threading.Thread(target=self._keep_balance, name="stratakv-balance", daemon=True)
                 self._balancer.start()
             _set_codecs(cache, ram, cold)
-            if model.fingerprint in self._retired and self._postgres is not None:
+            if model.fingerprint in self._kept.retired and self._postgres is not None:
                 cache.retired = True
                 model.retire(True)
             return cache
@@ -237,40 +291,7 @@ class CacheManager:
             InputError: there is no such folder.
             ClosedError: the store is closed.
         """
-        with self._loading:
-            return self._load_models(str(folder), discover(folder, block_tokens=block_tokens, dtype=dtype))
-
-    def _load_models(self, root: str, found: Discovery) -> Discovery:
-        refused = list(found.refused)
-        for model in found.models:
-            try:
-                known = self._loaded.get(model.name)
-                seen = (root, (model.geometry, model.stamp()))
-                if known == seen and model.name in self:
-                    continue
-                version = model.weights_version()
-                if known and known[0] == root and not self._is_registered(model.name, model.geometry, version):
-                    del self._loaded[model.name]
-                    if model.name in self:
-                        self.unregister(model.name)
-                self.register(model.name, model.geometry, weights_version=version, weights_bytes=model.weights_bytes)
-                self._loaded[model.name] = seen
-            except ClosedError:
-                raise
-            except (StrataKVError, OSError) as error:
-                refused.append(RefusedModel(name=model.name, path=model.path, reason=str(error)))
-        there = {model.name for model in found.models} | {model.name for model in found.refused}
-        for name in [name for name, (source, _) in self._loaded.items() if source == root and name not in there]:
-            del self._loaded[name]
-            if name in self:
-                self.unregister(name)
-        registered = tuple(model for model in found.models if model.name in self._loaded)
-        return Discovery(models=registered, refused=tuple(refused))
-
-    def _is_registered(self, name: str, geometry: Geometry, version: str) -> bool:
-        with self._table():
-            known = self._models.get(name)
-            return known is not None and (known.geometry, known.weights_version) == (geometry, version)
+        return self._folders.follow(str(folder), lambda: discover(folder, block_tokens=block_tokens, dtype=dtype))
 
     @contextmanager
     def _table(self) -> Iterator[None]:
@@ -339,77 +360,25 @@ class CacheManager:
             if model is not None:
                 if model not in self._models and model not in self.quotas("models"):
                     self._entry(model)
-                self._check_quotas({"models": {model: new}})
+                self._kept.check({"models": {model: new}}, self._models)
                 if model in self._models:
                     self._models[model].model.set_quota(new.terms())
                     self._models[model] = replace(self._models[model], quota=new)
             elif tenant is not None:
                 if not isinstance(tenant, str):
                     raise InputError(f"tenant is {tenant!r}, expected text")
-                self._check_quotas({"tenants": {tenant: new}})
+                self._kept.check({"tenants": {tenant: new}}, self._models)
                 self._store.set_tenant_quota(tenant, new.terms())
             kind, name = ("tenants", tenant) if model is None else ("models", model)
-            self._set_quotas[kind][str(name)] = None if quota is None else new
+            self._kept.set[kind][str(name)] = None if quota is None else new
             try:
-                self._keep()
+                self._kept.keep()
             finally:
                 self._rebalance()
 
-    def _keep(self) -> None:
-        """Keeps in the directory what was set while the store ran."""
-        table: dict[str, Any] = {
-            kind: {name: None if quota is None else asdict(quota) for name, quota in quotas.items()}
-            for kind, quotas in self._set_quotas.items()
-        }
-        if self._retired:
-            table["retired"] = sorted(fingerprint.hex() for fingerprint in self._retired)
-        self._store.keep_quotas(json.dumps(table).encode())
-
     def quotas(self, kind: Literal["models", "tenants"]) -> dict[str, Quota]:
         """The quotas that hold, by name; those of models that are not registered as well."""
-        known = {**getattr(self.config.quotas, kind), **self._set_quotas[kind]}
-        return {name: quota for name, quota in known.items() if quota is not None}
-
-    def _kept(self) -> tuple[dict[str, dict[str, Quota | None]], set[bytes]]:
-        try:
-            kept = json.loads(self._store.kept_quotas() or b"{}")
-            quotas = {
-                kind: {name: None if quota is None else Quota.of(quota) for name, quota in kept.get(kind, {}).items()}
-                for kind in ("models", "tenants")
-            }
-            return quotas, set(map(bytes.fromhex, kept.get("retired", ())))
-        except (StoreFormatError, InputError, ValueError, AttributeError) as error:
-            _log.warning("quotas that were set before are not known: %s", error)
-            return {"models": {}, "tenants": {}}, set()
-
-    def _check_kept_quotas(self) -> None:
-        """Whether what is reserved can be kept; what was set in larger tiers than these is not in the way."""
-        try:
-            self._check_quotas({})
-        except InputError as error:
-            kept = [quota for quotas in self._set_quotas.values() for quota in quotas.values() if quota is not None]
-            if not kept:
-                raise
-            _log.warning("what was reserved before is not, until it is set again: %s", error)
-            for quotas in self._set_quotas.values():
-                for name, quota in quotas.items():
-                    quotas[name] = None if quota is None else quota.without_reserves()
-            self._check_quotas({})
-
-    def _check_quotas(self, changes: Mapping[str, Mapping[str, Quota]]) -> None:
-        """Whether what is reserved can be kept, with these changes."""
-        ram, step, ssd, head = self._store.divisible()
-        kinds: tuple[Literal["models", "tenants"], ...] = ("models", "tenants")
-        for kind in kinds:
-            quotas = {**self.quotas(kind), **changes.get(kind, {})}
-            room: dict[Tier, tuple[int, int]] = {"ram": (ram, step if kind == "models" else 1)}
-            # Without an SSD tier nothing is reserved there.
-            if ssd and kind == "models":
-                models = len({*quotas, *self._models})
-                room["ssd"] = (max(ssd - head * models, 0), int(self.config.ssd.segment_bytes))
-            elif ssd:
-                room["ssd"] = (ssd, 1)
-            check(((f"{kind[:-1]} {name!r}", quota) for name, quota in quotas.items()), room)
+        return self._kept.quotas(kind)
 
     def events(self, since: int | None) -> tuple[bool, list[Row], int]:
         """Which blocks the tiers got and lost since an earlier look; `stratakv.events.Publisher` publishes them.
@@ -431,13 +400,13 @@ class CacheManager:
         """As `ModelCache.admission`."""
         with self._table():
             entry = self._entry(model)
-            snapshot = self._store.snapshot()
+            snapshot = self._store.snapshot(0, tenant)
             quotas = self.quotas("tenants")
         block_bytes = entry.model.record_bytes
-        accounts = {f"model {model!r}": (entry.quota, _usage(snapshot["model_usage"][model]))}
+        accounts = {f"model {model!r}": (entry.quota, Usage.of(snapshot["model_usage"][model]))}
         if tenant in quotas:
             used = snapshot["tenant_usage"].get(tenant)
-            accounts[f"tenant {tenant!r}"] = (quotas[tenant], _usage(used) if used else Usage())
+            accounts[f"tenant {tenant!r}"] = (quotas[tenant], Usage.of(used) if used else Usage())
         return admit(tokens, entry.geometry.block_tokens, block_bytes, accounts)
 
     def _exports(self) -> dict[str, _native.Model]:
@@ -453,20 +422,22 @@ class CacheManager:
 
     def _retire(self, fingerprints: set[bytes]) -> None:
         """Follows which versions are retired, and remembers it: the database may be away at the next opening."""
-        if fingerprints != self._retired:
-            self._retired = set(fingerprints)
+        if fingerprints != self._kept.retired:
+            self._kept.retired = set(fingerprints)
             with self._table():
-                self._keep()
+                self._kept.keep()
         for name, entry in self._entries().items():
             retired = entry.model.fingerprint in fingerprints
             if retired == entry.cache.retired:
                 continue
             entry.cache.retired = retired
-            forgotten = entry.model.retire(retired)
+            told = name, entry.weights_version, entry.model.retire(retired)
             if not retired:
-                _log.warning("model %r: version %r is restored", name, entry.weights_version)
+                _log.warning("version_restored", "model %r: version %r is restored", *told[:2], key=name, model=name)
                 continue
-            _log.warning("model %r: version %r is retired, %d blocks forgotten", name, entry.weights_version, forgotten)
+            _log.warning(
+                "version_retired", "model %r: version %r is retired, %d blocks forgotten", *told, key=name, model=name
+            )
             if self.dragonfly is not None:
                 self.dragonfly.forget(entry.model.fingerprint)
             if self.semantic is not None:
@@ -481,7 +452,7 @@ class CacheManager:
             if came >= most or self._closed:
                 break
             came += cache.lift(names, adapter, tenant, "warm", most - came)
-        _log.info("model %r: warmed up with %d bytes", name, came)
+        _log.info("warmed_up", "model %r: warmed up with %d bytes", name, came, key=name, model=name, bytes=came)
         return came
 
     def _near(self, model: str, adapter: str, tenant: str, asked: object, limit: int) -> list[tuple[bytes, float]]:
@@ -519,7 +490,7 @@ class CacheManager:
                 return
             except Exception:
                 # The division stays as it is; serving goes on.
-                _log.exception("the tiers could not be divided anew")
+                _log.exception("division_failed", "the tiers could not be divided anew")
 
     def __getitem__(self, name: str) -> ModelCache:
         """The cache of a registered model.
@@ -551,15 +522,11 @@ class CacheManager:
 
     def stats(self) -> Stats:
         """Counters of all models together, the unregistered ones included."""
-        return Stats.of(self._store.snapshot()["total"])
+        return Stats.of(self._store.snapshot(0)["total"])
 
     def snapshot(self) -> Snapshot:
         """Counters of all, of each model and of each tenant, at one instant."""
-        counts = self._store.snapshot()
-        models, tenants = (
-            {name: Stats.of(row) for name, row in counts[kind].items()} for kind in ("models", "tenants")
-        )
-        return Snapshot(total=Stats.of(counts["total"]), models=models, tenants=tenants)
+        return Snapshot.of(self._store.snapshot())
 
     def model_stats(self, name: str) -> Stats:
         """Counters of one model.
@@ -567,7 +534,7 @@ class CacheManager:
         Raises:
             ModelNotFoundError: no such model.
         """
-        models = self._store.snapshot()["models"]
+        models = self._store.snapshot(0)["models"]
         if name not in models:
             raise ModelNotFoundError(f"model {name!r} is not registered")
         return Stats.of(models[name])
@@ -578,19 +545,37 @@ class CacheManager:
         Raises:
             InputError: it has not been seen since the store was opened.
         """
-        tenants = self._store.snapshot()["tenants"]
+        tenants = self._store.snapshot(0, name)["tenants"]
         if name not in tenants:
             raise InputError(f"tenant {name!r} has not been seen since the store was opened")
         return Stats.of(tenants[name])
 
     def status(self) -> Status:
         """How the tiers run."""
+        self._ram_pages = (-math.inf, self._ram_pages[1])
+        return self.view(None).status
+
+    def view(self, tenants: int | None = 100) -> View:
+        """Counters and status of one instant, as metrics and the page show them.
+
+        Args:
+            tenants: how many are told apart, those that were seen first; ``None``: all.
+
+        Raises:
+            ClosedError: the store is closed.
+        """
         with self._table():
-            snapshot = self._store.snapshot()
-            pages, huge = self._store.ram_pages()
+            if self._closed:
+                raise ClosedError("the store is closed; open it again")
+            snapshot = self._store.snapshot(tenants)
+            # Asking the kernel takes longer than all the rest.
+            if self._clock() - self._ram_pages[0] >= _PAGES_S:
+                self._ram_pages = (self._clock(), self._store.ram_pages())
+            pages, huge = self._ram_pages[1]
             shares = {f"{tier}_shares": dict(shares) for tier, shares in self._balance.shares.items()}
+        counts = Snapshot.of(snapshot)
         for kind in ("model_usage", "tenant_usage"):
-            snapshot[kind] = {name: _usage(row) for name, row in snapshot[kind].items()}
+            snapshot[kind] = {name: Usage.of(row) for name, row in snapshot[kind].items()}
         shared = None if self.dragonfly is None else self.dragonfly.stats()
         writes = snapshot["ssd_read_only"] is None if self.config.ssd.enabled else None
         catalog = None if self._postgres is None else self._postgres.stats()
@@ -608,7 +593,28 @@ class CacheManager:
             "ram_pages": pages,
             "ram_huge_bytes": huge,
         }
-        return Status(**{name: known[name] for name in Status.__slots__})
+        status = Status(**{name: known[name] for name in Status.__slots__})
+        others = snapshot["other_tenants"]
+        return View(
+            version=_native.__version__,
+            snapshot=counts,
+            status=status,
+            other_tenants=None if others is None else Stats.of(others),
+            tenants=snapshot["tenant_count"],
+        )
+
+    def set_log_level(self, component: str, level: Level | None) -> None:
+        """Sets from which level on a part of the package writes to the log, from now on; in the whole process.
+
+        Args:
+            component: as in `ObserveConfig.log_levels`: ``"tiers.dragonfly"``; ``""``: all.
+            level: ``debug``, ``info``, ``warning`` or ``error``; ``None``: as what it is a part of.
+
+        Raises:
+            ConfigError: there is no such component, or no such level.
+            ClosedError: the store is closed.
+        """
+        self._logs.set_level(component, level)
 
     def flush(self) -> None:
         """Waits until every block put so far was written to SSD, and is durable.
@@ -632,6 +638,9 @@ class CacheManager:
         Raises:
             StoreError: not everything could be written; the store is closed all the same.
         """
+        if self._observed is not None and self._pid == os.getpid():
+            self._observed.close()
+            self._observed = None
         self._closed = True
         self._wake.set()
         if self._balancer is not None and self._pid == os.getpid():
@@ -648,7 +657,10 @@ class CacheManager:
             self._feeder.close()
             self.dragonfly.close()
             self._feeder = None
-        self._store.close()
+        try:
+            self._store.close()
+        finally:
+            self._logs.close()
 
     def __enter__(self) -> CacheManager:
         """The manager itself."""
@@ -659,11 +671,6 @@ class CacheManager:
     ) -> None:
         """Closes the store."""
         self.close()
-
-
-def _usage(row: tuple[int, int, int | None, int]) -> Usage:
-    ram_bytes, ssd_bytes, tokens_left, loads = row
-    return Usage(ram_bytes=ram_bytes, ssd_bytes=ssd_bytes, tokens_left=tokens_left, loads=loads)
 
 
 def _set_codecs(cache: ModelCache, ram: Codec | None, cold: Codec | None) -> None:

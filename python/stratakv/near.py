@@ -10,7 +10,6 @@ A near prompt has other keys and values: what comes is served to who asks for it
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import time
 from collections import deque
@@ -20,15 +19,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stratakv import _native
+from stratakv import _native, log
 from stratakv.cache import ModelCache
-from stratakv.config import QdrantConfig
 from stratakv.embedding import Embedding, embedding_of
 from stratakv.errors import ClosedError, InputError
+from stratakv.sections import QdrantConfig
 from stratakv.tiers.behind import BehindStats, WriteBehind
 from stratakv.tiers.qdrant import Near, Point, Qdrant
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 # Prompts that wait to be embedded; the oldest goes where one more comes.
 _WAITING = 1024
@@ -210,7 +209,7 @@ class SemanticIndex:
             try:
                 self._bring(note)
             except (ClosedError, InputError) as error:
-                _log.debug("nothing near was brought up: %s", error)
+                _log.debug("near_not_lifted", "nothing near was brought up: %s", error)
         left: list[_Note] = []
         put = (note for note in notes if note.kind == "put")
         while some := list(itertools.islice(put, _POINTS)):
@@ -250,9 +249,12 @@ class SemanticIndex:
             return
         self._paused_until, self._paused = now + self._pause_s, self._paused + 1
         _log.warning(
+            "near_paused",
             "of what was brought up for near prompts %.3g %% was asked for: nothing is for %.3g s",
             100 * use,
             self._pause_s,
+            used=use,
+            pause_s=self._pause_s,
         )
         self._pause_s = min(2 * self._pause_s, _MOST_PAUSE_S)
 
@@ -266,7 +268,7 @@ class SemanticIndex:
             item = note.text if self.embeds == "text" else ids[:_TOKENS]
             (vector,) = self._embedding([item], space)
         except (ClosedError, InputError) as error:
-            _log.warning("a prefix has no point: %s", error)
+            _log.warning("prefix_without_point", "a prefix has no point: %s", error, model=note.cache.name)
             return None
         size = note.cache.geometry.block_tokens
         return Point(

@@ -36,6 +36,12 @@ class Usage:
     tokens_left: int | None = None
     loads: int = 0
 
+    @classmethod
+    def of(cls, row: tuple[int, int, int | None, int]) -> Usage:
+        """What the native half tells, in the order of the fields."""
+        ram_bytes, ssd_bytes, tokens_left, loads = row
+        return cls(ram_bytes=ram_bytes, ssd_bytes=ssd_bytes, tokens_left=tokens_left, loads=loads)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:

@@ -19,7 +19,8 @@ _UNITS = {"": 1, "B": 1} | {
     for suffix, base in (("B", 1000), ("iB", 1024), ("", 1024))
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-_NUMBERS = ("floor", "interval_s", "half_life_s", "idle_s", "deadline_s", "ttl_s", "poll_s")
+_NUMBERS = {"floor", "interval_s", "half_life_s", "idle_s", "deadline_s", "ttl_s", "poll_s"}
+_NUMBERS |= {"trace_ratio", "otlp_every_s"}
 _INTEGERS = ("threads", "keep_days", "dimension")
 _FLAGS = ("enabled", "cluster", "required")
 
@@ -66,6 +67,16 @@ def check_seconds(name: str, value: object) -> None:
         raise ConfigError(f"{name} is {value!r}, expected seconds from 0.001")
 
 
+def shown(value: object) -> str:
+    """What stands where a table should, without what a table holds: there may be a secret in it."""
+    return repr(value) if value is None or isinstance(value, int | float) else f"a {type(value).__name__}"
+
+
+def begins_with(scheme: str) -> str:
+    """What stands where the scheme of a URL should, without a user and password."""
+    return scheme if "@" not in scheme else f"***@{scheme.rpartition('@')[2]}"
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a file; raises ConfigError, if there are none."""
     try:
@@ -86,7 +97,7 @@ def from_text(section: str, key: str, text: str) -> object:
         if not text.isdecimal():
             raise ConfigError(f"STRATAKV_{section.upper()}_{key.upper()} is {text!r}, expected an integer")
         return int(text)
-    if section in ("models", "dragonfly", "postgres", "qdrant") and key in _NUMBERS:
+    if section in ("models", "dragonfly", "postgres", "qdrant", "observe") and key in _NUMBERS:
         try:
             return float(text)
         except ValueError:

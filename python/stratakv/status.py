@@ -6,6 +6,7 @@ The command asks each tier by itself and opens no store: a directory that a runn
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -19,7 +20,7 @@ from stratakv.config import Config
 from stratakv.errors import ConfigError, StoreError
 from stratakv.near import NearStats
 from stratakv.quotas import Usage
-from stratakv.stats import LiftStats
+from stratakv.stats import LiftStats, Snapshot, Stats
 from stratakv.tiers.dragonfly import Dragonfly, DragonflyStats
 from stratakv.tiers.postgres import Postgres, PostgresStats
 from stratakv.tiers.qdrant import Qdrant, QdrantStats
@@ -31,6 +32,8 @@ class Status:
 
     Attributes:
         ram_capacity_bytes: size of the RAM tier.
+        ram_free_bytes: bytes of it in no slot that is taken.
+        ram_largest_free_bytes: the longest piece of them that one put could have.
         ram_pages: what the kernel backs its memory with, as far as it was touched: ``huge``, ``mixed`` or ``ordinary``
             pages; ``untouched`` before the first put, ``unknown`` where the kernel does not tell.
         ram_huge_bytes: bytes of it on huge pages.
@@ -45,6 +48,9 @@ class Status:
         ssd_io: ``direct``, ``buffered`` or ``off``.
         ssd_engine: what reads and writes: ``io_uring``, ``pread`` or ``off``.
         ssd_read_only: why the SSD takes no writes at present; ``None`` if it does.
+        demotion_queue_blocks: blocks that wait to be written to the SSD, by model.
+        hit_ceiling: which share of all blocks asked for a cache would have hit that never forgets, 0..1, by model, from
+            its registration on; by a sample, and only of models that were asked for enough.
         dragonfly: what was asked of the tier that nodes share, and how it is; ``None``: there is none.
         postgres: the same of the catalog.
         qdrant: the same of the vector index.
@@ -58,6 +64,8 @@ class Status:
     """
 
     ram_capacity_bytes: int
+    ram_free_bytes: int
+    ram_largest_free_bytes: int
     ram_pages: str
     ram_huge_bytes: int
     ram_eviction: dict[str, str]
@@ -71,6 +79,8 @@ class Status:
     ssd_io: str
     ssd_engine: str
     ssd_read_only: str | None
+    demotion_queue_blocks: dict[str, int]
+    hit_ceiling: dict[str, float]
     dragonfly: DragonflyStats | None
     postgres: PostgresStats | None
     qdrant: QdrantStats | None
@@ -81,6 +91,29 @@ class Status:
     index_bytes: int
     index_refused_blocks: int
     threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Counters and status of one instant.
+
+    Attributes:
+        version: of the package.
+        snapshot: all counters; of the tenants those that were seen first.
+        status: how the tiers run; of the tenants likewise.
+        other_tenants: of the others together, if there are more.
+        tenants: how many there are.
+    """
+
+    version: str
+    snapshot: Snapshot
+    status: Status
+    other_tenants: Stats | None
+    tenants: int
+
+
+MODES = ("no_hot_cache", "no_catalog", "no_vector_index", "ram_only")
+"""What `Status.degraded` may say."""
 
 
 def degraded(
@@ -103,13 +136,13 @@ def degraded(
         where RAM is all that is left of the tiers that hold blocks.
     """
     cold = [ssd_serves, None if dragonfly is None else not dragonfly.guard.failing]
-    modes = {
-        "no_hot_cache": cold[1] is False,
-        "no_catalog": postgres is not None and (postgres.refused is not None or postgres.guard.failing),
-        "no_vector_index": qdrant is not None and (qdrant.misfit is not None or qdrant.guard.failing),
-        "ram_only": any(serves is False for serves in cold) and not any(cold),
-    }
-    return tuple(mode for mode, holds in modes.items() if holds)
+    holds = (
+        cold[1] is False,
+        postgres is not None and (postgres.refused is not None or postgres.guard.failing),
+        qdrant is not None and (qdrant.misfit is not None or qdrant.guard.failing),
+        any(serves is False for serves in cold) and not any(cold),
+    )
+    return tuple(itertools.compress(MODES, holds))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -134,3 +134,13 @@ required = true
     file.write_text("[dragonfly]\nurl = 'http://x'\n")
     assert cli.main(["status", "--config", str(file)]) == 2
     assert "expected redis://" in capsys.readouterr().err
+
+
+def test_a_store_that_cannot_be_opened_says_why_whatever_was_opened_before() -> None:
+    settings = replace(
+        config(None, secret="x"),
+        qdrant=stratakv.QdrantConfig(path=":memory:"),
+        postgres=stratakv.PostgresConfig(url=f"postgresql://127.0.0.1:{free_port()}/x", required=True),
+    )
+    with pytest.raises(stratakv.StoreError, match=r"postgres\.url cannot be used: it does not answer"):
+        stratakv.open(settings)

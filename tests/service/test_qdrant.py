@@ -25,9 +25,10 @@ from qdrant_client import models
 from qdrant_server import QdrantServer, qdrant
 from servers import Proxy
 from stores import tokens_of
-from stratakv.config import Config, QdrantConfig, StoreConfig
+from stratakv.config import Config, StoreConfig
 from stratakv.embedding import token_embedding
 from stratakv.errors import ConfigError, StoreError
+from stratakv.sections import QdrantConfig
 from stratakv.tiers.qdrant import Point, Qdrant
 
 MODEL, OTHER = b"m" * 16, b"n" * 16

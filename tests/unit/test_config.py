@@ -112,3 +112,27 @@ def test_a_section_of_another_kind_is_refused() -> None:
 def test_an_unknown_eviction_policy_is_refused_with_the_list() -> None:
     with pytest.raises(stratakv.ConfigError, match="'fifo', expected one of lru, lfu, s3fifo, s3fifo_long, arc, wtin"):
         stratakv.RamConfig(eviction="fifo")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"dragonfly": "redis://:hunter2@host"},
+        {"dragonfly": {"url": "hunter2@host:6379"}},
+        {"postgres": {"url": "me:hunter2@host/x"}},
+        {"qdrant": {"url": "me:hunter2@host:6333"}},
+        {"qdrant": {"url": "http://me:hunter2@host:6333"}},
+        {"store": {"secrets": "hunter2"}},
+        {"store": {"secret": ["hunter2"]}},
+        {"dragonfly": {"url": ["redis://:hunter2@host"]}},
+    ],
+)
+def test_settings_that_are_refused_show_no_secret(tables: dict[str, object]) -> None:
+    with pytest.raises(stratakv.ConfigError) as refused:
+        stratakv.Config.load(tables=tables, environ={})
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_table_where_a_section_should_be_is_not_shown() -> None:
+    with pytest.raises(stratakv.ConfigError, match="store is a dict, expected a StoreConfig"):
+        stratakv.Config(store={"secret": "hunter2"})  # type: ignore[arg-type]

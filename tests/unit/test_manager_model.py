@@ -141,6 +141,7 @@ class Manager(RuleBasedStateMachine):
         for name in self.stored:
             stats = self.caches[name].stats()
             assert stats.asked_blocks == self.asked[name] == stats.hit_blocks + stats.miss_blocks
+            assert stats.miss_blocks == sum(stats.missed.values())
         blocks = sum(len(each) for _, _, held in self.stored.values() for each in held.values())
         assert self.caches.status().index_blocks == blocks
         assert total.asked_blocks >= sum(self.asked.values())

@@ -28,6 +28,7 @@ DOCUMENTED = [
     "ModelExistsError",
     "ModelNotFoundError",
     "ModelsConfig",
+    "ObserveConfig",
     "PostgresConfig",
     "QdrantConfig",
     "Quota",

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 RUST = sorted((ROOT / "rust").rglob("*.rs"))
 RUST_TESTS = sorted(ROOT.glob("tests/*.rs")) + sorted(ROOT.glob("benches/*.rs"))
 PYTHON = sorted((ROOT / "python").rglob("*.py"))
-PYTHON_TESTS = sorted(ROOT.glob("tests/**/*.py")) + sorted(ROOT.glob("benches/*.py"))
+PYTHON_TESTS = [path for folder in ("tests/**", "benches", "deploy") for path in sorted(ROOT.glob(f"{folder}/*.py"))]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # Imports point down: a part may use its own floor and those below.

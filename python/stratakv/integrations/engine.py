@@ -9,7 +9,6 @@ Engines that ask by a key of their own and never show the tokens store through `
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from stratakv import CacheManager, Config, ConfigError, Match, ModelCache, StrataKVError, TokenSequence
+from stratakv import CacheManager, Config, ConfigError, Match, ModelCache, StrataKVError, TokenSequence, log
 from stratakv import open as open_store
 
 __all__ = [
@@ -33,7 +32,7 @@ __all__ = [
     "text_option",
 ]
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 _T = TypeVar("_T")
 
@@ -128,9 +127,9 @@ def guarded(otherwise: _T, work: Callable[[], _T]) -> _T:
     try:
         return work()
     except (StrataKVError, ValueError) as problem:
-        _log.warning("a miss: the store could not be used: %s", problem)
+        _log.warning("store_unusable", "a miss: the store could not be used: %s", problem)
     except Exception:
-        _log.exception("a miss: the store failed")
+        _log.exception("store_failed", "a miss: the store failed")
     return otherwise
 
 
@@ -139,12 +138,17 @@ def close(caches: CacheManager) -> None:
     try:
         stats = caches.stats()
         _log.info(
+            "store_counted",
             "asked for %d blocks, %d were there; %d were stored, %d found no room",
             *(stats.asked_blocks, stats.hit_blocks, stats.put_blocks, stats.put_refused_blocks),
+            asked_blocks=stats.asked_blocks,
+            hit_blocks=stats.hit_blocks,
+            put_blocks=stats.put_blocks,
+            refused_blocks=stats.put_refused_blocks,
         )
         caches.close()
     except StrataKVError as problem:
-        _log.warning("not all was written before the end: %s", problem)
+        _log.warning("store_not_all_written", "not all was written before the end: %s", problem)
 
 
 def leading(keys: Sequence[bytes], has: Callable[[bytes], bool]) -> int:

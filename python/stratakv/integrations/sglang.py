@@ -25,7 +25,6 @@ from stratakv.integrations.engine import KeyedBlocks, close, guarded, leading, r
 VERSION = require("sglang", "0.5.23", "0.5.24")
 
 import ctypes  # noqa: E402 - another version of SGLang is refused before it is imported
-import logging  # noqa: E402
 import time  # noqa: E402
 from collections import deque  # noqa: E402
 from collections.abc import Iterator, Mapping, Sequence  # noqa: E402
@@ -47,12 +46,12 @@ from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost  # noqa: E40
 from sglang.srt.observability.metrics_collector import StorageMetrics  # noqa: E402
 from sglang.srt.runtime_context import get_model, get_parallel  # noqa: E402
 
-from stratakv import CacheManager, ConfigError, Geometry  # noqa: E402
+from stratakv import CacheManager, ConfigError, Geometry, log  # noqa: E402
 from stratakv import open as open_store  # noqa: E402
 
 __all__ = ["StrataHiCache"]
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 # Axes of a host pool's memory, outermost first; without P those of the flat page that the older calls pass.
 _AXES = {
@@ -319,7 +318,9 @@ class StrataHiCache(HiCacheStorage):
                 " dragonfly.url and store.secret, a tier that they share, or serve with --tp-size 1"
             )
         if not (storage_config.extra_config or {}).get("interface_v1"):
-            _log.warning('"interface_v1": 1 is not set: SGLang copies every page once more on its way')
+            _log.warning(
+                "interface_v1_not_set", '"interface_v1": 1 is not set: SGLang copies every page once more on its way'
+            )
         self._pools: dict[str, _Pool] = {}
         self._figures: dict[str, deque[tuple[int, float]]] = {
             way: deque(maxlen=_KEPT_FIGURES) for way in ("get", "set")
@@ -352,7 +353,15 @@ class StrataHiCache(HiCacheStorage):
         for piece in made.pieces:
             piece.open(self._caches)
         self._pools[str(name)] = made
-        _log.info("%s %s: pages of %d bytes, %s", made.pieces[0].name, name, made.page_bytes, made.pieces[0].version)
+        _log.info(
+            "pool_registered",
+            "%s %s: pages of %d bytes, %s",
+            made.pieces[0].name,
+            name,
+            made.page_bytes,
+            made.pieces[0].version,
+            model=made.pieces[0].name,
+        )
 
     def _describe(self, name: str, pool: Any) -> _Pool:  # noqa: ANN401 - likewise
         """What of a pool is stored, and under which namespace."""

@@ -9,7 +9,6 @@ Who writes reads from a source that is bounded by itself, so a server that is aw
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
@@ -17,9 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from stratakv import log
 from stratakv.errors import ClosedError
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 _T = TypeVar("_T")
 
@@ -145,7 +145,8 @@ class WriteBehind(Generic[_T]):
                 return
             except Exception:
                 # One thing that cannot be written must not end all that follows.
-                _log.exception("%s: what was to be written is not", self._thread.name)
+                name = self._thread.name
+                _log.exception("write_behind_failed", "%s: what was to be written is not", name, key=name, thread=name)
                 with self._looking:
                     self._counts["dropped"] += len(self._waiting)
                     self._dropped(self._waiting)

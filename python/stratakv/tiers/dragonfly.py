@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import socket
 import threading
 import time
@@ -29,13 +28,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-from stratakv.config import DragonflyConfig
+from stratakv import log
 from stratakv.errors import ConfigError, StoreError
 from stratakv.guard import Deadline, Guard, GuardStats
+from stratakv.sections import DragonflyConfig
 from stratakv.tiers.behind import BehindStats, WriteBehind
 from stratakv.tiers.cost import Cost
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 # Bytes of values in one batch: longer replies are slower for each byte.
 _BATCH_BYTES = 16 << 20
@@ -152,7 +152,12 @@ class Dragonfly:
             if config.required:
                 self.close()
                 raise StoreError(f"dragonfly.url does not answer ({kind}); start the server, or do not require it")
-            _log.warning("dragonfly does not answer (%s): the store runs without it until it does", kind)
+            _log.warning(
+                "dragonfly_absent",
+                "dragonfly does not answer (%s): the store runs without it until it does",
+                kind,
+                error=kind,
+            )
 
     def leading(self, space: bytes, names: list[bytes], first: int = 0) -> tuple[int, str | None]:
         """How many blocks of a sequence are there, from block `first` up to one that is not; and why, if unknown.

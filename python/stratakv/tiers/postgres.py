@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 import math
 import os
 import socket
@@ -26,12 +25,14 @@ from uuid import UUID
 
 import numpy as np
 
-from stratakv.config import Geometry, PostgresConfig
+from stratakv import log
+from stratakv.config import Geometry
 from stratakv.errors import ConfigError, StoreError
 from stratakv.guard import Deadline, Guard, GuardStats
+from stratakv.sections import PostgresConfig
 from stratakv.tiers.schema import SchemaError, migrate, missing
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 # Connections that are kept open, and calls under way at once.
 _CALLS = 4
@@ -152,7 +153,7 @@ class Postgres:
                 self.close()
                 why = self._refused or f"it does not answer ({kind})"
                 raise StoreError(f"postgres.url cannot be used: {why}; mend that, or do not require it")
-            _log.warning("postgres is not used for now: %s", kind)
+            _log.warning("postgres_absent", "postgres is not used for now: %s", kind, error=kind)
 
     # What nodes tell.
 
@@ -351,7 +352,10 @@ class Postgres:
             # The next call makes a new one; the name may be another's by then.
             if not self._closed:
                 _log.warning(
-                    "postgres tells of retired versions no more (%s): they are looked for", type(error).__name__
+                    "notices_lost",
+                    "postgres tells of retired versions no more (%s): they are looked for",
+                    type(error).__name__,
+                    error=type(error).__name__,
                 )
             with self._setting_up:
                 self._name = None
@@ -421,7 +425,8 @@ class Postgres:
                 raise
             except (errors.DataError, errors.ProgramLimitExceeded) as error:
                 # The server is well: it is what was asked that is not.
-                _log.warning("postgres refused what was asked (%s)", type(error).__name__)
+                kind = type(error).__name__
+                _log.warning("postgres_refused", "postgres refused what was asked (%s)", kind, key=kind, error=kind)
                 return None
 
         return self._guard.call(within)[0]

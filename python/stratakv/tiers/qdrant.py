@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import logging
 import math
 import threading
 import time
@@ -25,14 +24,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stratakv.config import QdrantConfig
+from stratakv import log
 from stratakv.errors import ConfigError, StoreError
 from stratakv.guard import Deadline, Guard, GuardStats
+from stratakv.sections import QdrantConfig
 
 if TYPE_CHECKING:
     import ssl
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 # Points that are sent at once: few enough to be far from a deadline.
 _BATCH_POINTS = 64
@@ -146,7 +146,10 @@ class Qdrant:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(_COUNTS, 0)
         if config.api_key is not None and (config.url or "").startswith("http:"):
-            _log.warning("qdrant.api_key is sent to a http:// address, where others can read it: use https://")
+            _log.warning(
+                "qdrant_unencrypted",
+                "qdrant.api_key is sent to a http:// address, where others can read it: use https://",
+            )
         _, reason = self._ask(lambda client: True, _OPEN_S if config.required else None)
         if reason is not None:
             kind = self._guard.stats().last_error
@@ -156,7 +159,12 @@ class Qdrant:
                     raise ConfigError(self._misfit)
                 raise StoreError(f"qdrant does not answer ({kind}); start the server, or do not require it")
             if self._misfit is None:
-                _log.warning("qdrant does not answer (%s): the store runs without it until it does", kind)
+                _log.warning(
+                    "qdrant_absent",
+                    "qdrant does not answer (%s): the store runs without it until it does",
+                    kind,
+                    error=kind,
+                )
 
     def store(self, points: Sequence[Point]) -> bool:
         """Sends some points; one that is there already is replaced.
@@ -299,7 +307,7 @@ class Qdrant:
                 f"{getattr(distance, 'value', None)}, expected dimension {dimension}, compared by Cosine: set "
                 "qdrant.dimension to what it has, name another in qdrant.collection, or delete it"
             )
-            _log.warning("%s; the store runs without it", self._misfit)
+            _log.warning("qdrant_misfit", "%s; the store runs without it", self._misfit)
             raise ConfigError(self._misfit)
         if self.config.path is None:
             for field in {"model", "space"} - set(described.payload_schema):

@@ -7,7 +7,6 @@ LMCache has encoded, is not stored, is counted, and is computed again.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +18,14 @@ from lmcache.v1.config import LMCacheEngineConfig
 from lmcache.v1.memory_management import MemoryFormat, MemoryObj
 from lmcache.v1.metadata import LMCacheMetadata
 
-from stratakv import Config, ConfigError
+from stratakv import Config, ConfigError, log
 from stratakv import open as open_store
 from stratakv.integrations.engine import KeyedBlocks, close, guarded, leading, settings, text_option
 from stratakv.integrations.lmcache.objects import Form, Held, Said, dtype_name
 
 __all__ = ["Chunks", "store_of"]
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 # Threads that do what LMCache's event loop must not wait for.
 _THREADS = 4
@@ -155,7 +154,7 @@ class Chunks:
         try:
             work()
         except Exception as problem:
-            _log.warning("a miss: the store could not be used: %s", problem)
+            _log.warning("store_unusable", "a miss: the store could not be used: %s", problem)
             for number, obj in enumerate(found):
                 if obj is not None:
                     obj.ref_count_down()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,11 +9,11 @@ from collections.abc import Sequence
 import torch
 from lmcache.v1.memory_management import MemoryObj
 
-from stratakv import Geometry, Match
+from stratakv import Geometry, Match, log
 
 __all__ = ["Form", "Held", "Said", "dtype_name", "layout_of", "leading_objects"]
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -167,7 +166,7 @@ class Said:
         if len(self._counts) < _SAID or reason in self._counts:
             self._counts[reason] = self._counts.get(reason, 0) + 1
             if self._counts[reason] == 1:
-                _log.warning("%s; this is said once", reason)
+                _log.warning("objects_not_stored", "%s; this is said once", reason, key=reason)
 
     @property
     def counts(self) -> dict[str, int]:

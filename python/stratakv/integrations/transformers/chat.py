@@ -11,21 +11,20 @@ starts with a new sequence, and finds what is cached of its prompt up to the fir
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from stratakv import InputError, ModelCache, StrataKVError
+from stratakv import InputError, ModelCache, StrataKVError, log
 from stratakv.integrations.transformers.content import Hashed, Restored
 from stratakv.integrations.transformers.generation import run, sequences
 from stratakv.integrations.transformers.streaming import Left, pieces
 
 __all__ = ["Chat"]
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 
 class Chat:
@@ -150,5 +149,5 @@ class Chat:
         except InputError:
             raise
         except StrataKVError as problem:
-            _log.warning("a prompt is not hashed: %s", problem)
+            _log.warning("prompt_not_hashed", "a prompt is not hashed: %s", problem)
             return None

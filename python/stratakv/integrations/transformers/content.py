@@ -13,7 +13,6 @@ zeros; attention is masked there, and what is not a number would not stay behind
 
 from __future__ import annotations
 
-import logging
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,13 +21,13 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from stratakv import Explanation, InputError, Match, ModelCache, StrataKVError, TokenSequence
+from stratakv import Explanation, InputError, Match, ModelCache, StrataKVError, TokenSequence, log
 from stratakv.integrations.transformers.padding import Batch
 from stratakv.integrations.transformers.refusals import require_empty_static, require_plain_cache, torch_dtype
 
 __all__ = ["Hashed", "Loaded", "Restored", "load", "put", "restore", "store"]
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +237,11 @@ def load(
                 problems.append(problem)
     if problems:
         _log.warning(
-            "prefix not restored of %d of %d prompts, they are computed: %s", len(problems), batch.rows, problems[0]
+            "prefix_not_restored",
+            "prefix not restored of %d of %d prompts, they are computed: %s",
+            len(problems),
+            batch.rows,
+            problems[0],
         )
     # Where nothing was loaded, padding is computed with the rest: that is the uncached run.
     levels = tuple(map(sum, zip(batch.padding, loaded, strict=True))) if any(loaded) else (0,) * batch.rows

@@ -8,14 +8,13 @@ the last time; a forward pass that broke off may have left half of a column.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, StaticCache, StoppingCriteriaList
 
-from stratakv import InputError, ModelCache, StrataKVError
+from stratakv import InputError, ModelCache, StrataKVError, log
 from stratakv.integrations.transformers.catchup import catch_up
 from stratakv.integrations.transformers.content import Hashed, Loaded, Restored, load, put
 from stratakv.integrations.transformers.padding import Batch
@@ -23,7 +22,7 @@ from stratakv.integrations.transformers.refusals import require_plain_arguments,
 
 __all__ = ["generate", "run", "sequences"]
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 # What transformers generates if nothing says how much.
 _DEFAULT_NEW_TOKENS = 20
@@ -126,7 +125,7 @@ def run(
         try:
             return put(cache, grown, past_key_values, ends=ends, hashed=hashed, adapter=adapter, tenant=tenant)
         except StrataKVError as problem:
-            _log.warning("keys and values not put, the next turn computes them again: %s", problem)
+            _log.warning("turn_not_put", "keys and values not put, the next turn computes them again: %s", problem)
             return 0
 
     try:

@@ -9,7 +9,6 @@ was computed until then is put like any other answer.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +17,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from stratakv import InputError, ModelCache
+from stratakv import InputError, ModelCache, log
 from stratakv.integrations.transformers.content import Restored
 from stratakv.integrations.transformers.generation import generate
 
 __all__ = ["Left", "pieces", "stream"]
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 
 class Left:
@@ -114,6 +113,10 @@ def pieces(
         except BaseException:
             left.now.set()
             if (problem := done.exception()) is not None:
-                _log.warning("a stream that nobody listened to any more ended with an error: %s", problem)
+                _log.warning(
+                    "stream_failed_unheard",
+                    "a stream that nobody listened to any more ended with an error: %s",
+                    problem,
+                )
             raise
         done.result()

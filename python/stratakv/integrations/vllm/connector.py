@@ -11,9 +11,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
 )
-from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from stratakv import log
 from stratakv.integrations.vllm import model
 from stratakv.integrations.vllm.messages import Address, Counted, Metrics, Saved, Step
 from stratakv.integrations.vllm.scheduler import Scheduler
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-_log = init_logger("vllm.stratakv")
+# Below vLLM's own, which alone it shows from INFO on.
+_log = log.of(__name__, below="vllm")
 
 # Of kv_connector_extra_config, beside the sections of stratakv's configuration.
 _OWN = ("weights_version", "save_decoded", "layer_by_layer")
@@ -159,7 +160,7 @@ class StrataConnector(KVConnectorBase_V1):
             self._options,
         )
         self._numbers = {name: number for number, name in enumerate(self._worker.layers)}
-        _log.info("stratakv keeps %s", self._worker.summary)
+        _log.info("cache_kept", "stratakv keeps %s", self._worker.summary)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """Where the scheduler asks this worker."""

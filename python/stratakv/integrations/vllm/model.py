@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec, UniformTypeKVCacheSpecs
 
-from stratakv import InputError, weights_version
+from stratakv import InputError, log, weights_version
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.request import Request
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 # Names, sizes and times of an adapter's files.
 _Stamp = tuple[tuple[str, int, int], ...]
@@ -183,7 +182,11 @@ class Namespaces:
         try:
             return self._of(request)
         except Exception:
-            _log.exception("a request is not cached: what it is cannot be told")
+            _log.exception(
+                "request_not_cached",
+                "a request is not cached: what it is cannot be told",
+                request_id=getattr(request, "request_id", None),
+            )
             return None
 
     def _of(self, request: Request) -> tuple[str, str] | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import logging
 import os
 import re
 import secrets
@@ -27,9 +26,10 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
+from stratakv import log
 from stratakv.integrations.vllm.messages import Address, Ids
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 # How long a scheduler waits for a rank; for one that has to forget everything; and how long it leaves one alone that
 # did not answer.
@@ -233,7 +233,9 @@ class Ranks:
 
     def _leave(self, address: Address, error: Exception) -> None:
         """A rank that does not answer is asked again later, on a new connection: what it says now may be of before."""
-        _log.warning("a worker does not tell what it has, prompts are computed: %s", error)
+        _log.warning(
+            "rank_silent", "a worker does not tell what it has, prompts are computed: %s", error, rank=address.path
+        )
         if (link := self._open.pop(address.path, None)) is not None:
             link.close()
         self._rest_until[address.path] = time.monotonic() + _REST_S

@@ -8,7 +8,6 @@ soon as the block is whole and its tokens are known.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ import numpy as np
 from vllm.distributed.kv_events import MEDIUM_CPU, BlockRemoved, BlockStored, KVCacheEvent
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
+from stratakv import log
 from stratakv.integrations.vllm.messages import Address, Counted, Load, Save, Saved, Step
 from stratakv.integrations.vllm.model import Namespaces
 from stratakv.integrations.vllm.ranks import Found, Ranks
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 # Blocks that wait for all workers to have stored them; beyond that, events of some are not sent.
 _MOST_TOLD = 100_000
@@ -137,7 +137,7 @@ class Scheduler:
             self._plan_saves(step, output)
         except Exception:
             # What is not saved is a later miss; the loads of this step have to be told.
-            _log.exception("this step saves nothing")
+            _log.exception("step_not_saved", "this step saves nothing")
         return step
 
     def _plan_saves(self, step: Step, output: SchedulerOutput) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import threading
 import time
 from collections import deque
@@ -44,7 +43,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.file_mapper import FileMapper
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
-from stratakv import ClosedError, Config, ConfigError, Geometry, Match, StrataKVError
+from stratakv import ClosedError, Config, ConfigError, Geometry, Match, StrataKVError, log
 from stratakv.integrations.engine import KeyedBlocks, open_caches
 from stratakv.integrations.vllm import VERSION
 
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
 __all__ = ["StrataTier"]
 
 # Below vLLM's own, which alone it shows from INFO on.
-_log = logging.getLogger(f"vllm.{__name__}")
+_log = log.of(__name__, below="vllm")
 
 # Rows that may wait to be stored, lookups that may wait for another node, and uses that may wait to be told; each.
 _WAITING = 1 << 16
@@ -199,16 +198,21 @@ class StrataTier(SecondaryTierManager):
             worker.start()
         held = self._caches.model_stats(name).tiers
         _log.info(
+            "tier_opened",
             "model %r: chunks of %d bytes, %d of them found again in RAM and on SSD",
             name,
             row_bytes,
             sum(tier.blocks for tier in held.values()),
+            model=name,
         )
 
     def _wants(self, enable_kv_events: bool) -> bool:
         published = bool(self._offloading_spec.kv_events_config.enable_kv_cache_events)
         if enable_kv_events and not published:
-            _log.warning("enable_kv_events is set, and vLLM publishes no events: set kv_events_config, too")
+            _log.warning(
+                "events_not_published",
+                "enable_kv_events is set, and vLLM publishes no events: set kv_events_config, too",
+            )
         return enable_kv_events and published
 
     # What the scheduler calls.
@@ -231,7 +235,9 @@ class StrataTier(SecondaryTierManager):
             match = self._blocks.lease(key)
         except StrataKVError as error:
             if not isinstance(error, ClosedError):
-                _log.warning("a chunk is not looked for: %s", error)
+                _log.warning(
+                    "chunk_not_asked_for", "a chunk is not looked for: %s", error, request_id=req_context.req_id
+                )
             return LookupResult.MISS
         if match is None:
             return LookupResult.MISS
@@ -333,7 +339,7 @@ class StrataTier(SecondaryTierManager):
         """Waits until no transfer touches vLLM's CPU cache; all that were submitted have ended then."""
         with self._changed:
             while not self._changed.wait_for(lambda: not self._unfinished, _PATIENCE_S):
-                _log.warning("still waiting for %d transfers", self._unfinished)
+                _log.warning("transfers_awaited", "still waiting for %d transfers", self._unfinished)
 
     def shutdown(self) -> None:
         """Ends transfers and closes the store; again does nothing. Rows that wait to be stored are, loads are not."""
@@ -364,7 +370,7 @@ class StrataTier(SecondaryTierManager):
             self._caches.close()
         except StrataKVError as error:
             # Nothing uses vLLM's memory any more, so vLLM may go on and give it back.
-            _log.error("not all chunks could be written: %s", error)
+            _log.error("chunks_not_written", "not all chunks could be written: %s", error)
 
     # What workers do.
 
@@ -399,7 +405,7 @@ class StrataTier(SecondaryTierManager):
             reason = "closed"
         except Exception:
             # vLLM has to hear of it, or it waits for ever.
-            _log.exception("a chunk could not be loaded")
+            _log.exception("chunk_load_failed", "a chunk could not be loaded")
         finally:
             if match is not None:
                 match.release()
@@ -420,7 +426,7 @@ class StrataTier(SecondaryTierManager):
         except ClosedError:
             reason = "closed"
         except Exception:
-            _log.exception("a chunk could not be stored")
+            _log.exception("chunk_store_failed", "a chunk could not be stored")
         if reason is not None:
             with self._changed:
                 self._metrics.increase_counter(_REFUSED)
@@ -433,7 +439,7 @@ class StrataTier(SecondaryTierManager):
         except ClosedError:
             pass
         except Exception:
-            _log.exception("a chunk could not be looked for")
+            _log.exception("chunk_lookup_failed", "a chunk could not be looked for")
         with self._changed:
             request.asked.discard(key)
             if match is not None and not request.ended:
@@ -449,7 +455,7 @@ class StrataTier(SecondaryTierManager):
         except ClosedError:
             return
         except Exception:
-            _log.exception("a chunk could not be counted as used")
+            _log.exception("chunk_use_not_counted", "a chunk could not be counted as used")
 
     def _end_row(self, job: _Job, key: OffloadKey, wrong: str | None) -> None:
         """A row is done, or not for some reason; with the last one the transfer is."""
@@ -472,7 +478,15 @@ class StrataTier(SecondaryTierManager):
         if job.bad:
             why = ", ".join(f"{count} {reason}" for reason, count in sorted(job.bad.items()))
             done = "loaded, and are computed" if loaded else "stored"
-            _log.warning("%d of %d chunks are not %s: %s", sum(job.bad.values()), len(job.keys), done, why)
+            _log.warning(
+                "chunks_incomplete",
+                "%d of %d chunks are not %s: %s",
+                sum(job.bad.values()),
+                len(job.keys),
+                done,
+                why,
+                request_id=job.terms.req_context.req_id,
+            )
         result = JobResult(
             job_id=job.terms.job_id,
             success=not job.bad,
@@ -516,10 +530,10 @@ class _Events:
     A block is lost when it left a tier and is in none; what came and went between two looks was never there.
     """
 
-    def __init__(self, blocks: KeyedBlocks, log: Any) -> None:  # noqa: ANN401 - a method of the manager
+    def __init__(self, blocks: KeyedBlocks, tell: Any) -> None:  # noqa: ANN401 - a method of the manager
         """Goes on from now."""
-        self._blocks, self._log = blocks, log
-        self._next: int = log(None)[2]
+        self._blocks, self._tell = blocks, tell
+        self._next: int = tell(None)[2]
         self._lock = threading.Lock()
         # By name: the chunk, and whether it was told.
         self._known: dict[bytes, tuple[OffloadKey, bool]] = {}
@@ -545,7 +559,7 @@ class _Events:
         """Chunks that were stored, and those that were lost, since the last call."""
         with self._lock:
             try:
-                anew, rows, self._next = self._log(self._next)
+                anew, rows, self._next = self._tell(self._next)
             except ClosedError:
                 return
             # Read too late, it tells all that is there, and nothing of what left.

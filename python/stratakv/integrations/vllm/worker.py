@@ -10,7 +10,6 @@ computes.
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import time
 import uuid
@@ -23,13 +22,13 @@ from typing import Any
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from stratakv import CacheManager, Match, ModelCache, StrataKVError, TokenSequence
+from stratakv import CacheManager, Match, ModelCache, StrataKVError, TokenSequence, log
 from stratakv.integrations.engine import open_caches
 from stratakv.integrations.vllm.messages import Counted, Ids, Load, Save, Saved, Step
 from stratakv.integrations.vllm.pages import DeviceMover, Gathered, HostMover, Pages
 from stratakv.integrations.vllm.ranks import Answers, Found
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 # Steps whose saves may be on their way from a device.
 _MOST_BEHIND = 8
@@ -151,12 +150,18 @@ class Worker:
     def match(self, request: str, step: int, tokens: Ids, adapter: str, tenant: str) -> Found:
         """Leases what there is of a prompt, until the step is over."""
         try:
-            match = self._cache.match(tokens, adapter=adapter, tenant=tenant)
+            with log.bound(request_id=request):
+                match = self._cache.match(tokens, adapter=adapter, tenant=tenant)
         except StrataKVError as error:
-            _log.warning("a prompt is computed, the cache could not be asked: %s", error)
+            _log.warning(
+                "prompt_not_asked_for",
+                "a prompt is computed, the cache could not be asked: %s",
+                error,
+                request_id=request,
+            )
             return Found()
         except Exception:
-            _log.exception("a prompt is computed, the cache could not be asked")
+            _log.exception("match_failed", "a prompt is computed, the cache could not be asked", request_id=request)
             return Found()
         if not match.tokens:
             match.release()
@@ -195,13 +200,14 @@ class Worker:
         valid, reason = 0, "its lease is over"
         try:
             if match is not None:
-                valid = self._mover.load(match, load, after)
+                with log.bound(request_id=load.request):
+                    valid = self._mover.load(match, load, after)
                 reason = match.explain().reason or ""
         except StrataKVError as error:
             reason = str(error)
         except Exception as error:
             # Whatever it is, it costs no request.
-            _log.exception("a load failed")
+            _log.exception("load_failed", "a load failed", request_id=load.request)
             reason = str(error)
         finally:
             valid = max(valid, load.start)
@@ -219,7 +225,14 @@ class Worker:
             if match is not None:
                 match.release()
         if valid < load.stop:
-            _log.warning("%d of %d tokens are computed: %s", load.stop - valid, load.stop - load.start, reason)
+            _log.warning(
+                "load_incomplete",
+                "%d of %d tokens are computed: %s",
+                load.stop - valid,
+                load.stop - load.start,
+                reason,
+                request_id=load.request,
+            )
 
     # During and after the forward pass.
 
@@ -234,7 +247,7 @@ class Worker:
                 self._mover.gather_layer(self._gathered[n], number)
         except Exception:
             # No memory, for one. It costs no request.
-            _log.exception("this step saves nothing")
+            _log.exception("step_not_saved", "this step saves nothing")
             self._broken = True
 
     def finish(self, step: Step) -> None:
@@ -250,7 +263,7 @@ class Worker:
             try:
                 self._save(save, gathered.get(n))
             except Exception:
-                _log.exception("%d tokens were not saved", len(save.tokens))
+                _log.exception("save_failed", "%d tokens were not saved", len(save.tokens), request_id=save.request)
                 self._saving.pop(save.request, None)
         for request in step.finished:
             self._saving.pop(request, None)
@@ -275,7 +288,7 @@ class Worker:
         try:
             self._put(state, save, gathered)
         except Exception:
-            _log.exception("%d tokens were not saved", len(save.tokens))
+            _log.exception("save_failed", "%d tokens were not saved", len(save.tokens), request_id=save.request)
         finally:
             self._room.release()
 
@@ -283,9 +296,12 @@ class Worker:
         started = time.perf_counter()
         try:
             state.sequence.extend(save.tokens)
-            stored = self._mover.put(self._cache, state.sequence, save.pages, save.start, gathered)  # type: ignore[arg-type]
+            with log.bound(request_id=save.request):
+                stored = self._mover.put(self._cache, state.sequence, save.pages, save.start, gathered)  # type: ignore[arg-type]
         except StrataKVError as error:
-            _log.warning("%d tokens were not saved: %s", len(save.tokens), error)
+            _log.warning(
+                "save_refused", "%d tokens were not saved: %s", len(save.tokens), error, request_id=save.request
+            )
             stored = 0
         new = max(stored - save.start, 0)
         with self._lock:
