@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-engines test-service chaos fuzz prove check bench bench-peers accuracy wheel clean
+.PHONY: help setup demo test test-engines test-service chaos fuzz prove check dashboards bench bench-peers accuracy wheel clean
 
 PYTHON ?= python3
 SUITE ?= main
@@ -110,6 +110,9 @@ check: $(NATIVE) ## Format, lints, types, stubs, floors; warnings are errors.
 	  else echo 'make: skipped shellcheck: not installed (apt-get install shellcheck)'; fi
 	@if command -v cargo-deny >/dev/null; then set -x; cargo deny --all-features check bans licenses sources; \
 	  else echo 'make: skipped cargo-deny: not installed (cargo install --locked cargo-deny)'; fi
+
+dashboards: $(NATIVE) ## Write the Grafana dashboards anew, after a change of metrics or of deploy/dashboards.yaml.
+	$(BIN)/python deploy/dashboards.py
 
 # These run engines that have an environment of their own.
 bench: BENCH_BIN := $(if $(filter engines vllm_policy,$(SUITE)),$(SERVING_BIN),$(BIN))
