@@ -79,9 +79,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog = f"Exit status: {ends.get(name, '0, or 2 if nobody answers.')}"
         add(commands.add_parser(name, help=says, description=does, epilog=epilog))
 
+    complete = commands.add_parser(
+        "completion",
+        help="print what completes these commands in a shell",
+        description="As: stratakv completion bash > ~/.local/share/bash-completion/completions/stratakv",
+        epilog="Exit status: 0, or 2 if shtab is not installed.",
+    )
+    complete.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    complete.set_defaults(run=lambda args: _complete(parser, args.shell))
+
     args = parser.parse_args(argv)
     done: int = args.run(args)
     return done
+
+
+def _complete(parser: argparse.ArgumentParser, shell: str) -> int:
+    try:
+        import shtab
+    except ImportError:
+        print("stratakv completion: shtab is not installed: pip install 'stratakv[observe]'", file=sys.stderr)
+        return 2
+    print(shtab.complete(parser, shell=shell))
+    return 0
 
 
 def _list_models(args: argparse.Namespace) -> int:

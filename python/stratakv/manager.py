@@ -476,7 +476,14 @@ class CacheManager:
         return found if reason is None or found else None
 
     def _rebalance(self) -> None:
-        self._balance.rebalance(self._models, self._clock())
+        def work() -> int:
+            self._balance.rebalance(self._models, self._clock())
+            return len(self._models)
+
+        if self.traces is None:
+            work()
+        else:
+            self.traces.behind("rebalance", None, work)
 
     def _keep_balance(self) -> None:
         while not self._closed:

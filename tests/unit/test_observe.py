@@ -397,6 +397,19 @@ def test_commands_ask_a_store_that_runs(
     assert "--url" in capsys.readouterr().err
 
 
+def test_a_shell_completes_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion", "zsh"]) == 0
+    assert "explain" in capsys.readouterr().out
+    assert cli.main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    for words, completed in ((["ex"], "explain"), (["events", "--f"], "--follow")):
+        asked = (
+            f"COMP_WORDS=(stratakv {' '.join(words)}); COMP_CWORD={len(words)}; _shtab_stratakv; echo ${{COMPREPLY[@]}}"
+        )
+        ran = subprocess.run(["bash", "-c", f"{script}\n{asked}"], capture_output=True, text=True, check=True)
+        assert ran.stdout.strip() == completed
+
+
 def test_a_scrape_of_closed_stores_and_forks_is_no_harm(tmp_path: Path) -> None:
     caches = stratakv.open(listening(tmp_path))
     serve(caches, "one", prompts=1)

@@ -178,6 +178,17 @@ def test_an_endpoint_that_does_not_answer_is_said_once_and_costs_no_request(
     assert "hidden" not in caplog.text
 
 
+def test_dividing_the_tiers_is_a_trace_of_its_own(tmp_path: Path) -> None:
+    with over_http() as receiver, stratakv.open(observed(tmp_path, receiver)) as caches:
+        for name in ("one", "two"):
+            caches.register(name, geometry())
+        caches.rebalance()
+        flush(caches)
+        spans = receiver.spans("stratakv.rebalance")
+        assert attributes(spans[-1]) == {"stratakv.result": 2}
+        assert len({span.trace_id for span in spans}) == len(spans) >= 3
+
+
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:4317", "ftp://x", "http://"])
 def test_an_endpoint_that_makes_no_sense_is_a_sentence(tmp_path: Path, endpoint: str) -> None:
     with pytest.raises(stratakv.ConfigError, match=r"observe\.otlp"):
