@@ -6,6 +6,7 @@ An endpoint that does not answer costs nothing but the spans and figures of that
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -53,13 +54,7 @@ _LOUD = ("opentelemetry.exporter.otlp", "opentelemetry.sdk")
 def resource(version: str, process: str) -> Resource:
     """Who it comes from; ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` are heeded."""
     own = {"service.name": "stratakv", "service.version": version, "service.instance.id": process}
-    return Resource(own).merge(Resource.create()) if _is_named() else Resource.create(own)
-
-
-def _is_named() -> bool:
-    import os
-
-    return bool(os.environ.get("OTEL_SERVICE_NAME"))
+    return Resource(own).merge(Resource.create()) if os.environ.get("OTEL_SERVICE_NAME") else Resource.create(own)
 
 
 def _exporter(endpoint: str, kind: str) -> Any:  # noqa: ANN401 - one of four

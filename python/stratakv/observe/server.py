@@ -19,6 +19,7 @@ import json
 import os
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from stratakv import log
 from stratakv.errors import ClosedError, ConfigError, StrataKVError
 from stratakv.observe import Source
 from stratakv.observe.exposition import CONTENT_TYPE, merged, text
@@ -35,6 +37,8 @@ from stratakv.observe.metrics import Collector
 from stratakv.observe.report import STEP_S, History, report
 
 __all__ = ["Server"]
+
+_log = log.of(__name__)
 
 # Seconds that a client may take to say what it wants, and a process of the same group to answer.
 _PATIENCE_S, _SIBLING_S = 10.0, 2.0
@@ -250,7 +254,9 @@ def _address(listen: str) -> tuple[str, int]:
 
 class _Http(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
-        """Nothing: a client that is gone, or sends noise, tells nobody anything."""
+        """A client that is gone, or sends noise, tells nobody anything; what is wrong here does."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            _log.exception("http_failed", "a question over HTTP got no answer")
 
 
 class _UnixServer(_Http):

@@ -17,10 +17,11 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from stratakv.cache import Match, ModelCache
+from stratakv.errors import ConfigError, StrataKVError
 from stratakv.tracing import Work
 
 try:
@@ -32,8 +33,6 @@ try:
     from opentelemetry.sdk.trace.sampling import ALWAYS_ON
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 except ImportError as error:
-    from stratakv.errors import ConfigError
-
     raise ConfigError("observe.otlp needs OpenTelemetry: pip install 'stratakv[observe]'") from error
 
 __all__ = ["Traces"]
@@ -83,9 +82,8 @@ class Traces:
         self._provider = TracerProvider(sampler=ALWAYS_ON, resource=source, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=8192))
         self._tracer = self._provider.get_tracer("stratakv")
-        self._variable = _ambient()
         self._parse = TraceContextTextMapPropagator()
-        variable = self._variable
+        variable = _ambient()
         # OpenTelemetry's context at present; every request asks.
         self.around: Callable[[None], Any] = variable.get if variable is not None else lambda _: otel.get_current()
         self._lock = threading.Lock()
@@ -211,7 +209,9 @@ class Traces:
         with self._span("stratakv.put", parent, attributes=_of(cache, {})) as span:
             tokens = work()
             span.set_attribute("stratakv.stored_tokens", tokens)
-            self._remember(names(), span.get_span_context())
+            # What was put is put, if the store is closed meanwhile.
+            with suppress(StrataKVError):
+                self._remember(names(), span.get_span_context())
         return tokens
 
     def behind(self, name: str, request: trace.SpanContext | None, work: Callable[[], int]) -> int:
