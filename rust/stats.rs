@@ -3,6 +3,7 @@
 //! Every counter moves under its owner's lock, so a snapshot is one instant: `asked = hit + miss` holds in it exactly,
 //! per tier and in total, `miss` is the sum over its reasons, and the sum over models equals the total.
 
+use crate::error::{Result, input};
 use crate::evict::Kind;
 
 /// The tiers of this process, fastest first.
@@ -47,11 +48,17 @@ pub enum Miss {
     NotWorthIt,
     /// A quota did not let it in, or has as many loads under way as it allows.
     Quota,
+    /// It was cached, and left before others since its time to live was over.
+    Expired,
+    /// The tier that nodes share did not answer in time.
+    Timeout,
+    /// The tier that nodes share, or the way to it, failed.
+    Failed,
 }
 
 impl Miss {
     /// All reasons, in the order of their numbers.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::NeverStored,
         Self::Evicted,
         Self::Corrupt,
@@ -60,6 +67,9 @@ impl Miss {
         Self::Closed,
         Self::NotWorthIt,
         Self::Quota,
+        Self::Expired,
+        Self::Timeout,
+        Self::Failed,
     ];
 
     /// The name used in statistics and explanations.
@@ -73,7 +83,20 @@ impl Miss {
             Self::Closed => "closed",
             Self::NotWorthIt => "not_worth_it",
             Self::Quota => "quota",
+            Self::Expired => "expired",
+            Self::Timeout => "timeout",
+            Self::Failed => "error",
         }
+    }
+
+    /// The reason of that name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn of(name: &str) -> Result<Self> {
+        let known = || Self::ALL.map(Self::name).join(", ");
+        let found = Self::ALL.into_iter().find(|miss| miss.name() == name);
+        found.ok_or_else(|| input(format!("reason is {name:?}, expected one of {}", known())))
     }
 }
 
@@ -114,8 +137,12 @@ pub struct TierCounts {
     pub miss: u64,
     /// Blocks it holds.
     pub blocks: u64,
-    /// Bytes those occupy, headers and padding included.
+    /// Bytes those occupy, headers and padding included: what came less what left, exactly.
     pub used_bytes: u64,
+    /// Bytes of blocks that came to the tier, from wherever.
+    pub in_bytes: u64,
+    /// Bytes of blocks that left it, for whatever reason.
+    pub out_bytes: u64,
     /// Bytes they would take if none were encoded.
     pub plain_bytes: u64,
     /// Blocks that had to leave.
@@ -254,6 +281,8 @@ impl Counts {
             mine.miss += theirs.miss;
             mine.blocks += theirs.blocks;
             mine.used_bytes += theirs.used_bytes;
+            mine.in_bytes += theirs.in_bytes;
+            mine.out_bytes += theirs.out_bytes;
             mine.plain_bytes += theirs.plain_bytes;
             mine.evicted += theirs.evicted;
             mine.residence.add(&theirs.residence);
@@ -362,7 +391,8 @@ pub struct Snapshot {
     pub ram_held: Vec<(String, u64)>,
     /// Blocks that wait to be written to SSD, by model.
     pub demotion_queue: Vec<(String, u64)>,
-    /// Which share of what was asked for a cache would have hit that never forgets, by model; of those of which enough is known.
+    /// Which share of what matches asked for a cache would have hit that never forgets, by model; of those of which enough is
+    /// known.
     pub hit_ceiling: Vec<(String, f64)>,
     /// The eviction policy that runs in RAM at present, by model.
     pub ram_eviction: Vec<(String, Kind)>,

@@ -53,6 +53,15 @@ def loaded(cache: stratakv.ModelCache, tokens: np.ndarray, **more: str) -> tuple
         return out[:, :, :, :count], hit.explain()
 
 
+def assert_sums(stats: stratakv.Stats) -> None:
+    """What holds of all counters, at any instant."""
+    assert stats.asked_blocks == stats.hit_blocks + stats.miss_blocks
+    assert sum(stats.missed.values()) == stats.miss_blocks
+    for tier in stats.tiers.values():
+        assert tier.asked_blocks == tier.hit_blocks + tier.miss_blocks
+        assert tier.in_bytes == tier.out_bytes + tier.used_bytes
+
+
 def assert_right(cache: stratakv.ModelCache, tokens: np.ndarray, **more: str) -> stratakv.Explanation:
     """Whatever is loaded is exactly what was put."""
     got, explanation = loaded(cache, tokens, **more)

@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     show = command("inspect", _inspect, "show what is in a directory: models, prefixes, bytes, ages")
     show.add_argument("--json", action="store_true", help="for programs")
-    command("verify", _verify, "read every record and check every byte; exit status 1 if one is wrong")
+    check = command("verify", _verify, "read every record and check every byte; exit status 1 if one is wrong")
+    check.add_argument("--json", action="store_true", help="for programs")
     out = command(
         "export", _export, "write what is in a directory, checked, to one file; it holds the directory's secret"
     )
@@ -126,22 +127,27 @@ def _checked(archive: _native.Archive, what: str) -> Iterator[tuple[dict[str, An
     progress.end()
 
 
-def _report(archive: _native.Archive, what: str) -> int:
+def _report(archive: _native.Archive, what: str, *, as_json: bool = False) -> int:
     """Checks all; prints what is wrong, and how much is right."""
-    records = right_bytes = wrong = 0
+    records = right_bytes = 0
+    wrong: list[dict[str, Any]] = []
     for model, _, (count, size, bad) in _checked(archive, what):
-        records, right_bytes, wrong = records + count, right_bytes + size, wrong + len(bad)
-        for at, problem in bad:
-            print(f"{model['path']}: record at {at}: {problem}")
-    for path in archive.damaged:
+        records, right_bytes = records + count, right_bytes + size
+        wrong += ({"path": str(model["path"]), "at": at, "problem": problem} for at, problem in bad)
+    damaged = [str(path) for path in archive.damaged]
+    if as_json:
+        print(json.dumps({"records": records, "bytes": right_bytes, "wrong": wrong, "damaged": damaged}))
+        return 1 if wrong or damaged else 0
+    for row in wrong:
+        print("{path}: record at {at}: {problem}".format_map(row))
+    for path in damaged:
         print(f"{path}: not a model's file, or its head is damaged")
-    wrong += len(archive.damaged)
-    print(f"{records:,} records, {_bytes(right_bytes)}: right; {wrong:,} wrong")
-    return 1 if wrong else 0
+    print(f"{records:,} records, {_bytes(right_bytes)}: right; {len(wrong) + len(damaged):,} wrong")
+    return 1 if wrong or damaged else 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    return _report(_native.Archive(args.directory), "verify")
+    return _report(_native.Archive(args.directory), "verify", as_json=args.json)
 
 
 def _export(args: argparse.Namespace) -> int:

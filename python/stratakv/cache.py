@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -246,7 +246,6 @@ class ModelCache:
     """The cached prefixes of one model."""
 
     __slots__ = (
-        "_around",
         "_behind",
         "_manager",
         "_model",
@@ -255,7 +254,7 @@ class ModelCache:
         "geometry",
         "name",
         "retired",
-        "untraced",
+        "turn",
     )
 
     def __init__(
@@ -272,11 +271,8 @@ class ModelCache:
         self._model = model
         self._said = False
         self._traces: Traces | None = manager.traces
-        # Requests before the next that is traced; and the context of a caller's span.
-        self.untraced = 0
-        self._around: Callable[[None], Any] = bool
-        if self._traces is not None:
-            self.untraced, self._around = self._traces.skip(), self._traces.around
+        # See `Traces.turn`.
+        self.turn: Iterator[Any] | None = self._traces.turn() if self._traces is not None else None
         self.name = name
         self.geometry = geometry
         # Whether its version is: then it finds nothing, and stores nothing.
@@ -309,11 +305,10 @@ class ModelCache:
             InputError: the tokens are no 1-d sequence of non-negative integers.
             ClosedError: the store is closed.
         """
-        traces = self._traces
-        if traces is not None:
-            # Two threads may count one request alike: one more or less is traced.
-            self.untraced = left = self.untraced - 1
-            if (left < 0 or self._around(None) or traceparent) and traces.wants(self, traceparent):
+        turn = self.turn
+        if turn is not None and ((context := next(turn, True)) or traceparent):
+            traces: Traces = self._traces  # type: ignore[assignment]  # whoever has turns is traced
+            if traces.wants(self, context, traceparent):
                 found: Match = traces.match(self, traceparent, tokens=tokens, text=text, adapter=adapter, tenant=tenant)
                 return found
         tier: Dragonfly | None = self._manager.dragonfly
@@ -324,7 +319,7 @@ class ModelCache:
         # What a load asks for later is what was asked for now.
         own = isinstance(tokens, _native.TokenSequence) and not adapter and not tenant
         asked = tokens if own else self.sequence(tokens, adapter=adapter, tenant=tenant)
-        lease = self._model.match_prefix(asked, "", "")
+        lease = self._model.match_here(asked)
         remote = Remote(tier, self._model, asked, lease)  # type: ignore[arg-type]  # it is a sequence in both cases
         if text is not None:
             self._ask_for_near(tokens, text, adapter, tenant)
@@ -421,9 +416,7 @@ class ModelCache:
             return self._model.put(tokens, kv, layout, batch, pages, start, adapter, tenant, priority, ttl_s)
 
         traces = self._traces
-        if traces is not None:
-            self.untraced -= 1
-        if traces is not None and traces.wants(self, traceparent):
+        if traces is not None and self.turn is not None and traces.wants(self, next(self.turn, True), traceparent):
             stored = traces.put(self, traceparent, work, lambda: self.names(tokens, adapter, tenant))
         else:
             stored = work()

@@ -7,8 +7,10 @@ Exit status: 0 done, 1 the job found what it must not find, 2 wrong usage or som
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import stratakv
 from stratakv import archive, demo, routing, status, watch
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Exit status: 0 if all can be cached, 1 if one cannot, 2 if there is no such folder.",
     )
     models.add_argument("folder", help="where to look")
+    models.add_argument("--json", action="store_true", help="for programs")
     models.set_defaults(run=_list_models)
 
     route = commands.add_parser(
@@ -109,13 +112,21 @@ def _list_models(args: argparse.Namespace) -> int:
     except stratakv.InputError as error:
         print(f"stratakv models: {error}", file=sys.stderr)
         return 2
+    if args.json:
+        rows = [
+            {"name": m.name, "path": str(m.path), "geometry": asdict(m.geometry), "weights_bytes": m.weights_bytes}
+            for m in found.models
+        ]
+        refused = [{"name": m.name, "path": str(m.path), "reason": m.reason} for m in found.refused]
+        print(json.dumps({"models": rows, "refused": refused}))
+        return 1 if refused else 0
     for model in found.models:
         g = model.geometry
         planes = "latent" if g.planes == 1 else f"{g.kv_heads} kv heads x {g.head_dim}"
         size = f"{g.token_bytes / 1024:g} KiB a token, weights {model.weights_bytes / 2**30:.1f} GiB"
         print(f"{model.name}: {g.layers} layers, {planes}, {g.dtype}, {size}")
-    for refused in found.refused:
-        print(f"{refused.name}: cannot be cached: {refused.reason}")
+    for each in found.refused:
+        print(f"{each.name}: cannot be cached: {each.reason}")
     if not found.models and not found.refused:
         print("no models found")
     return 1 if found.refused else 0

@@ -39,8 +39,8 @@ from stratakv.observe.explain import Explained, explain
 from stratakv.observe.logs import Logs
 from stratakv.quotas import Admission, Usage, admit
 from stratakv.registry import Discovery, discover
-from stratakv.stats import LiftStats, Snapshot, Stats
-from stratakv.status import Status, View, degraded
+from stratakv.stats import Snapshot, Stats
+from stratakv.status import Status, View
 from stratakv.tiers.dragonfly import Dragonfly, Feeder
 from stratakv.tiers.postgres import Postgres
 from stratakv.tiers.qdrant import Qdrant
@@ -580,34 +580,18 @@ class CacheManager:
                 self._ram_pages = (self._clock(), self._store.ram_pages())
             pages, huge = self._ram_pages[1]
             shares = {f"{tier}_shares": dict(shares) for tier, shares in self._balance.shares.items()}
-        counts = Snapshot.of(snapshot)
-        for kind in ("model_usage", "tenant_usage"):
-            snapshot[kind] = {name: Usage.of(row) for name, row in snapshot[kind].items()}
-        shared = None if self.dragonfly is None else self.dragonfly.stats()
-        writes = snapshot["ssd_read_only"] is None if self.config.ssd.enabled else None
-        catalog = None if self._postgres is None else self._postgres.stats()
-        index = None if self.semantic is None else self.semantic.tier.stats()
-        came, hit = snapshot["lifted"]["warm"]
-        snapshot["warm_start"] = LiftStats(bytes=came, hit_bytes=hit)
-        known = {
-            **snapshot,
+        shared, catalog, near = self.dragonfly, self._postgres, self.semantic
+        behind = {"dragonfly": self._feeder, "postgres": self._keeper}
+        return View.of(
+            snapshot,
             **shares,
-            "dragonfly": shared,
-            "postgres": catalog,
-            "qdrant": index,
-            "degraded": degraded(shared, catalog, index, ssd_serves=writes),
-            "semantic_prefetch": None if self.semantic is None else self.semantic.stats(),
-            "ram_pages": pages,
-            "ram_huge_bytes": huge,
-        }
-        status = Status(**{name: known[name] for name in Status.__slots__})
-        others = snapshot["other_tenants"]
-        return View(
-            version=_native.__version__,
-            snapshot=counts,
-            status=status,
-            other_tenants=None if others is None else Stats.of(others),
-            tenants=snapshot["tenant_count"],
+            dragonfly=None if shared is None else shared.stats(),
+            postgres=None if catalog is None else catalog.stats(),
+            qdrant=None if near is None else near.tier.stats(),
+            semantic_prefetch=None if near is None else near.stats(),
+            waiting={name: queue.stats().waiting for name, queue in behind.items() if queue is not None},
+            ram_pages=pages,
+            ram_huge_bytes=huge,
         )
 
     def set_log_level(self, component: str, level: Level | None) -> None:

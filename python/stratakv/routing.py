@@ -24,6 +24,7 @@ import sys
 import time
 import tomllib
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--listen", type=float, default=2.0, metavar="SECONDS", help="for so long (default: %(default)s)"
     )
-    parser.add_argument("--explain", action="store_true", help="a line for each replica, and not the name alone")
+    says = parser.add_mutually_exclusive_group()
+    says.add_argument("--explain", action="store_true", help="a line for each replica, and not the name alone")
+    says.add_argument("--json", action="store_true", help="the same for programs")
     parser.set_defaults(run=run)
 
 
@@ -59,7 +62,12 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, ValueError, TypeError, StrataKVError) as error:
         print(f"stratakv route: {error}", file=sys.stderr)
         return 2
-    print(decision if args.explain else decision.replica or decision.reason)
+    if args.json:
+        candidates = [asdict(each) for each in decision.candidates]
+        names = ("replica", "reason", "tokens")
+        print(json.dumps({name: getattr(decision, name) for name in names} | {"candidates": candidates}))
+    else:
+        print(decision if args.explain else decision.replica or decision.reason)
     return 0 if decision.replica else 1
 
 

@@ -48,7 +48,9 @@ class TierStats:
         hit_blocks: blocks it delivered.
         miss_blocks: blocks it did not have, or could not deliver.
         blocks: blocks it holds now.
-        used_bytes: bytes they take, headers and padding included.
+        used_bytes: bytes they take, headers and padding included; ``in = out + used`` holds exactly.
+        in_bytes: bytes of blocks that came to the tier, from wherever.
+        out_bytes: bytes of blocks that left it, for whatever reason.
         plain_bytes: bytes they would take if none were encoded.
         evicted_blocks: blocks that had to leave.
         residence: of one block in sixteen, seconds in the tier, when it left for whatever reason.
@@ -69,6 +71,8 @@ class TierStats:
     miss_blocks: int
     blocks: int
     used_bytes: int
+    in_bytes: int
+    out_bytes: int
     plain_bytes: int
     evicted_blocks: int
     residence: Histogram

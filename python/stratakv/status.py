@@ -49,8 +49,9 @@ class Status:
         ssd_engine: what reads and writes: ``io_uring``, ``pread`` or ``off``.
         ssd_read_only: why the SSD takes no writes at present; ``None`` if it does.
         demotion_queue_blocks: blocks that wait to be written to the SSD, by model.
-        hit_ceiling: which share of all blocks asked for a cache would have hit that never forgets, 0..1, by model, from
-            its registration on; by a sample, and only of models that were asked for enough.
+        waiting: what could not be written yet to a tier behind it, by tier: blocks, or rows; what fails is tried again.
+        hit_ceiling: which share of the blocks that matches asked for a cache would have hit that never forgets, 0..1, by
+            model, from its registration on; by a sample, and only of models that were asked for enough.
         dragonfly: what was asked of the tier that nodes share, and how it is; ``None``: there is none.
         postgres: the same of the catalog.
         qdrant: the same of the vector index.
@@ -80,6 +81,7 @@ class Status:
     ssd_engine: str
     ssd_read_only: str | None
     demotion_queue_blocks: dict[str, int]
+    waiting: dict[str, int]
     hit_ceiling: dict[str, float]
     dragonfly: DragonflyStats | None
     postgres: PostgresStats | None
@@ -110,6 +112,30 @@ class View:
     status: Status
     other_tenants: Stats | None
     tenants: int
+
+    @classmethod
+    def of(cls, native: dict[str, Any], **tiers: Any) -> View:  # noqa: ANN401 - fields of `Status`
+        """A native snapshot, and those fields of a `Status` that it does not have."""
+        serves = native["ssd_read_only"] is None if native["ssd_capacity_bytes"] else None
+        came, hit = native["lifted"]["warm"]
+        usage = {
+            kind: {name: Usage.of(row) for name, row in native[kind].items()} for kind in ("model_usage", "tenant_usage")
+        }
+        known = {
+            **native,
+            **usage,
+            **tiers,
+            "warm_start": LiftStats(bytes=came, hit_bytes=hit),
+            "degraded": degraded(tiers["dragonfly"], tiers["postgres"], tiers["qdrant"], ssd_serves=serves),
+        }
+        others = native["other_tenants"]
+        return cls(
+            version=_native.__version__,
+            snapshot=Snapshot.of(native),
+            status=Status(**{name: known[name] for name in Status.__slots__}),
+            other_tenants=None if others is None else Stats.of(others),
+            tenants=native["tenant_count"],
+        )
 
 
 MODES = ("no_hot_cache", "no_catalog", "no_vector_index", "ram_only")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 __all__ = ["Traces", "Work"]
@@ -33,13 +33,11 @@ class Work(NamedTuple):
 class Traces(Protocol):
     """Makes spans of what is called; `stratakv.observe.traces` does."""
 
-    around: Callable[[None], Any]
+    def turn(self) -> Iterator[Any]:
+        """Has the caller's context for each request that is passed over, and ends with them: the next is traced."""
 
-    def skip(self) -> int:
-        """How many requests are passed over before the next is traced."""
-
-    def wants(self, cache: Any, traceparent: str | None) -> bool:  # noqa: ANN401 - a cache
-        """Whether a request that begins now is traced."""
+    def wants(self, cache: Any, context: Any, traceparent: str | None) -> bool:  # noqa: ANN401 - a cache, a context
+        """Whether a request that begins now is traced; the context is what its turn had, ``True`` at the end."""
 
     def match(self, cache: Any, traceparent: str | None, **asked: Any) -> Any:  # noqa: ANN401 - as of `match`
         """Makes a match by `ModelCache.match`."""

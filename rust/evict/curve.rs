@@ -112,8 +112,8 @@ impl Curve {
         self.asked
     }
 
-    /// The share of all asks, from the first on, that a cache would have hit that never forgets, 0 to 1. `None`: too few
-    /// are known.
+    /// The share of all asks, from the first on, that were for what was asked for before, 0 to 1: a cache that never forgets
+    /// would have hit them. `None`: too few are known.
     pub fn ceiling(&self) -> Option<f64> {
         let told = self.asks >= TOLD_FROM;
         told.then(|| (1.0 - self.distinct.count() / self.asks as f64).clamp(0.0, 1.0))

@@ -32,6 +32,12 @@ struct Hint {
     due: Option<Duration>,
 }
 
+impl Hint {
+    fn ends(&self) -> Duration {
+        self.last_use.saturating_add(self.asked.ttl.unwrap_or(Duration::MAX))
+    }
+}
+
 /// How many that are due are looked at for one that may leave.
 const LOOKS: usize = 64;
 /// What is due and may not leave is looked at again after this long.
@@ -82,13 +88,18 @@ impl Retained {
         hint.map(|hint| hint.passes -= 1).is_some()
     }
 
+    /// Whether a block's time is over.
+    pub fn is_overdue(&self, node: NodeId, now: Duration) -> bool {
+        self.hints.get(&node).is_some_and(|hint| hint.ends() <= now)
+    }
+
     /// A block whose time is over, of those that may leave.
     pub fn overdue(&mut self, now: Duration, may_leave: impl Fn(NodeId) -> bool) -> Option<NodeId> {
         for _ in 0..LOOKS {
             let &Reverse((due, depth, node)) = self.due.peek().filter(|top| top.0.0 <= now)?;
             self.due.pop();
             let Some(hint) = self.hints.get_mut(&node).filter(|hint| hint.due == Some(due)) else { continue };
-            let ends = hint.last_use.saturating_add(hint.asked.ttl.unwrap_or(Duration::MAX));
+            let ends = hint.ends();
             let next = if ends > now { ends } else { now + AGAIN };
             hint.due = Some(next);
             self.due.push(Reverse((next, depth, node)));

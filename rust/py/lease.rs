@@ -4,6 +4,7 @@ use super::block::BlockBuffer;
 use super::model::{Asked, Model};
 use super::tensor::{Placement, keep_alive, view};
 use super::{OrRaise, raise};
+use crate::stats::Miss;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyMemoryView};
 
@@ -54,12 +55,26 @@ impl Lease {
         PyList::new(py, self.lease.places().iter().map(|t| t.name()))
     }
 
-    /// The same match as it is now, of the same tokens, up to so many blocks.
-    #[pyo3(signature = (model, tokens, most_blocks))]
-    fn extended(&self, model: &Model, tokens: &Bound<'_, PyAny>, most_blocks: usize) -> PyResult<Self> {
+    /// So many blocks that are not here are in another tier, and why others are not.
+    #[pyo3(signature = (blocks, why))]
+    fn found_elsewhere(&self, py: Python<'_>, blocks: usize, why: Option<&str>) -> PyResult<()> {
+        self.lease.found_elsewhere(blocks, why.map(Miss::of).transpose().or_raise(py)?);
+        Ok(())
+    }
+
+    /// The same match as it is now, of the same tokens, up to so many blocks; and why not more, if another tier said so.
+    #[pyo3(signature = (model, tokens, most_blocks, why))]
+    fn extended(
+        &self,
+        model: &Model,
+        tokens: &Bound<'_, PyAny>,
+        most_blocks: usize,
+        why: Option<&str>,
+    ) -> PyResult<Self> {
         let py = tokens.py();
         let asked = Asked::read(tokens, "", "")?;
-        let lease = py.detach(|| self.lease.extended(&asked.sequence(model, "", ""), most_blocks));
+        let why = why.map(Miss::of).transpose().or_raise(py)?;
+        let lease = py.detach(|| self.lease.extended(&asked.sequence(model, "", ""), most_blocks, why));
         Ok(Self { lease: lease.or_raise(py)? })
     }
 

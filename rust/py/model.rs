@@ -37,6 +37,15 @@ impl Model {
         Ok(Lease::new(lease.or_raise(py)?))
     }
 
+    /// The same of a sequence, where another tier is asked for what is not here.
+    #[pyo3(signature = (tokens))]
+    fn match_here(&self, tokens: &Bound<'_, PyAny>) -> PyResult<Lease> {
+        let py = tokens.py();
+        let asked = Asked::read(tokens, "", "")?;
+        let lease = py.detach(|| self.store.match_here(&self.model, asked.sequence(self, "", "")));
+        Ok(Lease::new(lease.or_raise(py)?))
+    }
+
     /// A sequence of no tokens yet.
     #[pyo3(signature = (adapter, tenant))]
     fn sequence(&self, adapter: &str, tenant: &str) -> TokenSequence {

@@ -340,6 +340,8 @@ fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyD
             ("miss_blocks", counts.miss),
             ("blocks", counts.blocks),
             ("used_bytes", counts.used_bytes),
+            ("in_bytes", counts.in_bytes),
+            ("out_bytes", counts.out_bytes),
             ("plain_bytes", counts.plain_bytes),
             ("evicted_blocks", counts.evicted),
             ("encoded_bytes", counts.encoded_bytes),

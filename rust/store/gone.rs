@@ -2,11 +2,11 @@
 //!
 //! A table of fixed size. The upper bits of a block's tag are its place there, where the lower ones stand with the reason;
 //! who comes later takes the place. So blocks that left long ago are forgotten, and a block is taken for another once in
-//! 2^29 times.
+//! 2^28 times.
 //!
 //! ```text
-//! tag    | place: 16 |       | told by: 29 | . |
-//! word                       | told by: 29 | 3 |      the reason, and 0 where nothing was noted yet
+//! tag    | place: 16 |       | told by: 28 | . |
+//! word                       | told by: 28 | 4 |      the reason, and 0 where nothing was noted yet
 //! ```
 
 use super::state::tag;
@@ -17,7 +17,7 @@ use crate::sync::{AtomicU32, Ordering};
 /// How many blocks are remembered at most.
 const PLACES: usize = 1 << 16;
 /// The bits of a word that hold the reason.
-const REASON: u32 = 7;
+const REASON: u32 = 15;
 
 /// Blocks that left, or were not let in, and why.
 #[derive(Debug)]

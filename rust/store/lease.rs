@@ -1,13 +1,13 @@
 //! Matching, without a lock: ask the index, count, and leave a note of what was touched. A match holds its deepest
 //! block, and so every block before it.
 
-use super::model::{Missing, Model};
+use super::model::Model;
 use super::namespace::Namespace;
 use super::{Sequence, Shared, Store};
 use crate::block::{BlockHash, Geometry};
 use crate::error::{Result, input};
 use crate::stats::{Miss, Tier};
-use crate::sync::{Arc, AtomicBool, Ordering};
+use crate::sync::{Arc, AtomicBool, Mutex, Ordering};
 use crate::trie::{NodeId, TooManyLeases, Trie};
 use crossbeam_queue::ArrayQueue;
 
@@ -111,6 +111,16 @@ pub struct Lease {
     /// Why the first block that was not found was not.
     pub(super) miss: Option<Miss>,
     pub(super) released: AtomicBool,
+    /// What is not counted yet: another tier may have it.
+    pub(super) owed: Option<Mutex<Owed>>,
+}
+
+/// Blocks of a match that are not here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Owed {
+    pub(super) blocks: usize,
+    /// Whether another tier has them.
+    pub(super) found: bool,
 }
 
 impl Store {
@@ -127,6 +137,19 @@ impl Store {
     /// # Errors
     /// As there; or the sequence is of another model.
     pub fn match_sequence(&self, model: &Arc<Model>, sequence: Sequence) -> Result<Lease> {
+        self.match_and_count(model, sequence, false)
+    }
+
+    /// As [`match_sequence`](Self::match_sequence), where another tier is asked for the blocks that are not here: they count
+    /// as [`Lease::found_elsewhere`] says.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn match_here(&self, model: &Arc<Model>, sequence: Sequence) -> Result<Lease> {
+        self.match_and_count(model, sequence, true)
+    }
+
+    fn match_and_count(&self, model: &Arc<Model>, sequence: Sequence, later: bool) -> Result<Lease> {
         self.shared.check_open()?;
         sequence.check_model(model)?;
         let Sequence { namespace, mut tokens, hashes, .. } = sequence;
@@ -135,7 +158,8 @@ impl Store {
         let found = self.shared.find(model, &namespace, &hashes, true)?;
         let blocks = found.map_or(0, |(_, blocks)| blocks);
         let miss = hashes.get(blocks).map(|&next| self.shared.why_missing(model, &namespace, next));
-        namespace.matches.count(blocks, miss.map(|why| (why, hashes.len() - blocks)));
+        let missing = hashes.len() - blocks;
+        namespace.matches.count(blocks, miss.map(|why| (why, if later { 0 } else { missing })));
         let asked_tokens = tokens.len();
         if miss.is_some() {
             self.shared.missed.note(model, &namespace, &tokens);
@@ -152,6 +176,7 @@ impl Store {
             asked_tokens,
             miss,
             released: AtomicBool::new(false),
+            owed: (later && missing > 0).then(|| Mutex::new(Owed { blocks: missing, found: false })),
         })
     }
 }
@@ -235,9 +260,25 @@ impl Lease {
         self.miss.map(|then| self.forgotten().unwrap_or(then))
     }
 
-    /// Blocks that were not found, as they were counted.
-    pub(super) fn missing(&self) -> Missing {
-        self.miss.map(|why| (why, self.hashes.len() - self.blocks()))
+    /// Of the blocks that are not here and are not counted, the first so many are in another tier: they count as found when
+    /// the match ends. The others count as missed now, for that reason, or for the one why they are not here. Said again, it
+    /// holds for those that were found before.
+    pub fn found_elsewhere(&self, blocks: usize, why: Option<Miss>) {
+        let Some(owed) = &self.owed else { return };
+        let mut owed = owed.lock();
+        let missing = owed.blocks.saturating_sub(blocks);
+        *owed = Owed { blocks: owed.blocks - missing, found: true };
+        if let Some(why) = why.or(self.miss) {
+            self.namespace.matches.count_more(0, Some((why, missing)));
+        }
+    }
+
+    // Counts what is not counted yet.
+    pub(super) fn count_owed(&self) {
+        let Some(owed) = &self.owed else { return };
+        let Owed { blocks, found } = std::mem::replace(&mut *owed.lock(), Owed { blocks: 0, found: true });
+        let missing = self.miss.filter(|_| !found).map(|why| (why, blocks));
+        self.namespace.matches.count_more(if found { blocks } else { 0 }, missing);
     }
 
     /// Why nothing of the match is there any more, if that is so.
@@ -252,9 +293,11 @@ impl Lease {
     /// Gives the blocks free. Releasing twice does nothing.
     pub fn release(&self) {
         // AcqRel: exactly one caller sees `false`.
-        if !self.released.swap(true, Ordering::AcqRel)
-            && let Some(id) = self.deepest
-        {
+        if self.released.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.count_owed();
+        if let Some(id) = self.deepest {
             self.shared.trie.release(id);
         }
     }

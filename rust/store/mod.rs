@@ -61,7 +61,7 @@ use crate::pool::Holding;
 use crate::ssd::io::{Engine, FileIo, Io};
 use crate::ssd::record::MAX_NAME_BYTES;
 use crate::ssd::{Ssd, SsdOptions, Stale};
-use crate::stats::{Snapshot, Tier};
+use crate::stats::{Counts, Snapshot, Tier};
 use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
 use crate::trie::Trie;
 use crate::workers::Workers;
@@ -529,7 +529,7 @@ impl Store {
                 .map(|m| (m.name.clone(), state.ram.pool.held_bytes(&m.holding) as u64))
                 .collect(),
             demotion_queue: state.models.values().map(|m| (m.name.clone(), m.queued_blocks)).collect(),
-            hit_ceiling: state.models.values().filter_map(|m| Some((m.name.clone(), m.curve.ceiling()?))).collect(),
+            hit_ceiling: state.models.values().filter_map(|m| ceiling(m, &models)).collect(),
             lifted: state.lifts,
             index_blocks: shared.trie.len() as u64,
             index_bytes: shared.trie.bytes() as u64,
@@ -582,6 +582,19 @@ impl Shared {
         self.check_open()?;
         Ok(state)
     }
+}
+
+// The share of what matches asked of a model that one that never forgets would have found. Of what was found or put, this
+// many were there before: that much it would have found, of what matches asked for. `counts`: of all models, by name.
+fn ceiling(model: &ModelState, counts: &[(String, Counts)]) -> Option<(String, f64)> {
+    let again = model.curve.ceiling()?;
+    let nth = counts.binary_search_by(|(name, _)| name.cmp(&model.name)).ok()?;
+    let &(_, Counts { asked, hit, put_blocks, .. }) = &counts[nth];
+    let ratio = |blocks: f64| blocks / asked as f64;
+    (asked > 0).then(|| {
+        let found = again * (hit + put_blocks) as f64;
+        (model.name.clone(), ratio(found).clamp(ratio(hit as f64), 1.0))
+    })
 }
 
 fn check_view(geometry: &Geometry, view: &KvView, tokens: usize) -> Result<()> {

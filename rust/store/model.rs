@@ -52,22 +52,14 @@ impl Matches {
     pub(super) fn count(&self, hit: usize, missing: Missing) {
         // Relaxed, as all counts here: each is right by itself.
         self.matches.fetch_add(1, Ordering::Relaxed);
+        self.count_more(hit, missing);
+    }
+
+    /// Counts blocks of a match that was counted already.
+    pub(super) fn count_more(&self, hit: usize, missing: Missing) {
         self.hit.fetch_add(hit as u64, Ordering::Relaxed);
         if let Some((why, blocks)) = missing {
             self.missed[why as usize].fetch_add(blocks as u64, Ordering::Relaxed);
-        }
-    }
-
-    /// Of a match that was counted some blocks were missing, and now others are.
-    pub(super) fn recount(&self, before: Missing, now: Missing) {
-        let blocks = |missing: Missing| missing.map_or(0, |(_, blocks)| blocks as u64);
-        // Adding wraps around: it takes away where more is missing now.
-        self.hit.fetch_add(blocks(before).wrapping_sub(blocks(now)), Ordering::Relaxed);
-        if let Some((why, _)) = before {
-            self.missed[why as usize].fetch_sub(blocks(before), Ordering::Relaxed);
-        }
-        if let Some((why, _)) = now {
-            self.missed[why as usize].fetch_add(blocks(now), Ordering::Relaxed);
         }
     }
 

@@ -284,12 +284,13 @@ impl Shared {
 }
 
 impl super::Lease {
-    /// The same match as it is now, of the same tokens: longer, where blocks were admitted since, up to so many blocks. What
-    /// it found more counts as found from the start.
+    /// The same match as it is now, of the same tokens: longer, where blocks were admitted since, up to so many blocks. Of
+    /// what was not counted yet, what it found more counts as found, and the others as missed: for that reason, or for the
+    /// one why they are not here.
     ///
     /// # Errors
     /// The store is closed, or the sequence is another.
-    pub fn extended(&self, sequence: &Sequence, most_blocks: usize) -> Result<Self> {
+    pub fn extended(&self, sequence: &Sequence, most_blocks: usize, why: Option<Miss>) -> Result<Self> {
         let shared = &self.shared;
         shared.check_open()?;
         sequence.check_model(&self.model)?;
@@ -312,8 +313,10 @@ impl super::Lease {
             asked_tokens: self.asked_tokens,
             miss,
             released: AtomicBool::new(false),
+            owed: None,
         };
-        self.namespace.matches.recount(self.missing(), now.missing());
+        self.found_elsewhere(now.blocks().saturating_sub(self.blocks()), why.or(now.miss));
+        self.count_owed();
         Ok(now)
     }
 

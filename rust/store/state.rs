@@ -274,6 +274,8 @@ impl State {
             let Some(owner) = self.owners.get_mut(owner) else { continue };
             let (plain, counts) = (owner.plain_bytes, owner.counts.tier(tier));
             counts.used_bytes = counts.used_bytes + is.unwrap_or(0) - was.unwrap_or(0);
+            counts.in_bytes += is.unwrap_or(0);
+            counts.out_bytes += was.unwrap_or(0);
             let blocks = &mut owner.blocks[tier as usize];
             match (was, is) {
                 (None, Some(_)) => {
@@ -459,13 +461,15 @@ impl State {
         let counts = self.counts_of(id);
         counts.tier(Tier::Ram).evicted += 1;
         counts.demotions_dropped += u64::from(ssd_expected && lost);
+        let now = self.ram.now();
         let leaving = self.ram.leaving(model);
         leaving.order.remove(id, true);
+        let why = if leaving.retained.is_overdue(id, now) { Miss::Expired } else { Miss::Evicted };
         leaving.retained.remove(id);
         if clean {
             self.leave_ram(id);
         } else {
-            self.drop_subtree(id, Miss::Evicted);
+            self.drop_subtree(id, why);
         }
     }
 

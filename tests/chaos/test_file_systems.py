@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import stratakv
-from stores import assert_right, config, geometry, kv_of, tokens_of
+from stores import assert_right, assert_sums, config, geometry, kv_of, tokens_of
 from stratakv.cli import main
 
 pytestmark = pytest.mark.chaos
@@ -63,6 +63,7 @@ def test_a_full_file_system_stops_writes_and_nothing_else(small: Path) -> None:
         ballast.unlink()
         caches.flush()
         assert caches.status().ssd_read_only is None
+        assert_sums(caches.stats())
         assert caches.stats().tiers["ssd"].blocks > written
     with stratakv.open(config(small / "store", capacity_bytes="32MiB")) as caches:
         cache = caches.register("model", SHAPE)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import stratakv
-from stores import assert_right, geometry, kv_of, tokens_of
+from stores import assert_right, assert_sums, geometry, kv_of, tokens_of
 
 ROUNDS = int(os.environ.get("ROUNDS", "2"))
 MODELS, THREADS = 64, 8
@@ -71,10 +71,9 @@ def test_models_come_serve_and_go_from_many_threads(ssd: bool, tmp_path: Path) -
                         assert cache.match(tokens_of(1, 64)).tokens == 0
                     if step % 20 == 0:
                         caches.set_models(strategy=chance.choice(("fair", "proportional", "priority", "dynamic")))
-                        stats = caches.stats()
-                        assert stats.hit_blocks + stats.miss_blocks == stats.asked_blocks
-                        for tier in stats.tiers.values():
-                            assert tier.hit_blocks + tier.miss_blocks == tier.asked_blocks
+                        snapshot = caches.snapshot()
+                        for stats in (snapshot.total, *snapshot.models.values(), *snapshot.tenants.values()):
+                            assert_sums(stats)
                 for name in mine:
                     caches.unregister(name)
             except BaseException as failure:
@@ -92,8 +91,11 @@ def test_models_come_serve_and_go_from_many_threads(ssd: bool, tmp_path: Path) -
         for n in range(4):
             caches.unregister(f"shared-{n}")
         stats, status = caches.stats(), caches.status()
-        assert stats.asked_blocks == stats.hit_blocks + stats.miss_blocks > 0
-        assert [tier.used_bytes for tier in stats.tiers.values()] == [0, 0]
+        assert_sums(stats)
+        assert stats.asked_blocks > 0
+        assert all((tier.used_bytes, tier.in_bytes) == (0, tier.out_bytes) for tier in stats.tiers.values())
+        assert status.ram_free_bytes == status.ram_capacity_bytes
+        assert stats.tiers["ram"].in_bytes > 0
         assert status.index_blocks == 0
         assert status.ram_held == {}
         assert not list(tmp_path.glob("*.kv"))

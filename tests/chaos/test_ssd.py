@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import stratakv
-from stores import assert_right, config, geometry, kv_of, tokens_of
+from stores import assert_right, assert_sums, config, geometry, kv_of, tokens_of
 
 pytestmark = pytest.mark.chaos
 
@@ -94,7 +94,7 @@ def test_what_was_acknowledged_survives_sigkill_at_any_instant(tmp_path: Path, p
                 assert_right(cache, tokens_of(seed, 64))
             stats = caches.stats()
             assert stats.corrupt_blocks == 0
-            assert stats.tiers["ssd"].asked_blocks == stats.tiers["ssd"].hit_blocks + stats.tiers["ssd"].miss_blocks
+            assert_sums(stats)
     assert acknowledged
 
 
@@ -166,5 +166,6 @@ def test_damage_anywhere_costs_misses_and_never_a_wrong_byte(tmp_path: Path) -> 
                     if missing:
                         tokens = tokens_of(seed, 64)
                         assert cache.put(tokens, kv_of(tokens, SHAPE), layout="LKHND") == 64
+            assert_sums(caches.stats())
         shutil.rmtree(copy)
     assert all(lost.get(kind, 0) > 0 for kind in ("zero", "cut", "swapped", "replaced")), lost

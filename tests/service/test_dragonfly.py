@@ -19,7 +19,7 @@ import pytest
 
 import stratakv
 from servers import GIVEN, Proxy, certificate, cluster, free_port, redis
-from stores import assert_right, config, geometry, kv_of, loaded, tokens_of
+from stores import assert_right, assert_sums, config, geometry, kv_of, loaded, tokens_of
 
 SHAPE = geometry(block_tokens=8, head_dim=32)
 TOKENS = 64
@@ -91,7 +91,8 @@ def test_what_one_node_stored_another_hits(server: Any) -> None:
             assert (again.loaded_tokens, set(again.blocks), again.reason) == (TOKENS, {"ram"}, None)
         stats = two.status().dragonfly
         assert (stats.asked_blocks, stats.hit_blocks, stats.miss_blocks) == (80, 80, 0)
-        assert b.stats().hit_blocks + b.stats().miss_blocks == b.stats().asked_blocks
+        assert_sums(b.stats())
+        assert (b.stats().hit_blocks, b.stats().miss_blocks) == (240, 0), "those that were not loaded, too"
         two.flush()
         stats = two.status().dragonfly
         assert (stats.written_blocks, stats.known_blocks) == (0, 80), "what came from there is not sent back"
@@ -267,7 +268,8 @@ def test_a_network_that_is_slow_is_waited_for_until_the_deadline_and_no_longer(
             proxy.mode = "pass"
             until_served(b, tokens)
             assert_counted(two)
-            assert b.stats().hit_blocks + b.stats().miss_blocks == b.stats().asked_blocks
+            assert_sums(b.stats())
+            assert (b.stats().missed["timeout"] > 0) == (b.stats().miss_blocks > 0) == (not served)
     finally:
         proxy.close()
 
@@ -574,6 +576,8 @@ def test_a_load_that_takes_longer_than_computing_is_not_made_and_says_so(tmp_pat
                 assert {e.reason for e in found if not e.loaded_tokens} == {"not_worth_it"}
                 stats = two.status().dragonfly
                 assert stats.not_worth_it_loads == 30
+                assert_sums(b.stats())
+                assert b.stats().missed["not_worth_it"] == b.stats().miss_blocks == 240
                 assert stats.bytes_per_s is not None
                 # An engine that is slow is helped all the same; and a tier that has recovered is used again.
                 b.set_prefill_rate(10)

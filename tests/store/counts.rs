@@ -103,7 +103,7 @@ fn what_was_dropped_retired_or_unregistered_is_counted_and_so_is_who_asks_for_it
 }
 
 #[test]
-fn a_match_that_goes_on_is_counted_by_what_it_misses_then() {
+fn what_another_tier_may_have_counts_once_that_is_known() {
     let store = memory(4 * MIB);
     let model = register(&store, "m", FINE);
     let tokens = sequence(0, 10, &FINE);
@@ -111,21 +111,52 @@ fn a_match_that_goes_on_is_counted_by_what_it_misses_then() {
     store.unregister(&model).expect("it is registered");
     // So the first six are known to be dropped, and the others are not known.
     let model = register(&store, "m", FINE);
-    let whole = store.sequence(&model, "", "", tokens.clone());
-    let none = store.match_sequence(&model, whole.clone()).expect("it is open");
-    assert_eq!(missed(&store.snapshot().total), [(Miss::Dropped, 10)]);
-    put(&store, &model, &tokens[..6 * 8]);
-    let some = none.extended(&whole, 10).expect("it is open");
+    let whole = store.sequence(&model, "", "", tokens);
+    let hold = || store.match_here(&model, whole.clone()).expect("it is open");
+    let counted = |hit: u64, expected: &[(Miss, u64)]| {
+        let snapshot = store.snapshot();
+        assert_sums(&snapshot);
+        assert_eq!((snapshot.total.hit, &missed(&snapshot.total)[..]), (hit, expected));
+    };
+    let none = hold();
+    counted(0, &[]);
+    none.release();
+    counted(0, &[(Miss::Dropped, 10)]);
+    // Eight of ten are there, of which two cannot be had.
+    let none = hold();
+    none.found_elsewhere(8, None);
+    counted(0, &[(Miss::Dropped, 12)]);
+    put(&store, &model, &whole.tokens()[..6 * 8]);
+    let some = none.extended(&whole, 8, Some(Miss::Timeout)).expect("it is open");
     assert_eq!((why(&none), why(&some)), ((0, Some(Miss::Dropped)), (6, Some(Miss::NeverStored))));
-    let snapshot = store.snapshot();
-    assert_sums(&snapshot);
-    assert_eq!((missed(&snapshot.total), snapshot.total.hit), (vec![(Miss::NeverStored, 4)], 6));
-    put(&store, &model, &tokens);
-    let all = some.extended(&whole, 10).expect("it is open");
-    assert_eq!(why(&all), (10, None));
-    let snapshot = store.snapshot();
-    assert_sums(&snapshot);
-    assert_eq!((snapshot.total.asked, snapshot.total.hit, snapshot.total.matches), (10, 10, 1));
+    let timeout = &[(Miss::Dropped, 12), (Miss::Timeout, 2)];
+    counted(6, timeout);
+    drop((none, some));
+    counted(6, timeout);
+    // They are there, and are not loaded.
+    let some = hold();
+    some.found_elsewhere(4, None);
+    counted(12, timeout);
+    drop(some);
+    counted(16, timeout);
+    // They were there, and are not any more.
+    let some = hold();
+    some.found_elsewhere(4, None);
+    some.found_elsewhere(1, Some(Miss::Failed));
+    let failed = &[(Miss::Dropped, 12), (Miss::Timeout, 2), (Miss::Failed, 3)];
+    counted(22, failed);
+    some.release();
+    some.release();
+    counted(23, failed);
+    let total = store.snapshot().total;
+    assert_eq!((total.asked, total.matches), (40, 4));
+    // All of it is here: nothing is owed.
+    put(&store, &model, whole.tokens());
+    let all = hold();
+    all.found_elsewhere(3, Some(Miss::Timeout));
+    counted(33, failed);
+    drop(all);
+    counted(33, failed);
 }
 
 #[test]
@@ -250,6 +281,19 @@ fn the_ceiling_is_known_after_a_hundred_asks_and_does_not_care_what_is_cached() 
     assert!(snapshot.total.tiers[0].evicted > 0 && hit < 0.79, "{hit}");
     store.age_curves(0.0).expect("it is open");
     assert_eq!(store.snapshot().hit_ceiling, snapshot.hit_ceiling, "never aged");
+    // A prompt may be asked for more often than it is put: that no cache can help.
+    let store = memory(8 * MIB);
+    let model = register(&store, "m", geometry);
+    for _ in 0..5 {
+        for tokens in &prompts {
+            let asks = if hold(&store, &model, tokens).tokens() == 0 { 2 } else { 0 };
+            (0..asks).for_each(|_| drop(hold(&store, &model, tokens)));
+            put(&store, &model, tokens);
+        }
+    }
+    let Snapshot { hit_ceiling, total, .. } = store.snapshot();
+    assert_eq!((total.asked, total.hit, total.tiers[0].evicted), (60 * 7, 60 * 4, 0));
+    assert!((hit_ceiling[0].1 - 4.0 / 7.0).abs() < 0.01, "{hit_ceiling:?}");
 }
 
 #[test]

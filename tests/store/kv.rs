@@ -180,6 +180,7 @@ pub(crate) fn assert_sums(snapshot: &Snapshot) {
     for counts in models.chain(tenants.clone()).chain([total]) {
         assert_eq!(counts.hit + counts.miss, counts.asked);
         assert_eq!(counts.missed.iter().sum::<u64>(), counts.miss);
+        assert!(counts.tiers.iter().all(|tier| tier.in_bytes == tier.out_bytes + tier.used_bytes));
     }
     let of = |counts: &Counts| {
         let requests = [counts.matches, counts.puts, counts.loads, counts.dropped, counts.put_ns, counts.load_ns];

@@ -207,12 +207,12 @@ fn a_match_that_goes_on_is_no_longer_than_what_was_promised() {
     let size = FINE.block_tokens as usize;
     put(&one, &model, &tokens[..5 * size]);
     let whole = one.sequence(&model, "", "", tokens.clone());
-    let lease = one.match_sequence(&model, whole.clone()).expect("it is open");
+    let lease = one.match_here(&model, whole.clone()).expect("it is open");
     assert_eq!(lease.tokens(), 5 * size);
     put(&one, &model, &tokens);
-    let longer = lease.extended(&whole, 8).expect("it is open");
+    let longer = lease.extended(&whole, 8, None).expect("it is open");
     assert_eq!(longer.tokens(), 8 * size);
     let counts = one.snapshot().total;
     assert_eq!((counts.asked, counts.hit, counts.miss), (20, 8, 12));
-    assert_eq!(lease.extended(&whole, 3).expect("it is open").tokens(), 5 * size, "never shorter than it was");
+    assert_eq!(lease.extended(&whole, 3, None).expect("it is open").tokens(), 5 * size, "never shorter than it was");
 }

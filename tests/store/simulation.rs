@@ -417,6 +417,12 @@ impl Simulation {
         let [ram, ssd] = snapshot.total.tiers;
         assert!(ram.hit + ram.miss == ram.asked && ssd.hit + ssd.miss == ssd.asked && ram.miss == ssd.asked);
         let used = (ram.used_bytes, ssd.used_bytes);
+        // By slots and by blocks: they differ by what is held, or was when it was forgotten.
+        let taken = snapshot.ram_capacity_bytes - snapshot.ram_free_bytes;
+        assert!(
+            if self.held.is_empty() { taken == used.0 } else { taken >= used.0 },
+            "{taken} in slots, {used:?} in blocks"
+        );
         assert!(used.0 <= RAM && used.1 <= snapshot.ssd_file_bytes, "{used:?} of {}", snapshot.ssd_file_bytes);
         let (books, disk) = (snapshot.ssd_file_bytes, disk_bytes(self.directory.path()));
         // Where a disk does not take back what is empty, that counts from the opening on.

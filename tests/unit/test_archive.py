@@ -101,6 +101,10 @@ def test_verify_names_every_record_that_is_wrong(tmp_path: Path, capsys: pytest.
     page = capsys.readouterr().out
     assert f"{PROMPTS * 16 - 3} records" in page
     assert "3 wrong" in page
+    assert main(["ssd", "verify", str(tmp_path), "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert (said["records"], said["damaged"]) == (PROMPTS * 16 - 3, [])
+    assert [(row["path"], row["at"]) for row in said["wrong"]] == [(str(file), places[n]) for n in (3, 40, 77)]
     for n in (3, 40, 77):
         assert f"{file}: record at {places[n]}: its checksum or its header is wrong" in page
 

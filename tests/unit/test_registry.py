@@ -139,6 +139,11 @@ def test_the_command_lists_what_is_there(tmp_path: Path, capsys: pytest.CaptureF
     write_model(tmp_path / "window", sliding_window=128)
     assert cli.main(["models", str(tmp_path)]) == 1
     assert "window: cannot be cached: llama has a sliding window" in capsys.readouterr().out
+    assert cli.main(["models", str(tmp_path), "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    [one], [window] = said["models"], said["refused"]
+    assert (one["name"], one["path"], one["geometry"]["layers"]) == ("one", str(tmp_path / "one"), 2)
+    assert (window["name"], "sliding window" in window["reason"]) == ("window", True)
     assert cli.main(["models", str(tmp_path / "nowhere")]) == 2
 
 

@@ -57,6 +57,12 @@ def test_what_is_over_leaves_first_though_it_was_used_last(cache: stratakv.Model
     put(cache, 8, SLOTS - 7 * 64 + 40)
     assert [blocks_of(cache, tokens) for tokens in kept] == [64] * 6
     assert blocks_of(cache, over) == 24
+    with cache.match(over) as hit:
+        assert hit.explain().reason == "expired"
+    put(cache, 9, SLOTS)
+    with cache.match(kept[0]) as hit:
+        assert hit.explain().reason == "evicted"
+    assert {why: blocks for why, blocks in cache.stats().missed.items() if blocks} == {"expired": 80, "evicted": 64}
 
 
 @pytest.mark.parametrize("cache", get_args(Eviction), indirect=True)

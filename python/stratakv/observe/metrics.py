@@ -199,6 +199,8 @@ def _queues(view: View) -> Iterator[Sample]:
     yield ("demotion",), sum(view.status.demotion_queue_blocks.values())
     if (near := view.status.semantic_prefetch) is not None:
         yield ("vector_index",), near.behind.waiting
+    for tier, waiting in view.status.waiting.items():
+        yield (tier,), waiting
 
 
 def _lifted(view: View) -> Iterator[Sample]:
@@ -258,7 +260,7 @@ METRICS: tuple[Metric, ...] = (
         "stratakv_hit_ceiling_ratio",
         "gauge",
         MODEL,
-        "Share of the blocks found or put that a cache without end would have found, from a sample.",
+        "Share of the blocks asked for that a cache without end would have found, from a sample.",
         _ceiling,
     ),
     Metric("stratakv_loads_total", "counter", MODEL, "Loads made.", _model(lambda s: s.loads)),
@@ -313,6 +315,20 @@ METRICS: tuple[Metric, ...] = (
         TIER,
         "Bytes that they take, headers and padding included.",
         _tier(lambda t: t.used_bytes),
+    ),
+    Metric(
+        "stratakv_tier_in_bytes_total",
+        "counter",
+        TIER,
+        "Bytes of blocks that came to a tier: what left and what it holds, exactly.",
+        _tier(lambda t: t.in_bytes),
+    ),
+    Metric(
+        "stratakv_tier_out_bytes_total",
+        "counter",
+        TIER,
+        "Bytes of blocks that left a tier, for whatever reason.",
+        _tier(lambda t: t.out_bytes),
     ),
     Metric(
         "stratakv_codec_ratio",
@@ -526,7 +542,7 @@ METRICS: tuple[Metric, ...] = (
         _one(lambda status: status.ssd_read_only is not None),
     ),
     # How full it is inside.
-    Metric("stratakv_queue_depth", "gauge", ("queue",), "Blocks, or prompts, that wait to be written.", _queues),
+    Metric("stratakv_queue_depth", "gauge", ("queue",), "Blocks, rows, or prompts that wait to be written.", _queues),
     Metric(
         "stratakv_index_blocks",
         "gauge",

@@ -11,6 +11,7 @@ decision. Where there is none, one request in so many is traced.
 from __future__ import annotations
 
 import contextvars
+import itertools
 import math
 import random
 import threading
@@ -85,7 +86,7 @@ class Traces:
         self._parse = TraceContextTextMapPropagator()
         variable = _ambient()
         # OpenTelemetry's context at present; every request asks.
-        self.around: Callable[[None], Any] = variable.get if variable is not None else lambda _: otel.get_current()
+        self._around: Callable[[None], Any] = variable.get if variable is not None else lambda _: otel.get_current()
         self._lock = threading.Lock()
         # Which request put a block, or matched it last: links of what is done with it behind.
         self._requests: OrderedDict[bytes, trace.SpanContext] = OrderedDict()
@@ -95,7 +96,14 @@ class Traces:
         self._thread = threading.Thread(target=self._look, name="stratakv-traces", daemon=True)
         self._thread.start()
 
-    def skip(self) -> int:
+    def turn(self) -> Iterator[Any]:
+        """The caller's context at each request that is passed over.
+
+        What asks for it and counts it is one call, in C: half of what two would cost a match.
+        """
+        return map(self._around, itertools.repeat(None, self._skip()))
+
+    def _skip(self) -> int:
         """Requests that are passed over: so many that each is traced by chance, whatever became of the others."""
         if self._ratio >= 1:
             return 0
@@ -103,17 +111,17 @@ class Traces:
             return 1 << 62
         return int(math.log(1 - self._draw()) / math.log(1 - self._ratio))
 
-    def wants(self, cache: ModelCache, traceparent: str | None) -> bool:
-        """Whether a request that begins now is traced, if it is its turn or somebody else may say so."""
-        known = self._within(self.around(None) or {})
+    def wants(self, cache: ModelCache, context: Any, traceparent: str | None) -> bool:  # noqa: ANN401 - of OpenTelemetry
+        """Whether a request that begins now is traced: because its caller's span is, or it is its turn."""
+        due = context is True
+        known = self._within((self._around(None) if due else context) or {})
         if known is False:
             return False
         if known or traceparent:
             return True
-        if cache.untraced >= 0:
-            return False
-        cache.untraced = self.skip()
-        return True
+        if due:
+            cache.turn = self.turn()
+        return due
 
     @staticmethod
     def _within(around: Any) -> bool | None:  # noqa: ANN401 - a context of OpenTelemetry

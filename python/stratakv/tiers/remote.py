@@ -27,6 +27,7 @@ class Remote:
         names, here = lease.names, lease.blocks
         self.space = model.fingerprint + lease.space
         count, self.reason = tier.leading(self.space, names, here)
+        lease.found_elsewhere(count, self.reason)
         self.before, self.names = names[:here], names[here : here + count]
         # Which blocks of the match came from there.
         self.fetched: set[int] = set()
@@ -42,7 +43,7 @@ class Remote:
             first, rate = lease.blocks, self.model.prefill_rate()
             saved_s = None if rate is None else lease.block_tokens * len(self.names) / rate
             if self.names and not self.tier.cost.is_worth(size * len(self.names), saved_s):
-                self.names, self.reason = [], "not_worth_it"
+                self._none(lease, "not_worth_it")
                 self.tier.passed_over()
             if not self.names:
                 return lease
@@ -50,14 +51,14 @@ class Remote:
             records, reason = self.tier.fetch(self.space, names, size, first)
             asked, self.names = len(self.names), []
             _, came, wrong = self.model.admit(self.asked, "", "", first, records)
-            longer = lease.extended(self.model, self.asked, first + asked)
+            longer = lease.extended(self.model, self.asked, first + asked, wrong or reason)
         except ClosedError:
             # The store went away under the match.
-            self.names, self.reason = [], "closed"
+            self._none(lease, "closed")
             return lease
         except StrataKVError as error:
             _log.warning("match_cut_short", "a match ends before what is in dragonfly: %s", error)
-            self.names, self.reason = [], "error"
+            self._none(lease, "error")
             return lease
         finally:
             self.took_s = time.perf_counter() - begun
@@ -68,6 +69,11 @@ class Remote:
         self.fetched |= set(range(first, first + here))
         lease.release()
         return longer
+
+    def _none(self, lease: _native.Lease, reason: str) -> None:
+        """None of what is there can be had."""
+        self.names, self.reason = [], reason
+        lease.found_elsewhere(0, reason)
 
     def _overtake(self, lease: _native.Lease, size: int) -> None:
         """Brings blocks that are on SSD alone from there, where that takes much less than reading them."""
