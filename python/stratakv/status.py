@@ -50,8 +50,8 @@ class Status:
         ssd_read_only: why the SSD takes no writes at present; ``None`` if it does.
         demotion_queue_blocks: blocks that wait to be written to the SSD, by model.
         waiting: what could not be written yet to a tier behind it, by tier: blocks, or rows; what fails is tried again.
-        hit_ceiling: which share of the blocks that matches asked for a cache would have hit that never forgets, 0..1, by
-            model, from its registration on; by a sample, and only of models that were asked for enough.
+        hit_ceiling: which share of the blocks that matches asked for a cache would have hit that never forgets, 0..1,
+            by model, from its registration on; by a sample, and only of models that were asked for enough.
         dragonfly: what was asked of the tier that nodes share, and how it is; ``None``: there is none.
         postgres: the same of the catalog.
         qdrant: the same of the vector index.
@@ -118,9 +118,8 @@ class View:
         """A native snapshot, and those fields of a `Status` that it does not have."""
         serves = native["ssd_read_only"] is None if native["ssd_capacity_bytes"] else None
         came, hit = native["lifted"]["warm"]
-        usage = {
-            kind: {name: Usage.of(row) for name, row in native[kind].items()} for kind in ("model_usage", "tenant_usage")
-        }
+        used = ("model_usage", "tenant_usage")
+        usage = {kind: {name: Usage.of(row) for name, row in native[kind].items()} for kind in used}
         known = {
             **native,
             **usage,

@@ -159,6 +159,12 @@ impl Model {
         Ok(PyBytes::new(py, &py.detach(|| self.store.places(&self.model, &names)).or_raise(py)?))
     }
 
+    /// Bytes that a load would read for each leading block of some tokens; and through how many of them, and of so many
+    /// more in RAM, it would go.
+    fn weigh(&self, py: Python<'_>, names: Vec<[u8; 16]>, more: usize) -> PyResult<(Vec<u64>, usize)> {
+        py.detach(|| self.store.weigh(&self.model, &names, more)).or_raise(py)
+    }
+
     /// Why each block of a sequence is not there; of one that is there it says nothing.
     fn missing(&self, sequence: &TokenSequence) -> Vec<&'static str> {
         self.store.missing(&sequence.sequence.lock()).into_iter().map(|why| why.name()).collect()

@@ -5,10 +5,10 @@
 //! where going on would cost more than it saves, with [`Miss::NotWorthIt`](crate::stats::Miss::NotWorthIt). Of many such
 //! loads one is made all the same, so that a disk that has recovered is seen.
 
-use super::nodes::NodeId;
+use super::nodes::{NodeId, Nodes};
 use super::state::State;
 use super::{Model, Shared, Store};
-use crate::block::BlockHash;
+use crate::block::{BlockHash, Sealed};
 use crate::error::{Result, input};
 use crate::sync::{AtomicBool, Mutex, Ordering};
 use std::collections::VecDeque;
@@ -43,6 +43,18 @@ impl ReadRate {
     /// How many of these blocks a load should go through; of each is given what has to be read for it. `computed_s` is what
     /// computing one takes.
     pub(super) fn worthwhile(&mut self, reads: &[u64], computed_s: f64) -> usize {
+        let best = self.best(reads, computed_s);
+        if best < reads.len() {
+            self.passed_over += 1;
+            if self.passed_over.is_multiple_of(TRIED) {
+                return reads.len();
+            }
+        }
+        best
+    }
+
+    // The same, but for the load of many that is made all the same.
+    fn best(&self, reads: &[u64], computed_s: f64) -> usize {
         if self.bytes == 0.0 {
             return reads.len();
         }
@@ -52,12 +64,6 @@ impl ReadRate {
             saved_s += computed_s - bytes as f64 * byte_s;
             if saved_s >= best.0 {
                 best = (saved_s, n + 1);
-            }
-        }
-        if best.1 < reads.len() {
-            self.passed_over += 1;
-            if self.passed_over.is_multiple_of(TRIED) {
-                return reads.len();
             }
         }
         best.1
@@ -132,15 +138,38 @@ impl State {
     pub(super) fn worthwhile(&mut self, model: u32, blocks: &[NodeId]) -> usize {
         let Some(books) = self.models.get_mut(&model) else { return blocks.len() };
         let Some(computed_s) = books.computed_s else { return blocks.len() };
-        let read = |id: &NodeId| match &self.nodes[*id] {
-            node if node.ram.is_some() => 0,
-            node => node.ssd.map_or(0, |place| place.bytes()),
-        };
-        books.read_rate.worthwhile(&blocks.iter().map(read).collect::<Vec<_>>(), computed_s)
+        let nodes = &self.nodes;
+        books.read_rate.worthwhile(&blocks.iter().map(|&id| to_read(nodes, id)).collect::<Vec<_>>(), computed_s)
+    }
+}
+
+// Bytes that have to be read for a block.
+fn to_read(nodes: &Nodes, id: NodeId) -> u64 {
+    match &nodes[id] {
+        node if node.ram.is_some() => 0,
+        node => node.ssd.map_or(0, |place| place.bytes()),
     }
 }
 
 impl Store {
+    /// Of the leading blocks of some tokens, by their names, the bytes that a load has to read for each, up to one that is
+    /// nowhere; and through how many of them, and of so many more that would be in RAM, it would go at present. Nothing is
+    /// counted.
+    ///
+    /// # Errors
+    /// The store is closed.
+    pub fn weigh(&self, model: &Model, names: &[Sealed], more: usize) -> Result<(Vec<u64>, usize)> {
+        let state = self.shared.open_state()?;
+        let found = names.iter().map_while(|&name| state.nodes.find(self.shared.secret.unseal(name)));
+        let mut reads: Vec<u64> = found.map(|id| to_read(&state.nodes, id)).collect();
+        let here = reads.len();
+        reads.resize(here + more, 0);
+        let books = state.models.get(&model.id);
+        let best = books.and_then(|books| Some(books.read_rate.best(&reads, books.computed_s?))).unwrap_or(reads.len());
+        reads.truncate(here);
+        Ok((reads, best))
+    }
+
     /// Tells how many tokens a second the engine computes of this model's prompts; `None`: not known, and all that is found
     /// is loaded.
     ///
@@ -209,7 +238,9 @@ mod tests {
             let mut learned = ReadRate::default();
             prop_assert_eq!(learned.worthwhile(&reads, 0.001), reads.len(), "nothing is known yet");
             learned.note(rate, 1_000_000_000);
+            let told = learned.best(&reads, computed as f64);
             let found = learned.worthwhile(&reads, computed as f64);
+            prop_assert_eq!(told, found);
             let saved = |blocks: usize| {
                 blocks as f64 * computed as f64 - reads[..blocks].iter().sum::<u64>() as f64 / rate as f64
             };

@@ -298,6 +298,7 @@ def test_in_every_scrape_it_adds_up(prometheus: Prometheus) -> None:
     for asked, hit, miss in (
         ("stratakv_asked_blocks_total", "stratakv_hit_blocks_total", "stratakv_miss_blocks_total"),
         ("stratakv_tier_asked_blocks_total", "stratakv_tier_hit_blocks_total", "stratakv_tier_miss_blocks_total"),
+        ("stratakv_tier_in_bytes_total", "stratakv_tier_out_bytes_total", "stratakv_used_bytes"),
     ):
         rest = f"sum({asked}) - sum({hit}) - sum({miss})"
         assert list(prometheus.ask(f"max_over_time(abs({rest})[1m:1s])").values()) == [0]

@@ -325,10 +325,11 @@ def test_events_over_http(caches: stratakv.CacheManager) -> None:
 
 
 def test_explain_tells_block_by_block_and_counts_as_no_use(tmp_path: Path) -> None:
-    tokens = tokens_of(1, 66)
+    tokens, other = tokens_of(1, 66), tokens_of(2, 32)
     with stratakv.open(listening(tmp_path)) as caches:
         cache = caches.register("model", geometry())
-        cache.put(tokens[:32], kv_of(tokens[:32], cache.geometry), layout="LKHND")
+        for prompt in (tokens[:32], other):
+            cache.put(prompt, kv_of(prompt, cache.geometry), layout="LKHND")
         caches.flush()
     with stratakv.open(listening(tmp_path)) as caches:
         cache = caches.register("model", geometry())
@@ -348,6 +349,13 @@ def test_explain_tells_block_by_block_and_counts_as_no_use(tmp_path: Path) -> No
         assert found.stretches[0].load_s is not None
         assert "blocks 0-7: ssd" in str(found)
         assert "last 2 tokens: no whole block" in str(found)
+        # As a load decides.
+        for rate, decision in ((1e12, "compute"), (1, "load")):
+            cache.set_prefill_rate(rate)
+            found = caches.explain("model", other)
+            assert [(s.places, s.decision) for s in found.stretches] == [(("ssd",), decision)]
+            assert found.stretches[0].load_s is not None
+            assert found.loaded_tokens == loaded(cache, other)[1].loaded_tokens == (32 if decision == "load" else 0)
         body = json.dumps({"model": "model", "tokens": tokens.tolist()}).encode()
         status, said = ask(caches.address, "/explain", method="POST", body=body)
         assert status == 200

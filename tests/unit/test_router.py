@@ -232,7 +232,8 @@ def test_the_command_explains_a_decision_by_what_replicas_publish(tmp_path: Path
         done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60)
         decision = json.loads(done.stdout)
         assert (decision["replica"], decision["tokens"]) == ("r1", 5)
-        assert [(row["replica"], row["hit_tokens"]) for row in decision["candidates"]] == [("r1", {"gpu": 4}), ("r0", {})]
+        hits = {row["replica"]: row["hit_tokens"] for row in decision["candidates"]}
+        assert hits == {"r1": {"gpu": 4}, "r0": {}}
         done = subprocess.run([*command, "--model", "x"], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout) == (1, "no replica serves model 'x'\n")
         (tmp_path / "replicas.toml").write_text('policy = "best"')

@@ -28,8 +28,8 @@ class Stretch:
         load_s: seconds that loading them from the tier that would be asked takes, as measured of late; ``None``: not
             known, or from RAM, which is always worth it.
         compute_s: seconds that computing them takes; ``None``: the model's rate is not known.
-        decision: what a load would do: ``load``, ``compute`` since that is quicker, or ``miss``: what is not there, or
-            comes behind what is not.
+        decision: what a load would do: ``load``, also over what is slow where what follows makes up for it; ``compute``
+            since that is quicker; or ``miss``: what is not there, or comes behind what is not.
     """
 
     first: int
@@ -99,57 +99,51 @@ def explain(
     cache, model = entry.cache, entry.model
     sequence = cache.sequence(tokens, adapter=adapter, tenant=tenant)
     names = cache.names(sequence)
-    size, record_bytes = entry.geometry.block_tokens, model.record_bytes
+    size = entry.geometry.block_tokens
     places = model.places(names)
-    shared = 0
+    here = next((n for n, place in enumerate(places) if not place), len(names))
+    there = 0
     if dragonfly is not None and names:
-        here = next((n for n, place in enumerate(places) if not place), len(names))
-        space = model.fingerprint + model.space(adapter, tenant)
-        shared = here + dragonfly.leading(space, names, here)[0]
+        there = dragonfly.leading(model.fingerprint + model.space(adapter, tenant), names, here)[0]
     reasons: Sequence[str] = model.missing(sequence)
     rate, read_s = model.prefill_rate(), model.read_s()
 
-    def where(n: int) -> tuple[str, ...]:
-        local = [tier for bit, tier in ((1, "ram"), (2, "ssd")) if places[n] & bit]
-        return tuple([*local, "dragonfly"] if not local and n < shared else local)
+    def computed_s(blocks: int) -> float | None:
+        return None if rate is None else blocks * size / rate
 
-    rows = [(where(n), None if where(n) else reasons[n]) for n in range(len(names))]
+    def fetched_s(blocks: int) -> float | None:
+        return None if dragonfly is None else dragonfly.cost.seconds(model.record_bytes * blocks)
+
+    # What is elsewhere comes to RAM first, if that is worth it; then a load goes as far as saves most time.
+    takes_s, saves_s = fetched_s(there), computed_s(there)
+    slow = takes_s is not None and saves_s is not None and takes_s > saves_s
+    reads, loaded = model.weigh(names[:here], 0 if slow else there)
+
+    def row(n: int) -> tuple[tuple[str, ...], str | None, str]:
+        local = [tier for bit, tier in ((1, "ram"), (2, "ssd")) if places[n] & bit]
+        where = tuple(local or (["dragonfly"] if n < here + there else []))
+        decision = "load" if n < loaded else "compute" if n < here + there else "miss"
+        return where, None if where else reasons[n], decision
+
     out: list[Stretch] = []
-    reached = True
     first = 0
-    for (tiers, reason), group in itertools.groupby(rows):
+    for (where, reason, decision), group in itertools.groupby(map(row, range(len(names)))):
         blocks = len(list(group))
-        compute_s = None if rate is None else blocks * size / rate
-        load_s = None
-        if tiers and tiers[0] == "ssd" and read_s is not None:
-            load_s = read_s * record_bytes * blocks
-        elif tiers and tiers[0] == "dragonfly" and dragonfly is not None:
-            load_s = dragonfly.cost.seconds(record_bytes * blocks)
-        reached = reached and bool(tiers)
-        decision = "miss"
-        if reached:
-            slow = load_s is not None and compute_s is not None and load_s > compute_s
-            decision = "compute" if slow else "load"
+        load_s = fetched_s(blocks) if where == ("dragonfly",) else None
+        if where == ("ssd",) and read_s is not None and first + blocks <= len(reads):
+            load_s = read_s * sum(reads[first : first + blocks])
         out.append(
             Stretch(
                 first=first,
                 blocks=blocks,
-                places=tiers,
+                places=where,
                 reason=reason,
                 load_s=load_s,
-                compute_s=compute_s,
+                compute_s=computed_s(blocks),
                 decision=decision,
             )
         )
         first += blocks
-    # A load goes on over what is slow, where what follows makes up for it.
-    best, saved_s, loaded = 0.0, 0.0, 0
-    for each in out:
-        if each.decision == "miss":
-            break
-        saved_s += (each.compute_s or 0.0) - (each.load_s or 0.0) if each.compute_s is not None else 0.0
-        if saved_s >= best:
-            best, loaded = saved_s, each.first + each.blocks
     return Explained(
         model=cache.name,
         asked_tokens=len(sequence),
