@@ -160,7 +160,8 @@ def page() -> list[Row]:
         caches = opened(stack, listen="127.0.0.1:0")
         caches.register("model", geometry())
         for _ in range(5):
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            # Its processes may write for a moment after it is closed.
+            folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
             browser = Browser(Path(folder))
             stack.callback(browser.close)
             browser.open(str(caches.address))
