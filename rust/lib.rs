@@ -16,6 +16,7 @@ pub mod evict;
 mod fused;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+pub mod gpu;
 #[cfg(any(feature = "python", test))]
 mod holders;
 pub mod pool;
