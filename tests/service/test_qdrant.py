@@ -59,7 +59,8 @@ def until(holds: Callable[[], object], seconds: float = 10.0) -> None:
 
 @contextlib.contextmanager
 def tier(**more: object) -> Iterator[Qdrant]:
-    opened = Qdrant(QdrantConfig(**{"deadline_s": 2.0} | more))
+    # Far from what it takes: a disk may be busy with something else.
+    opened = Qdrant(QdrantConfig(**{"deadline_s": 30.0} | more))
     try:
         yield opened
     finally:
