@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-engines test-service chaos fuzz prove check dashboards bench bench-peers accuracy wheel clean
+.PHONY: help setup demo test test-engines test-service chaos fuzz prove check dashboards kernels bench bench-peers accuracy wheel clean
 
 PYTHON ?= python3
 SUITE ?= main
@@ -27,6 +27,7 @@ MIRI := a_full_index a_run_is an_unlinked retention threads_
 TOOLS := .venv/tools.stamp
 NATIVE := .venv/native.stamp
 ENGINES := .venv/engines.stamp
+CUDA := .venv/cuda.stamp
 SERVING := .venv-engines/engines.stamp
 SERVING_BIN := .venv-engines/bin
 RUST := Cargo.toml Cargo.lock $(shell find build.rs rust cuda sql -type f 2>/dev/null)
@@ -42,7 +43,7 @@ demo: $(NATIVE) $(ENGINES) ## Run the demo; it fetches a real model (93 MB), or 
 
 test: $(NATIVE) wheel ## Run every test: Rust, Python, and last those in engines.
 	@echo 'make: Rust tests'
-	cargo test --locked
+	cargo test --locked --features cuda
 	@echo 'make: Python tests that need no engine'
 	$(BIN)/python -m pytest --ignore=tests/engines
 	@$(MAKE) --no-print-directory test-engines
@@ -72,7 +73,7 @@ fuzz: ## Give what is read from disk inputs that nobody trusts, for FUZZ_S= seco
 	    -max_total_time=$(or $(FUZZ_S),30) -max_len=4096 -detect_leaks=0 -verbosity=0 -print_final_stats=1; { set +x; } 2>/dev/null; done; \
 	  else echo 'make: skipped fuzzing: not installed (cargo install --locked cargo-fuzz; rustup toolchain install nightly)'; fi
 
-prove: $(TOOLS) ## Check index and pool: all executions of the state word, random schedules of the whole, weak memory, data races; codecs on 64-bit ARM and on AVX-512; ROUNDS= for more.
+prove: $(TOOLS) ## Check index and pool: all executions of the state word, random schedules of the whole, weak memory, data races; codecs on 64-bit ARM and on AVX-512; bugs planted in the GPU's kernels; ROUNDS= for more.
 	@echo 'make: every execution (loom)'
 	RUSTFLAGS='--cfg loom' cargo test --locked --release --lib --target-dir '$(PROOFS)/loom' executions
 	@echo 'make: random schedules (shuttle)'
@@ -85,7 +86,8 @@ prove: $(TOOLS) ## Check index and pool: all executions of the state word, rando
 	  RUSTFLAGS='-Zsanitizer=thread --cfg rustix_use_libc' cargo +nightly test --locked -Zbuild-std --target '$(HOST)' --lib --test store \
 	    --target-dir '$(PROOFS)/tsan' -- thread released readers; \
 	  else echo 'make: skipped ThreadSanitizer: no source of std (rustup +nightly component add rust-src)'; fi
-
+	@echo 'make: bugs planted in the kernels'
+	cargo test --locked --test kernels -- --ignored --nocapture planted
 	@if command -v qemu-aarch64 aarch64-linux-gnu-gcc >/dev/null && test -d "$$(rustc --print sysroot)/lib/rustlib/$(ARM)"; then set -x; \
 	  CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc \
 	    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER='qemu-aarch64 -L /usr/aarch64-linux-gnu' \
@@ -96,16 +98,17 @@ prove: $(TOOLS) ## Check index and pool: all executions of the state word, rando
 	    --target-dir '$(PROOFS)/static' 2>&1 | sed -n 's/^ *Executable.*(\(.*\))$$/\1/p') && tests/avx512.sh "$$binary"; \
 	  else echo 'make: skipped AVX-512: no emulator, or nothing to start in it (apt-get install bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso cpio busybox-static linux-image-cloud-amd64)'; fi
 
-check: $(NATIVE) ## Format, lints, types, stubs, floors; warnings are errors.
+check: $(NATIVE) $(CUDA) ## Format, lints, types, stubs, floors, images of the GPU's kernels; warnings are errors.
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
-	cargo clippy --locked --all-targets --features python -- -D warnings
-	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --document-private-items --features python
+	cargo clippy --locked --all-targets --features python,cuda -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --document-private-items --features python,cuda
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	MYPYPATH=python $(BIN)/stubtest --mypy-config-file pyproject.toml stratakv._native
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python cuda/build_kernels.py --check
 	@if command -v shellcheck >/dev/null; then set -x; shellcheck .ci/run; \
 	  else echo 'make: skipped shellcheck: not installed (apt-get install shellcheck)'; fi
 	@if command -v cargo-deny >/dev/null; then set -x; cargo deny --all-features check bans licenses sources; \
@@ -113,6 +116,9 @@ check: $(NATIVE) ## Format, lints, types, stubs, floors; warnings are errors.
 
 dashboards: $(NATIVE) ## Write the Grafana dashboards anew, after a change of metrics or of deploy/dashboards.yaml.
 	$(BIN)/python deploy/dashboards.py
+
+kernels: $(CUDA) ## Compile the GPU's kernels anew, after a change of their sources; it needs no GPU.
+	$(BIN)/python cuda/build_kernels.py
 
 # These run engines that have an environment of their own.
 bench: BENCH_BIN := $(if $(filter engines vllm_policy,$(SUITE)),$(SERVING_BIN),$(BIN))
@@ -158,6 +164,11 @@ $(TOOLS): pyproject.toml
 $(NATIVE): $(TOOLS) $(RUST) pyproject.toml
 	@echo 'make: Rust core (release) and package'
 	@PIP_QUIET=1 $(BIN)/maturin develop --quiet --release --locked
+	@touch $@
+
+$(CUDA): $(TOOLS)
+	@echo 'make: the compiler and the disassembler of CUDA (95 MB)'
+	@$(PIP) install --group cuda
 	@touch $@
 
 $(SERVING): $(NATIVE) tests/engines/requirements.txt

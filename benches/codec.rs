@@ -166,6 +166,7 @@ fn fused(geometry: Geometry, memory: &mut Memory) {
             threads: 1,
             index_bytes: None,
             stepped: false,
+            gpu: None,
         };
         let store = Store::open(options).expect("a store");
         let spec = ModelSpec { name: "m".into(), weights_version: String::new(), geometry };

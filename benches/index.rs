@@ -260,6 +260,7 @@ impl Filled {
             threads: 1,
             index_bytes: None,
             stepped: false,
+            gpu: None,
         };
         let store = Arc::new(Store::open(options).expect("memory is to be had"));
         let spec = ModelSpec { name: "m".into(), weights_version: String::new(), geometry: GEOMETRY };

@@ -122,6 +122,11 @@ impl Arena {
         unsafe { std::slice::from_raw_parts_mut(self.base, self.bytes) }
     }
 
+    /// Its first byte.
+    pub(crate) fn start(&self) -> *mut u8 {
+        self.base
+    }
+
     /// Address of a slot.
     pub(crate) fn at(&self, slot: Slot) -> *mut u8 {
         debug_assert!(slot.offset() < self.bytes);

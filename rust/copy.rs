@@ -32,12 +32,18 @@ pub struct PageTable {
     pub page_tokens: usize,
 }
 
+/// A stream of whoever owns the tensors, as its library names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Stream(pub u64);
+
 /// A sequence's keys and values in the caller's memory.
 #[derive(Debug, Clone)]
 pub struct KvView {
     planes: Vec<PlaneView>,
     pages: Option<PageTable>,
     tokens: usize,
+    /// Of memory on a device; with the stream in which its owner uses it, if that is known.
+    device: Option<Option<Stream>>,
 }
 
 // SAFETY: the view only carries addresses. Whoever builds one promises (see `new`) that the memory stays valid while
@@ -62,7 +68,42 @@ impl KvView {
                 return Err(input(format!("pages: {covered} tokens covered, expected at least {tokens}")));
             }
         }
-        Ok(Self { planes, pages, tokens })
+        Ok(Self { planes, pages, tokens, device: None })
+    }
+
+    /// The same of tensors that are on the store's device; `stream`: what was put into it up to a call is done before the
+    /// call touches them.
+    #[must_use]
+    pub fn on_device(self, stream: Option<Stream>) -> Self {
+        Self { device: Some(stream), ..self }
+    }
+
+    /// Whether its tensors are on a device.
+    pub(crate) fn is_on_device(&self) -> bool {
+        self.device.is_some()
+    }
+
+    /// The stream in which their owner uses them.
+    pub(crate) fn stream(&self) -> Option<Stream> {
+        self.device.flatten()
+    }
+
+    /// Its planes.
+    pub(crate) fn planes(&self) -> &[PlaneView] {
+        &self.planes
+    }
+
+    /// Tokens of a page, if there are pages.
+    pub(crate) fn page_tokens(&self) -> Option<usize> {
+        self.pages.as_ref().map(|table| table.page_tokens)
+    }
+
+    /// The page of a token, and its number there.
+    pub(crate) fn page_of(&self, token: usize) -> (u32, usize) {
+        match &self.pages {
+            None => (0, token),
+            Some(table) => (table.pages[token / table.page_tokens], token % table.page_tokens),
+        }
     }
 
     /// Tokens that the view covers.

@@ -159,6 +159,7 @@ fn open(path: &Path) -> crate::Result<Store> {
         threads: 1,
         index_bytes: Some(1 << 20),
         stepped: true,
+        gpu: None,
     })
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Floors, imports point down only:
 //! ```text
-//! py  →  store  →  trie ram ssd  →  arena block evict pool codec copy workers stats  →  error sync
+//! py  →  store  →  trie gpu ram ssd  →  arena block evict pool codec copy workers stats  →  error sync
 //! ```
 //! Only `py/` knows Python. [`Store`] ties the parts: it names blocks ([`block`]), finds them (`trie`), keeps them
 //! in memory (`pool`, `ram`) and on disk (`ssd`), and counts what it did ([`stats`]).
@@ -40,6 +40,6 @@ pub use ssd::archive::{Archive, ArchivedModel, Verified};
 pub use ssd::io::{Access, Engine, FileIo, Io, IoFile};
 pub use ssd::queue::{Done, Part, Queue, Transfer};
 pub use store::{
-    Admitted, BlockView, Divisible, Event, Events, Lease, LoadOutcome, Model, ModelSpec, Options, Prefix, PutOutcome,
-    Quota, Sequence, Share, Store, TierQuota, Work, WorkKind, WritePolicy,
+    Admitted, BlockView, Divisible, Event, Events, GpuOptions, Lease, LoadOutcome, Model, ModelSpec, Options, Prefix,
+    PutOutcome, Quota, Sequence, Share, Store, TierQuota, Work, WorkKind, WritePolicy,
 };

@@ -13,10 +13,12 @@ pub enum Tier {
     Ram,
     /// Segments on disk.
     Ssd,
+    /// The slab of a GPU: copies of blocks that are in one of the others, too.
+    Gpu,
 }
 
 impl Tier {
-    /// All tiers, in the order in which they are asked.
+    /// Those that hold blocks by themselves, in the order in which they are asked.
     pub const ALL: [Self; 2] = [Self::Ram, Self::Ssd];
 
     /// The name used in configuration, statistics and explanations.
@@ -24,6 +26,7 @@ impl Tier {
         match self {
             Self::Ram => "ram",
             Self::Ssd => "ssd",
+            Self::Gpu => "gpu",
         }
     }
 }
@@ -230,12 +233,17 @@ pub struct Counts {
     pub not_worth_it: u64,
     /// Per tier, in the order of [`Tier::ALL`].
     pub tiers: [TierCounts; 2],
+    /// Of the GPU, which loads to its own tensors ask before the others.
+    pub gpu: TierCounts,
 }
 
 impl Counts {
     /// The counters of one tier.
     pub fn tier(&mut self, tier: Tier) -> &mut TierCounts {
-        &mut self.tiers[tier as usize]
+        match tier {
+            Tier::Gpu => &mut self.gpu,
+            Tier::Ram | Tier::Ssd => &mut self.tiers[tier as usize],
+        }
     }
 
     /// Notes that a tier was asked for a block.
@@ -275,7 +283,8 @@ impl Counts {
         self.corrupt += other.corrupt;
         self.io_errors += other.io_errors;
         self.not_worth_it += other.not_worth_it;
-        for (mine, theirs) in self.tiers.iter_mut().zip(&other.tiers) {
+        let mine = self.tiers.iter_mut().chain([&mut self.gpu]);
+        for (mine, theirs) in mine.zip(other.tiers.iter().chain([&other.gpu])) {
             mine.asked += theirs.asked;
             mine.hit += theirs.hit;
             mine.miss += theirs.miss;
@@ -360,6 +369,38 @@ pub struct Lifted {
     pub hit_bytes: u64,
 }
 
+/// What a slab on a device counted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SlabCounts {
+    /// Places that were given.
+    pub taken: u64,
+    /// Those of them where no block had been before.
+    pub fresh: u64,
+    /// Blocks that had to leave for others.
+    pub evicted: u64,
+    /// How often the device was asked for memory; once it serves, never again.
+    pub reservations: u64,
+    /// Places that are given, those that wait for the device among them.
+    pub in_use: u64,
+    /// Blocks that are held.
+    pub held: u64,
+}
+
+/// How the GPU tier is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GpuStatus {
+    /// Of the device, for people.
+    pub name: String,
+    /// Bytes of the slab.
+    pub capacity_bytes: u64,
+    /// What the slab counted.
+    pub counts: SlabCounts,
+    /// How often the device refused something, or had no room.
+    pub refused: u64,
+    /// Why the tier serves no more, if so.
+    pub failed: Option<String>,
+}
+
 /// The store at one instant.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
@@ -398,6 +439,8 @@ pub struct Snapshot {
     pub ram_eviction: Vec<(String, Kind)>,
     /// What became of blocks that were brought up ahead of requests, by who had it done, in the order of [`Lifter::ALL`].
     pub lifted: [Lifted; 2],
+    /// How the GPU tier is, if there is one.
+    pub gpu: Option<GpuStatus>,
     /// Blocks in the index.
     pub index_blocks: u64,
     /// Bytes of memory that it takes when full.

@@ -13,10 +13,14 @@ mod divide;
 mod drop;
 #[path = "store/engines.rs"]
 mod engines;
+#[path = "store/gpu.rs"]
+mod gpu;
 #[path = "store/kv.rs"]
 mod kv;
 #[path = "store/listing.rs"]
 mod listing;
+#[path = "gpu/on.rs"]
+mod on;
 #[path = "store/power.rs"]
 mod power;
 #[path = "store/quota.rs"]
@@ -27,6 +31,9 @@ mod rig;
 mod share;
 #[path = "store/simulation.rs"]
 mod simulation;
+#[cfg(feature = "cuda")]
+#[path = "gpu/standin.rs"]
+mod standin;
 
 use kv::*;
 use proptest::prelude::*;

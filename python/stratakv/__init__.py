@@ -35,8 +35,8 @@ from stratakv.errors import (
 from stratakv.manager import CacheManager, open
 from stratakv.quotas import Admission, Usage
 from stratakv.registry import Discovery, FoundModel, RefusedModel, discover, weights_version
-from stratakv.sections import DragonflyConfig, ObserveConfig, PostgresConfig, QdrantConfig
-from stratakv.stats import Explanation, Snapshot, Stats, TierStats
+from stratakv.sections import DragonflyConfig, GpuConfig, ObserveConfig, PostgresConfig, QdrantConfig
+from stratakv.stats import Explanation, GpuStats, Snapshot, Stats, TierStats
 from stratakv.status import Status
 
 __all__ = [
@@ -51,6 +51,8 @@ __all__ = [
     "Explanation",
     "FoundModel",
     "Geometry",
+    "GpuConfig",
+    "GpuStats",
     "InputError",
     "Limits",
     "Match",

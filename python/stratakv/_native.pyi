@@ -14,6 +14,7 @@ __all__ = [
     "Store",
     "TokenSequence",
     "__version__",
+    "gpu_status",
 ]
 
 __version__: str
@@ -21,6 +22,8 @@ __version__: str
 _QuotaTerms = tuple[list[tuple[int | None, int | None, int]], float | None, int | None]
 _PrefixRow = tuple[str, bytes, tuple[str, str] | None, bytes, bytes, int, int, int]
 _CodecTerms = tuple[str, str | None, str | None, float | None, bool, tuple[int, int]]
+
+def gpu_status(device: int, driver: str | os.PathLike[str] | None) -> dict[str, Any]: ...
 
 @final
 class Archive:
@@ -87,7 +90,10 @@ class Store:
         secret: str | None,
         threads: int,
         index_bytes: int | str | None,
+        gpu: tuple[int | str, int, str | os.PathLike[str] | None] | None,
     ) -> Store: ...
+    @property
+    def no_gpu(self) -> str | None: ...
     def register(
         self,
         name: str,
@@ -134,6 +140,7 @@ class Model:
         tenant: str,
         priority: int,
         ttl_s: float | None,
+        stream: int | None,
     ) -> int: ...
     @property
     def fingerprint(self) -> bytes: ...
@@ -196,7 +203,7 @@ class Lease:
     @property
     def miss(self) -> str | None: ...
     def load(
-        self, kv: object, layout: str, batch: int, pages: object, start: int, stop: int
+        self, kv: object, layout: str, batch: int, pages: object, start: int, stop: int, stream: int | None
     ) -> tuple[int, list[str], str | None, tuple[float, float]]: ...
     def prefetch(self) -> int: ...
     def view(self, block: int) -> memoryview | None: ...

@@ -27,8 +27,7 @@ from stratakv.tracing import Traces
 _log = log.of(__name__)
 
 
-# As in the native half.
-MAX_PRIORITY = 10
+MAX_PRIORITY = 10  # As in the native half.
 # Matches that may wait to be prefetched.
 _WAITING = 64
 
@@ -100,7 +99,13 @@ class Match:
             return {}
         remote = self._remote.took_s if self._remote is not None else 0.0
         ram, ssd = self._took_s
-        found = {"dragonfly": (0.0, remote), "ram": (remote, ram), "ssd": (remote + ram, ssd)}
+        # What goes to a device is copied when all of it is read.
+        found = {
+            "dragonfly": (0.0, remote),
+            "ram": (remote, ram),
+            "ssd": (remote + ram, ssd),
+            "gpu": (remote, ram + ssd),
+        }
         return {tier: found[tier] for tier in dict.fromkeys(self._loaded[1])}
 
     @property
@@ -120,17 +125,20 @@ class Match:
         pages: object = None,
         start: int = 0,
         stop: int | None = None,
+        stream: int | None = None,
     ) -> int:
         """Copies the matched blocks into tensors: token i of the match to token i of the tensors.
 
         Args:
-            kv: NumPy arrays, torch CPU tensors or DLPack producers, as `ModelCache.put` takes them; writable.
+            kv: NumPy arrays, torch tensors or DLPack producers, as `ModelCache.put` takes them; writable.
             layout: axes of the tensors, see `ModelCache.put`.
             batch: row to use where the layout has B.
             pages: page table where the layout has P.
             start: first token to load, where those before it are in ``kv`` already: a multiple of the block's tokens.
                 Their rows are neither read nor written.
             stop: the token after the last one to load, likewise; ``None``: all of the match.
+            stream: of tensors on a device, the CUDA stream in which they are used: what was put into it is done before,
+                and when this returns all is there. ``None``: as the tensors say, else the default stream.
 
         Returns:
             Leading tokens that are valid in ``kv`` now, those before ``start`` among them. Fewer than asked for if a
@@ -150,17 +158,17 @@ class Match:
             raise InputError(f"start is {start}, expected at most {stop}, where the load stops")
         if self._trace is not None:
             traces, request = self._trace
-            return traces.load(self, request, lambda: self._load(kv, layout, batch, pages, start, stop))
-        return self._load(kv, layout, batch, pages, start, stop)
+            return traces.load(self, request, lambda: self._load(kv, (layout, batch, pages), start, stop, stream))
+        return self._load(kv, (layout, batch, pages), start, stop, stream)
 
-    def _load(self, kv: object, layout: str, batch: int, pages: object, start: int, stop: int) -> int:
+    def _load(self, kv: object, place: tuple[str, int, object], start: int, stop: int, stream: int | None) -> int:
         size, remote, cut = self._lease.block_tokens, self._remote, None
         if remote is not None and not remote.released and (remote.names or "ssd" in self._lease.places):
             self._lease = remote.fetch(self._lease)
             cut = (remote.reason or "evicted") if self._lease.tokens < stop else None
         here = self._lease.tokens // size
         tokens, places, reason, self._took_s = self._lease.load(
-            kv, layout, batch, pages, min(start // size, here), min(stop // size, here)
+            kv, *place, min(start // size, here), min(stop // size, here), stream
         )
         if remote is not None:
             places = ["dragonfly" if n in remote.fetched else place for n, place in enumerate(places, start // size)]
@@ -369,6 +377,7 @@ class ModelCache:
         tenant: str = "",
         priority: int = 0,
         ttl_s: float | None = None,
+        stream: int | None = None,
         traceparent: str | None = None,
     ) -> int:
         """Stores the keys and values of a prompt. Back as soon as they are in RAM; the SSD follows behind.
@@ -377,7 +386,8 @@ class ModelCache:
 
         Args:
             tokens: token ids, as for `match`.
-            kv: keys and values of at least these tokens: NumPy arrays, torch CPU tensors or any DLPack producer.
+            kv: keys and values of at least these tokens: NumPy arrays, torch tensors or any DLPack producer; on the
+                device of the GPU tier, where there is one, with equal strides in all layers.
                 Strides are free but for the last axis. What ``layout`` does not name is a sequence: of layers, and
                 within a layer of planes.
             layout: axes of each tensor, outermost first: L layer, K plane (key, value), B batch, P page, H head,
@@ -395,6 +405,7 @@ class ModelCache:
             ttl_s: seconds from their last use on after which these blocks leave RAM before all others; until they do,
                 they are found. ``None``: no such time. Both hints hold for all blocks of the tokens, new or not, while
                 they are in RAM; a later put with hints replaces them.
+            stream: as for `Match.load`.
             traceparent: as for `match`.
 
         Returns:
@@ -413,7 +424,7 @@ class ModelCache:
             raise InputError(f"start is {start!r}, expected an integer from 0")
 
         def work() -> int:
-            return self._model.put(tokens, kv, layout, batch, pages, start, adapter, tenant, priority, ttl_s)
+            return self._model.put(tokens, kv, layout, batch, pages, start, adapter, tenant, priority, ttl_s, stream)
 
         traces = self._traces
         if traces is not None and self.turn is not None and traces.wants(self, next(self.turn, True), traceparent):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from stratakv.errors import ConfigError, InputError
-from stratakv.sections import DragonflyConfig, ObserveConfig, PostgresConfig, QdrantConfig
+from stratakv.sections import DragonflyConfig, GpuConfig, ObserveConfig, PostgresConfig, QdrantConfig
 from stratakv.settings import from_text, parse_bytes, read_toml, shown, unknown_name
 
 Dtype = Literal["fp32", "fp16", "bf16", "uint8"]
@@ -437,6 +437,7 @@ class Config:
         ssd: the SSD tier.
         models: how the tiers are divided between models.
         quotas: what models and tenants may have.
+        gpu: the GPU tier.
         dragonfly: the tier that nodes share.
         postgres: the catalog.
         qdrant: which prefixes are near.
@@ -448,6 +449,7 @@ class Config:
     ssd: SsdConfig = field(default_factory=SsdConfig)
     models: ModelsConfig = field(default_factory=ModelsConfig)
     quotas: QuotasConfig = field(default_factory=QuotasConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
     dragonfly: DragonflyConfig = field(default_factory=DragonflyConfig)
     postgres: PostgresConfig = field(default_factory=PostgresConfig)
     qdrant: QdrantConfig = field(default_factory=QdrantConfig)
@@ -513,6 +515,7 @@ _SECTIONS: dict[str, type[Any]] = {
     "ssd": SsdConfig,
     "models": ModelsConfig,
     "quotas": QuotasConfig,
+    "gpu": GpuConfig,
     "dragonfly": DragonflyConfig,
     "postgres": PostgresConfig,
     "qdrant": QdrantConfig,

@@ -67,7 +67,7 @@ class CacheManager:
         """
         self.config = config
         self._logs = Logs(config.observe)
-        ssd = config.ssd
+        ssd, gpu = config.ssd, config.gpu
         tier = (ssd.path, ssd.capacity_bytes, ssd.segment_bytes, ssd.policy, ssd.engine) if ssd.enabled else None
         self._store = _native.Store(
             ram_capacity_bytes=config.ram.capacity_bytes,
@@ -76,6 +76,7 @@ class CacheManager:
             secret=config.store.secret,
             threads=config.store.threads,
             index_bytes=config.store.index_bytes,
+            gpu=(gpu.capacity_bytes, gpu.device, gpu.driver) if gpu.capacity_bytes else None,
         )
         if config.ram.prefault:
             threading.Thread(target=self._store.prefault, name="stratakv-prefault", daemon=True).start()
@@ -104,6 +105,7 @@ class CacheManager:
                     "io_uring is refused here (%s): the SSD tier reads and writes with a few threads",
                     refused,
                 )
+            self._check_gpu()
             self._kept = Kept(self._store, config)
             self._kept.check_kept()
             for tenant, quota in self.quotas("tenants").items():
@@ -147,6 +149,13 @@ class CacheManager:
         self._balancer: threading.Thread | None = None
         if config.observe.listen is not None or config.observe.otlp is not None:
             self._observe()
+
+    def _check_gpu(self) -> None:
+        absent = self._store.no_gpu
+        if absent is not None and self.config.gpu.required:
+            raise ConfigError(f"gpu.required is true, and there is no GPU tier: {absent}")
+        if absent is not None:
+            _log.warning("gpu_absent", "there is no GPU tier: %s; blocks are in RAM", absent)
 
     def _observe(self) -> None:
         source = Observable(
@@ -590,6 +599,7 @@ class CacheManager:
             qdrant=None if near is None else near.tier.stats(),
             semantic_prefetch=None if near is None else near.stats(),
             waiting={name: queue.stats().waiting for name, queue in behind.items() if queue is not None},
+            gpu_absent=self._store.no_gpu,
             ram_pages=pages,
             ram_huge_bytes=huge,
         )

@@ -17,6 +17,32 @@ LogFormat = Literal["plain", "json"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuConfig:
+    """The GPU tier: copies of blocks that are asked for again, in memory of the device that the engine computes on.
+
+    Attributes:
+        capacity_bytes: memory of the device that it takes, or half of that, and so on, where there is not so much; 0:
+            there is no such tier. It takes tensors on the device, and fills such.
+        device: number of the device, as the driver counts.
+        driver: library of the driver; ``None``: the system's.
+        required: whether it is an error when the store is opened and there is no such device, or no room on it.
+    """
+
+    capacity_bytes: int | str = 0
+    device: int = 0
+    driver: str | os.PathLike[str] | None = None
+    required: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        object.__setattr__(self, "capacity_bytes", parse_budget(self.capacity_bytes, "gpu.capacity_bytes"))
+        if type(self.device) is not int or not 0 <= self.device < 1 << 16:
+            raise ConfigError(f"gpu.device is {self.device!r}, expected an integer from 0")
+        if not isinstance(self.required, bool):
+            raise ConfigError(f"gpu.required is {self.required!r}, expected true or false")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DragonflyConfig:
     """The tier that nodes share: DragonflyDB, Valkey or Redis, one node or a cluster.
 

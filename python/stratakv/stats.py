@@ -206,6 +206,31 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuStats:
+    """How the GPU tier is.
+
+    Attributes:
+        device: its name.
+        capacity_bytes: memory of it that the tier has.
+        taken_blocks: places that were given to blocks there.
+        fresh_blocks: those of them where no block had been before.
+        held_blocks: blocks that loads under way hold there.
+        reservations: how often the driver was asked for memory; once it serves, never again.
+        refused: how often it did not do what it was asked for.
+        failed: why the tier serves no more; ``None``: it does.
+    """
+
+    device: str
+    capacity_bytes: int
+    taken_blocks: int
+    fresh_blocks: int
+    held_blocks: int
+    reservations: int
+    refused: int
+    failed: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Suggestion:
     """A stored prefix that is near to a prompt.
 

@@ -20,7 +20,7 @@ from stratakv.config import Config
 from stratakv.errors import ConfigError, StoreError
 from stratakv.near import NearStats
 from stratakv.quotas import Usage
-from stratakv.stats import LiftStats, Snapshot, Stats
+from stratakv.stats import GpuStats, LiftStats, Snapshot, Stats
 from stratakv.tiers.dragonfly import Dragonfly, DragonflyStats
 from stratakv.tiers.postgres import Postgres, PostgresStats
 from stratakv.tiers.qdrant import Qdrant, QdrantStats
@@ -48,6 +48,8 @@ class Status:
         ssd_io: ``direct``, ``buffered`` or ``off``.
         ssd_engine: what reads and writes: ``io_uring``, ``pread`` or ``off``.
         ssd_read_only: why the SSD takes no writes at present; ``None`` if it does.
+        gpu: how the GPU tier is; ``None``: there is none.
+        gpu_absent: why there is none, though one is configured.
         demotion_queue_blocks: blocks that wait to be written to the SSD, by model.
         waiting: what could not be written yet to a tier behind it, by tier: blocks, or rows; what fails is tried again.
         hit_ceiling: which share of the blocks that matches asked for a cache would have hit that never forgets, 0..1,
@@ -80,6 +82,8 @@ class Status:
     ssd_io: str
     ssd_engine: str
     ssd_read_only: str | None
+    gpu: GpuStats | None
+    gpu_absent: str | None
     demotion_queue_blocks: dict[str, int]
     waiting: dict[str, int]
     hit_ceiling: dict[str, float]
@@ -117,6 +121,8 @@ class View:
     def of(cls, native: dict[str, Any], **tiers: Any) -> View:  # noqa: ANN401 - fields of `Status`
         """A native snapshot, and those fields of a `Status` that it does not have."""
         serves = native["ssd_read_only"] is None if native["ssd_capacity_bytes"] else None
+        gpu = None if native["gpu"] is None else GpuStats(**native["gpu"])
+        on_gpu = None if gpu is None and tiers["gpu_absent"] is None else gpu is not None and gpu.failed is None
         came, hit = native["lifted"]["warm"]
         used = ("model_usage", "tenant_usage")
         usage = {kind: {name: Usage.of(row) for name, row in native[kind].items()} for kind in used}
@@ -125,7 +131,10 @@ class View:
             **usage,
             **tiers,
             "warm_start": LiftStats(bytes=came, hit_bytes=hit),
-            "degraded": degraded(tiers["dragonfly"], tiers["postgres"], tiers["qdrant"], ssd_serves=serves),
+            "gpu": gpu,
+            "degraded": degraded(
+                tiers["dragonfly"], tiers["postgres"], tiers["qdrant"], ssd_serves=serves, gpu_serves=on_gpu
+            ),
         }
         others = native["other_tenants"]
         return cls(
@@ -137,7 +146,7 @@ class View:
         )
 
 
-MODES = ("no_hot_cache", "no_catalog", "no_vector_index", "ram_only")
+MODES = ("no_gpu", "no_hot_cache", "no_catalog", "no_vector_index", "ram_only")
 """What `Status.degraded` may say."""
 
 
@@ -147,6 +156,7 @@ def degraded(
     qdrant: QdrantStats | None,
     *,
     ssd_serves: bool | None,
+    gpu_serves: bool | None = None,
 ) -> tuple[str, ...]:
     """What a store runs without at present, of what it is configured with.
 
@@ -155,13 +165,15 @@ def degraded(
         postgres: the same of the catalog.
         qdrant: the same of the vector index.
         ssd_serves: whether the SSD takes writes; ``None``: there is none.
+        gpu_serves: whether the GPU does; ``None``: none is configured.
 
     Returns:
-        ``no_hot_cache``, ``no_catalog`` and ``no_vector_index``, where that tier does not answer; and ``ram_only``,
-        where RAM is all that is left of the tiers that hold blocks.
+        ``no_gpu``, ``no_hot_cache``, ``no_catalog`` and ``no_vector_index``, where that tier does not answer; and
+        ``ram_only``, where RAM is all that is left of the tiers that hold blocks by themselves.
     """
     cold = [ssd_serves, None if dragonfly is None else not dragonfly.guard.failing]
     holds = (
+        gpu_serves is False,
         cold[1] is False,
         postgres is not None and (postgres.refused is not None or postgres.guard.failing),
         qdrant is not None and (qdrant.misfit is not None or qdrant.guard.failing),

@@ -43,6 +43,16 @@ pub struct Layout {
     bounds: Option<Arc<[f32]>>,
 }
 
+/// How kernels encode a plane.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct OnDevice {
+    pub(crate) coding: u8,
+    pub(crate) by: u8,
+    pub(crate) group: u32,
+    pub(crate) bound: f32,
+}
+
 /// Tokens at the start of a sequence that `int4` keeps exact.
 const EXACT: usize = 4;
 /// Parts of an encoded plane begin at multiples of this.
@@ -118,6 +128,44 @@ impl Layout {
     pub fn calibrated(self, bounds: Arc<[f32]>) -> Self {
         assert_eq!(bounds.len(), self.planes.len(), "a calibration is of the same geometry");
         Self { bounds: Some(bounds), ..self }
+    }
+
+    /// How a device's kernels encode a plane, by the numbers that `cuda/kv_pool.cu` has for it; `None`: they do not.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(&self, n: usize) -> Option<OnDevice> {
+        if self.shape.dtype == F32 {
+            return None;
+        }
+        let (coding, by) = match self.planes[n].0 {
+            Coding::Raw => (0, Granularity::Tensor),
+            Coding::Codes(S8, by) => (1, by),
+            Coding::Codes(U8, by) => (2, by),
+            Coding::Half | Coding::Codes(..) => return None,
+        };
+        let (by, group) = match by {
+            Granularity::Tensor => (0, 0),
+            Granularity::Head => (1, 0),
+            Granularity::Token(group) => (2, group),
+            Granularity::Channel(group) => (3, group),
+        };
+        let bound = match (self.scheme.clip, &self.bounds) {
+            (Some(Clip::Percentile(_)), _) => return None,
+            (Some(Clip::Calibrated), Some(bounds)) => bounds[n],
+            (Some(Clip::Calibrated) | None, _) => f32::INFINITY,
+        };
+        Some(OnDevice { coding, by, group, bound })
+    }
+
+    /// The dtype's number there.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn device_dtype(&self) -> u32 {
+        if self.shape.dtype == BF16 { 3 } else { 2 }
+    }
+
+    /// Planes of a block.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn plane_count(&self) -> usize {
+        self.planes.len()
     }
 
     /// Codec and granularity.
@@ -237,11 +285,15 @@ impl Layout {
         let kernels = self.isa.kernels(self.shape.dtype);
         match *coding {
             Coding::Raw => {
-                out.chunks_exact_mut(self.row_bytes()).zip(rows).for_each(|(out, row)| out.copy_from_slice(row));
+                let (values, padding) = out.split_at_mut(rows.len() * self.row_bytes());
+                values.chunks_exact_mut(self.row_bytes()).zip(rows).for_each(|(out, row)| out.copy_from_slice(row));
+                padding.fill(0);
                 true
             }
             Coding::Half => {
-                let halves = out.chunks_exact_mut(self.row_bytes() / 2).zip(rows);
+                let (values, padding) = out.split_at_mut(rows.len() * self.row_bytes() / 2);
+                padding.fill(0);
+                let halves = values.chunks_exact_mut(self.row_bytes() / 2).zip(rows);
                 halves.fold(true, |fit, (out, row)| (kernels.halve)(row, out) && fit)
             }
             Coding::Codes(kind, by) => {

@@ -366,6 +366,23 @@ fn sizes_are_what_the_table_says_and_raw_layers_stay() {
 }
 
 #[test]
+fn every_byte_of_an_encoding_is_written() {
+    // A plane has 16 bytes, and parts begin at multiples of 64: what was there before must not be in a record.
+    for (dtype, codec) in [(Dtype::Fp16, Codec::Int8Sym), (Dtype::Bf16, Codec::Int8Asym), (Dtype::Fp32, Codec::Fp16)] {
+        let shape = Geometry { layers: 4, planes: 2, kv_heads: 1, head_dim: 4, dtype, block_tokens: 2 };
+        let scheme = Scheme { raw_layers: [1, 1], ..Scheme::new(codec, &shape) };
+        let layout = Layout::new(scheme, &shape).expect("it fits");
+        let payload = vec![1u8; shape.block_bytes()];
+        let [one, other] = [0xaa, 0x55].map(|before| {
+            let mut out = vec![before; layout.bytes()];
+            assert!(layout.encode_payload(&payload, false, &mut out));
+            out
+        });
+        assert_eq!(one, other, "{codec:?}");
+    }
+}
+
+#[test]
 fn what_makes_no_sense_is_refused_with_what_to_do() {
     let message = |scheme: Scheme, shape: &Geometry| Layout::new(scheme, shape).expect_err("refused").to_string();
     let shape = geometry(Dtype::Bf16, 2, 16, 64);

@@ -1,6 +1,7 @@
 //! What a device does for the tier: it has memory, and works behind the call.
 
 use crate::codec::Layout;
+use crate::copy::Stream;
 use crate::sync::{Arc, AtomicU32, Ordering};
 use std::fmt;
 
@@ -12,10 +13,6 @@ impl Ticket {
     /// That of nothing: it is always over.
     pub const NONE: Self = Self(0);
 }
-
-/// A stream of whoever owns the tensors, as its library names it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Stream(pub u64);
 
 /// Queues of the device's own: what is in one is done in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -49,6 +46,7 @@ pub enum Fault {
 
 /// Bytes to copy, by addresses that the device knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
 pub struct Piece {
     /// Where they are.
     pub from: u64,
@@ -146,7 +144,7 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// There is no room for it, or the device is lost.
     fn reserve(&self, bytes: u64) -> Result<u64, Fault>;
 
-    /// Gives that back, when what touches it is over.
+    /// Gives that back, and waits until what touches it is over.
     ///
     /// # Errors
     /// There is no such memory, or the device is lost.
@@ -166,6 +164,12 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// # Errors
     /// No such memory is known, or the device is lost.
     fn forget(&self, memory: *mut u8) -> Result<(), Fault>;
+
+    /// Whether memory at an address is the device's.
+    ///
+    /// # Errors
+    /// The device is lost.
+    fn owns(&self, address: u64) -> Result<bool, Fault>;
 
     /// Whether it encodes and decodes by that layout.
     fn takes(&self, layout: &Layout) -> bool;

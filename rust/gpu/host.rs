@@ -3,8 +3,9 @@
 //! It is what the tier runs on where there is no GPU to test with. When work is done is chosen: at once, as late as the
 //! rules allow, or by chance; so that a wait that is missing is seen every time, and not once in a thousand runs.
 
-use super::device::{Coded, Device, Fault, Lane, Piece, Rows, Status, Stream, Submission, Ticket, Work};
+use super::device::{Coded, Device, Fault, Lane, Piece, Rows, Status, Submission, Ticket, Work};
 use crate::codec::Layout;
+use crate::copy::Stream;
 use crate::sync::Mutex;
 use std::alloc::{Layout as Memory, alloc, dealloc};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -273,9 +274,9 @@ impl Device for Host {
         let bytes = state.reserved.remove(&address);
         let bytes = bytes.ok_or_else(|| Fault::Refused(format!("nothing was reserved at {address:#x}")))?;
         state.serves()?;
-        if !state.pending.is_empty() {
-            state.reserved.insert(address, bytes);
-            return Err(Fault::Refused(format!("{} pieces of work are not over", state.pending.len())));
+        // What touches it is over then, as all else is.
+        while let Some(&ticket) = state.pending.last() {
+            state.run(ticket);
         }
         let memory = Memory::from_size_align(bytes as usize, ALIGN).expect("as it was given");
         // SAFETY: it was given by `reserve` with that layout, and is taken out of the books.
@@ -283,6 +284,8 @@ impl Device for Host {
         Ok(())
     }
 
+    /// # Safety
+    /// As [`Device`] says.
     unsafe fn register(&self, memory: *mut u8, bytes: usize) -> Result<u64, Fault> {
         let mut state = self.state.lock();
         state.serves()?;
@@ -296,11 +299,18 @@ impl Device for Host {
         known.map(|_| ()).ok_or_else(|| Fault::Refused("that memory is not known".into()))
     }
 
+    fn owns(&self, _: u64) -> Result<bool, Fault> {
+        // All of the process is.
+        self.state.lock().serves().map(|()| true)
+    }
+
     fn takes(&self, layout: &Layout) -> bool {
         // What stays exact of the first block of a sequence lies behind the planes.
         layout.bytes_of(true) == layout.bytes()
     }
 
+    /// # Safety
+    /// As [`Device`] says.
     unsafe fn submit(&self, submission: Submission) -> Result<Ticket, Fault> {
         let mut state = self.state.lock();
         let Submission { lane, after, work } = submission;
@@ -354,20 +364,25 @@ impl Drop for Host {
 }
 
 impl Coded {
+    /// Bytes of a plane that is not encoded.
+    pub(super) fn plane_bytes(&self) -> usize {
+        self.heads as usize * self.block_tokens as usize * self.row_bytes
+    }
+
     /// Bytes of a payload.
     pub(super) fn payload_bytes(&self) -> usize {
-        let plain = || self.planes.len() * self.heads as usize * self.block_tokens as usize * self.row_bytes;
+        let plain = || self.planes.len() * self.plane_bytes();
         self.layout.as_ref().map_or_else(plain, |layout| layout.bytes())
     }
 
     // Where a plane lies in a payload.
     fn plane(&self, plane: usize) -> std::ops::Range<usize> {
-        let bytes = self.heads as usize * self.block_tokens as usize * self.row_bytes;
+        let bytes = self.plane_bytes();
         self.layout.as_ref().map_or(plane * bytes..(plane + 1) * bytes, |layout| layout.plane(plane))
     }
 
     // Addresses of a plane's rows of a block, by head and then token.
-    fn rows(&self, block: usize, plane: usize) -> impl Iterator<Item = usize> + '_ {
+    pub(super) fn rows(&self, block: usize, plane: usize) -> impl Iterator<Item = usize> + '_ {
         let Rows { base, head_stride, token_stride } = self.planes[plane];
         let runs = self.block_tokens.div_ceil(self.run_tokens) as usize;
         (0..u64::from(self.heads)).flat_map(move |head| {

@@ -14,12 +14,19 @@
 //! Invariant: a place is nobody else's before the last work that touches it is over. So a late copy never meets another
 //! block's bytes.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
+#[cfg(feature = "cuda")]
+mod ffi;
 mod host;
+#[cfg(feature = "cuda")]
+mod images;
 mod slab;
-#[cfg(test)]
-mod tests;
 
-pub use device::{Coded, Device, Fault, Lane, Piece, Rows, Status, Stream, Submission, Ticket, Work};
+pub use crate::copy::Stream;
+#[cfg(feature = "cuda")]
+pub use cuda::{Absent, Cuda, Paths};
+pub use device::{Coded, Device, Fault, Lane, Piece, Rows, Status, Submission, Ticket, Work};
 pub use host::{Host, Schedule};
-pub use slab::{Counts, Placed, Slab};
+pub use slab::{Placed, Slab};

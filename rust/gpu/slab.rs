@@ -8,6 +8,7 @@
 use super::device::{Device, Fault, Lane, Ticket};
 use crate::evict::{Kind, Order};
 use crate::pool::{Class, Holding, Pool, SMALLEST_SLOT, Slot};
+use crate::stats::SlabCounts;
 use crate::sync::Arc;
 use crate::trie::NodeId;
 use std::collections::BTreeMap;
@@ -18,23 +19,6 @@ const LEAST_BYTES: u64 = 4 << 20;
 /// Names a block's place, as long as it has one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Placed(u32);
-
-/// What was counted.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// Places that were given.
-    pub taken: u64,
-    /// Those of them where no block had been before.
-    pub fresh: u64,
-    /// Blocks that had to leave for others.
-    pub evicted: u64,
-    /// How often the device was asked for memory; once it serves, never again.
-    pub reservations: u64,
-    /// Places that are given, those that wait for the device among them.
-    pub in_use: u64,
-    /// Blocks that are held.
-    pub held: u64,
-}
 
 #[derive(Debug)]
 struct Block {
@@ -64,7 +48,7 @@ pub struct Slab {
     leaving: Vec<(Slot, [Ticket; Lane::ALL.len()])>,
     /// Which slots had a block once, by number.
     used: Vec<u64>,
-    counts: Counts,
+    counts: SlabCounts,
 }
 
 impl Slab {
@@ -114,8 +98,18 @@ impl Slab {
             orders: BTreeMap::new(),
             leaving: Vec::new(),
             used: vec![0; slots.div_ceil(64)],
-            counts: Counts::default(),
+            counts: SlabCounts::default(),
         }
+    }
+
+    /// Bytes of it that a model's places take, free ones among them.
+    pub(crate) fn held_bytes(&self, holding: &Holding) -> u64 {
+        self.pool.held_bytes(holding) as u64
+    }
+
+    /// Whose blocks are in it.
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = NodeId> + '_ {
+        self.blocks.iter().flatten().map(|block| block.node)
     }
 
     /// Its size.
@@ -124,7 +118,7 @@ impl Slab {
     }
 
     /// What is counted.
-    pub fn counts(&self) -> Counts {
+    pub fn counts(&self) -> SlabCounts {
         self.counts
     }
 

@@ -2,7 +2,8 @@
 
 use super::block::BlockBuffer;
 use super::model::{Asked, Model};
-use super::tensor::{Placement, keep_alive, view};
+use super::tensor::keep_alive;
+use super::view::{Placement, view};
 use super::{OrRaise, raise};
 use crate::stats::Miss;
 use pyo3::prelude::*;
@@ -97,7 +98,8 @@ impl Lease {
     }
 
     /// Copies some blocks of the match into `kv`; returns `(tokens, places, reason, (ram_s, ssd_s))`.
-    #[pyo3(signature = (kv, layout, batch, pages, start, stop))]
+    #[pyo3(signature = (kv, layout, batch, pages, start, stop, stream))]
+    #[expect(clippy::too_many_arguments, reason = "one crossing carries the whole request; Python names them")]
     fn load<'py>(
         &self,
         kv: &Bound<'py, PyAny>,
@@ -106,9 +108,10 @@ impl Lease {
         pages: Option<&Bound<'py, PyAny>>,
         start: usize,
         stop: usize,
+        stream: Option<u64>,
     ) -> PyResult<Loaded> {
         let py = kv.py();
-        let placement = Placement { layout, batch, pages };
+        let placement = Placement { layout, batch, pages, stream };
         let (view, tensors) = view(kv, self.lease.geometry(), &placement, true)?;
         let outcome = py.detach(|| self.lease.load_part(&view, start..stop));
         keep_alive(tensors);

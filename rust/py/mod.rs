@@ -6,11 +6,13 @@
 mod archive;
 mod block;
 mod eviction;
+mod gpu;
 mod index;
 mod lease;
 mod model;
 mod store;
 mod tensor;
+mod view;
 
 use crate::error::{Error, ErrorKind};
 use pyo3::prelude::*;
@@ -53,6 +55,7 @@ impl<T> OrRaise<T> for crate::Result<T> {
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_function(wrap_pyfunction!(gpu::gpu_status, module)?)?;
     module.add_class::<archive::Archive>()?;
     module.add_class::<eviction::EvictionPolicy>()?;
     module.add_class::<index::PrefixIndex>()?;

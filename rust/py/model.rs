@@ -3,7 +3,8 @@
 use super::OrRaise;
 use super::lease::Lease;
 use super::store::lifter_of;
-use super::tensor::{Placement, integers, keep_alive, view};
+use super::tensor::{integers, keep_alive};
+use super::view::{Placement, view};
 use crate::block::Geometry;
 use crate::codec::{Clip, Codec, Granularity, Percentile, Scheme};
 use crate::error::input;
@@ -54,7 +55,7 @@ impl Model {
     }
 
     /// Stores what is not cached yet; returns how many leading tokens are cached now.
-    #[pyo3(signature = (tokens, kv, layout, batch, pages, start, adapter, tenant, priority, ttl_s))]
+    #[pyo3(signature = (tokens, kv, layout, batch, pages, start, adapter, tenant, priority, ttl_s, stream))]
     #[expect(clippy::too_many_arguments, reason = "one crossing carries the whole request; Python names them")]
     fn put<'py>(
         &self,
@@ -68,10 +69,11 @@ impl Model {
         tenant: &str,
         priority: u8,
         ttl_s: Option<f64>,
+        stream: Option<u64>,
     ) -> PyResult<usize> {
         let py = tokens.py();
         let asked = Asked::read(tokens, adapter, tenant)?;
-        let placement = Placement { layout, batch, pages };
+        let placement = Placement { layout, batch, pages, stream };
         let (view, tensors) = view(kv, &self.model.spec().geometry, &placement, false)?;
         // What no clock can reach is never over.
         let ttl = ttl_s.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
@@ -230,7 +232,7 @@ impl Model {
     ) -> PyResult<Vec<f32>> {
         let py = kv.py();
         let percentile = Percentile::new(percentile).or_raise(py)?;
-        let placement = Placement { layout, batch, pages };
+        let placement = Placement { layout, batch, pages, stream: None };
         let (view, tensors) = view(kv, &self.model.spec().geometry, &placement, false)?;
         let bounds = py.detach(|| self.store.calibrate(&self.model, &view, percentile));
         keep_alive(tensors);

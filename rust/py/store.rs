@@ -5,8 +5,8 @@ use super::model::{CodecTerms, Model, QuotaTerms, quota_of, scheme};
 use crate::block::{Dtype, Geometry};
 use crate::error::input;
 use crate::evict::Kind;
-use crate::stats::{Counts, Histogram, Lifter, Miss, Tier, Usage};
-use crate::{Engine, ModelSpec, Options, SsdOptions, WritePolicy};
+use crate::stats::{Counts, GpuStatus, Histogram, Lifter, Miss, Tier, Usage};
+use crate::{Engine, GpuOptions, ModelSpec, Options, SsdOptions, WritePolicy};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyList, PyTuple};
@@ -17,13 +17,16 @@ use std::time::Duration;
 #[pyclass(frozen, module = "stratakv._native")]
 pub(super) struct Store {
     store: Arc<crate::Store>,
+    no_gpu: Option<String>,
 }
 
 #[pymethods]
 impl Store {
-    /// Opens a store. `ssd` is `(path, capacity_bytes, segment_bytes, policy, engine)` or `None`.
+    /// Opens a store. `ssd` is `(path, capacity_bytes, segment_bytes, policy, engine)` or `None`; `gpu` is `(capacity_bytes,
+    /// device, driver)` or `None`.
     #[new]
-    #[pyo3(signature = (*, ram_capacity_bytes, eviction, ssd, secret, threads, index_bytes))]
+    #[pyo3(signature = (*, ram_capacity_bytes, eviction, ssd, secret, threads, index_bytes, gpu))]
+    #[expect(clippy::too_many_arguments, reason = "they are named")]
     fn new(
         py: Python<'_>,
         ram_capacity_bytes: u64,
@@ -32,6 +35,7 @@ impl Store {
         secret: Option<String>,
         threads: usize,
         index_bytes: Option<u64>,
+        gpu: Option<(u64, u32, Option<std::path::PathBuf>)>,
     ) -> PyResult<Self> {
         let eviction = Kind::parse(eviction).or_raise(py)?;
         let mut policy = WritePolicy::default();
@@ -41,10 +45,31 @@ impl Store {
             tier =
                 Some(SsdOptions { path, capacity_bytes, segment_bytes, engine: Engine::parse(&engine).or_raise(py)? });
         }
-        let options =
-            Options { ram_capacity_bytes, eviction, ssd: tier, policy, secret, threads, index_bytes, stepped: false };
+        let mut no_gpu = None;
+        let gpu = gpu.and_then(|(capacity_bytes, number, driver)| {
+            let device = py.detach(|| super::gpu::device(number, driver));
+            device.map_err(|reason| no_gpu = Some(reason)).ok().map(|device| GpuOptions { device, capacity_bytes })
+        });
+        let options = Options {
+            ram_capacity_bytes,
+            eviction,
+            ssd: tier,
+            policy,
+            secret,
+            threads,
+            index_bytes,
+            gpu,
+            stepped: false,
+        };
         let store = py.detach(|| crate::Store::open(options)).or_raise(py)?;
-        Ok(Self { store: Arc::new(store) })
+        let no_gpu = no_gpu.or_else(|| store.no_gpu().map(str::to_owned));
+        Ok(Self { store: Arc::new(store), no_gpu })
+    }
+
+    /// Why there is no GPU tier, though one was asked for.
+    #[getter]
+    fn no_gpu(&self) -> Option<&str> {
+        self.no_gpu.as_deref()
     }
 
     /// Registers a model; geometry is `(layers, planes, kv_heads, head_dim, dtype, block_tokens)`.
@@ -229,6 +254,7 @@ impl Store {
             model_usage.set_item(name, usage(used))?;
         }
         let out = PyDict::new(py);
+        out.set_item("gpu", snapshot.gpu.as_ref().map(|gpu| gpu_dict(py, gpu)).transpose()?)?;
         out.set_item("total", counts_dict(py, &snapshot.total)?)?;
         out.set_item("models", models)?;
         out.set_item("tenants", tenants)?;
@@ -290,6 +316,24 @@ pub(super) fn lifter_of(name: &str) -> crate::Result<Lifter> {
     known.ok_or_else(|| input(format!("lifter is {name:?}, expected warm or near")))
 }
 
+fn gpu_dict<'py>(py: Python<'py>, gpu: &GpuStatus) -> PyResult<Bound<'py, PyDict>> {
+    let out = PyDict::new(py);
+    out.set_item("device", &gpu.name)?;
+    out.set_item("capacity_bytes", gpu.capacity_bytes)?;
+    let fields = [
+        ("taken_blocks", gpu.counts.taken),
+        ("fresh_blocks", gpu.counts.fresh),
+        ("reservations", gpu.counts.reservations),
+        ("held_blocks", gpu.counts.held),
+        ("refused", gpu.refused),
+    ];
+    for (name, value) in fields {
+        out.set_item(name, value)?;
+    }
+    out.set_item("failed", gpu.failed.as_deref())?;
+    Ok(out)
+}
+
 /// The same for all histograms.
 static BOUNDS_S: PyOnceLock<Py<PyTuple>> = PyOnceLock::new();
 
@@ -331,8 +375,7 @@ fn counts_dict<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Bound<'py, PyD
     let bounds =
         BOUNDS_S.get_or_try_init(py, || PyTuple::new(py, Histogram::BOUNDS_S.map(f64::from)).map(Bound::unbind))?;
     let tiers = PyDict::new(py);
-    for tier in Tier::ALL {
-        let counts = counts.tiers[tier as usize];
+    for (tier, counts) in [(Tier::Gpu, counts.gpu), (Tier::Ram, counts.tiers[0]), (Tier::Ssd, counts.tiers[1])] {
         let row = PyDict::new(py);
         let fields = [
             ("asked_blocks", counts.asked),

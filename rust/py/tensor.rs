@@ -1,21 +1,10 @@
-//! Tensors of other libraries, read in place: NumPy's arrays, buffers, else DLPack (versioned or legacy).
+//! Tensors of other libraries, read in place: NumPy's arrays, buffers, else DLPack (versioned or legacy) or the interface of
+//! CUDA arrays.
 //!
-//! The producer is kept alive for the call; nothing is copied or taken over. A `layout` names the axes of the leaf
-//! tensors, outermost first; what it does not name is a Python sequence:
-//!
-//! | letter | axis |
-//! |---|---|
-//! | `L` | layer (absent: a sequence of layers) |
-//! | `K` | plane, key or value (absent: a sequence of planes per layer) |
-//! | `B` | batch; one row is used |
-//! | `P` | page |
-//! | `H` | head |
-//! | `N` | token (within its page) |
-//! | `D` | dim, contiguous |
+//! The producer is kept alive for the call; nothing is copied or taken over.
 
 use super::OrRaise;
-use crate::block::{Dtype, Geometry};
-use crate::copy::{KvView, PageTable, PlaneView};
+use crate::block::Dtype;
 use crate::error::{Result, input};
 use numpy::npyffi::flags::NPY_ARRAY_WRITEABLE;
 use numpy::{PyArrayDescrMethods as _, PyUntypedArray, PyUntypedArrayMethods as _};
@@ -26,11 +15,13 @@ use std::ffi::{CStr, c_void};
 
 /// Bytes of memory with axes. Strides are in bytes.
 pub(super) struct Tensor<'py> {
-    base: *mut u8,
-    shape: Vec<i64>,
-    strides: Vec<isize>,
-    kind: Kind,
-    read_only: bool,
+    pub(super) base: *mut u8,
+    pub(super) shape: Vec<i64>,
+    pub(super) strides: Vec<isize>,
+    pub(super) kind: Kind,
+    pub(super) read_only: bool,
+    /// Where it is on a CUDA device: the stream in which its owner uses it.
+    pub(super) device: Option<u64>,
     // Keeps the memory alive; it is only dropped.
     _owner: Owner<'py>,
 }
@@ -55,7 +46,7 @@ impl Drop for Owner<'_> {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     Int(u8),
     Uint(u8),
     Float(u8),
@@ -64,7 +55,7 @@ enum Kind {
 }
 
 impl Kind {
-    fn bytes(self) -> usize {
+    pub(super) fn bytes(self) -> usize {
         match self {
             Self::Int(bits) | Self::Uint(bits) | Self::Float(bits) => usize::from(bits) / 8,
             Self::Bfloat16 => 2,
@@ -72,7 +63,7 @@ impl Kind {
         }
     }
 
-    fn holds(self, dtype: Dtype) -> bool {
+    pub(super) fn holds(self, dtype: Dtype) -> bool {
         match dtype {
             Dtype::Fp32 => self == Self::Float(32),
             Dtype::Fp16 => self == Self::Float(16),
@@ -81,7 +72,7 @@ impl Kind {
         }
     }
 
-    fn name(self) -> String {
+    pub(super) fn name(self) -> String {
         match self {
             Self::Int(bits) => format!("int{bits}"),
             Self::Uint(bits) => format!("uint{bits}"),
@@ -128,6 +119,11 @@ struct DlExchange {
     /// # Safety
     /// The object must have the type that the table was found on; the interpreter must be attached.
     export: Option<unsafe extern "C" fn(*mut c_void, *mut *mut DlManagedVersioned) -> i32>,
+    import: *const c_void,
+    borrow: *const c_void,
+    /// # Safety
+    /// The device must be one of the producer's; the interpreter must be attached.
+    stream: Option<unsafe extern "C" fn(i32, i32, *mut *mut c_void) -> i32>,
 }
 
 const EXCHANGE: &CStr = c"dlpack_exchange_api";
@@ -136,10 +132,15 @@ const LEGACY: &CStr = c"dltensor";
 const VERSIONED: &CStr = c"dltensor_versioned";
 const READ_ONLY: u64 = 1;
 const CPU: i32 = 1;
+const CUDA: i32 = 2;
+/// Memory of the process that a device reaches, too.
+const CUDA_HOST: i32 = 3;
+/// The stream that waits for all others and they for it: where nobody says which one is used.
+const DEFAULT_STREAM: u64 = 1;
 
 /// The C functions of the last producer's type: the tensors of a call mostly have one type.
 #[derive(Default)]
-struct Exchange<'py> {
+pub(super) struct Exchange<'py> {
     of: Option<Bound<'py, PyType>>,
     table: Option<std::ptr::NonNull<DlExchange>>,
 }
@@ -176,13 +177,21 @@ impl<'py> Tensor<'py> {
         if let Ok(interface) = object.getattr(pyo3::intern!(py, "__array_interface__")) {
             return Self::from_array_interface(object, interface.cast_into::<PyDict>()?, what).map(Some);
         }
-        let Ok(export) = object.getattr("__dlpack__") else { return Ok(None) };
+        let Ok(export) = object.getattr("__dlpack__") else {
+            return match object.getattr(pyo3::intern!(py, "__cuda_array_interface__")) {
+                Ok(interface) => {
+                    let interface = interface.cast_into::<PyDict>()?;
+                    let tensor = Self::from_array_interface(object, interface.clone(), what)?;
+                    // 0 is no stream by that protocol; without one its owner has nothing under way.
+                    let stream = interface.get_item("stream")?.map_or(Ok(None), |stream| stream.extract())?;
+                    Ok(Some(Self { device: Some(stream.unwrap_or(DEFAULT_STREAM)), ..tensor }))
+                }
+                Err(_) => Ok(None),
+            };
+        };
         if let Ok(device) = object.call_method0("__dlpack_device__") {
             let (device_type, _): (i32, i32) = device.extract()?;
-            if device_type != CPU {
-                let message = format!("{what}: DLPack device type {device_type}, expected {CPU} (CPU); copy it first");
-                return Err(input(message)).or_raise(py);
-            }
+            check_kind(device_type, what).or_raise(py)?;
         }
         let versioned = PyDict::new(py);
         versioned.set_item("max_version", (1, 0))?;
@@ -198,7 +207,11 @@ impl<'py> Tensor<'py> {
         Self::from_capsule(object, &capsule, what).map(Some)
     }
 
-    fn read(object: &Bound<'py, PyAny>, what: &dyn std::fmt::Display, exchange: &mut Exchange<'py>) -> PyResult<Self> {
+    pub(super) fn read(
+        object: &Bound<'py, PyAny>,
+        what: &dyn std::fmt::Display,
+        exchange: &mut Exchange<'py>,
+    ) -> PyResult<Self> {
         if let Some(tensor) = Self::try_read(object, what, exchange)? {
             return Ok(tensor);
         }
@@ -228,7 +241,8 @@ impl<'py> Tensor<'py> {
         let (base, flags) =
             unsafe { ((*array.as_array_ptr()).fields.data.cast(), (*array.as_array_ptr()).fields.flags) };
         let read_only = flags & NPY_ARRAY_WRITEABLE == 0;
-        Some(Self { base, shape, strides, kind, read_only, _owner: Owner::Object { _object: object.clone() } })
+        let owner = Owner::Object { _object: object.clone() };
+        Some(Self { base, shape, strides, kind, read_only, device: None, _owner: owner })
     }
 
     // The buffer protocol, of types that it has a letter for.
@@ -248,7 +262,8 @@ impl<'py> Tensor<'py> {
         let shape = buffer.shape().iter().map(|&n| n as i64).collect();
         let strides = buffer.strides().to_vec();
         let (base, read_only) = (buffer.buf_ptr().cast(), buffer.readonly());
-        Some(Self { base, shape, strides, kind, read_only, _owner: Owner::Buffer { _buffer: buffer } })
+        let owner = Owner::Buffer { _buffer: buffer };
+        Some(Self { base, shape, strides, kind, read_only, device: None, _owner: owner })
     }
 
     fn from_array_interface(
@@ -290,6 +305,7 @@ impl<'py> Tensor<'py> {
             strides,
             kind,
             read_only,
+            device: None,
             _owner: Owner::Object { _object: object.clone() },
         })
     }
@@ -314,7 +330,17 @@ impl<'py> Tensor<'py> {
         let owner = Owner::Managed(managed);
         // SAFETY: the producer filled it, and `owner` keeps it.
         let (flags, tensor) = unsafe { (managed.as_ref().flags, &managed.as_ref().tensor) };
-        Self::from_tensor(py, tensor, flags & READ_ONLY != 0, owner, what).map(Some)
+        let mut read = Self::from_tensor(py, tensor, flags & READ_ONLY != 0, owner, what)?;
+        let mut stream = std::ptr::null_mut();
+        if let Some(known) = &mut read.device
+            && let Some(ask) = api.stream
+        {
+            // SAFETY: the producer has just exported from that device; the interpreter is attached.
+            if unsafe { ask(CUDA, tensor.device_id, &raw mut stream) } == 0 {
+                *known = if stream.is_null() { DEFAULT_STREAM } else { stream as u64 };
+            }
+        }
+        Ok(Some(read))
     }
 
     fn from_capsule(
@@ -347,10 +373,7 @@ impl<'py> Tensor<'py> {
         owner: Owner<'py>,
         what: &dyn std::fmt::Display,
     ) -> PyResult<Self> {
-        if tensor.device_type != CPU {
-            let device = tensor.device_type;
-            return Err(input(format!("{what}: DLPack device type {device}, expected {CPU} (CPU)"))).or_raise(py);
-        }
+        check_kind(tensor.device_type, what).or_raise(py)?;
         let kind = match (tensor.code, tensor.bits, tensor.lanes) {
             (0, bits, 1) => Kind::Int(bits),
             (1, bits, 1) => Kind::Uint(bits),
@@ -374,7 +397,17 @@ impl<'py> Tensor<'py> {
             list(tensor.strides).iter().map(|s| *s as isize * kind.bytes() as isize).collect()
         };
         let base = tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize);
-        Ok(Self { base, shape, strides, kind, read_only, _owner: owner })
+        let device = (tensor.device_type == CUDA).then_some(DEFAULT_STREAM);
+        Ok(Self { base, shape, strides, kind, read_only, device, _owner: owner })
+    }
+}
+
+fn check_kind(device_type: i32, what: &dyn std::fmt::Display) -> Result<()> {
+    match device_type {
+        CPU | CUDA | CUDA_HOST => Ok(()),
+        _ => Err(input(format!(
+            "{what}: DLPack device type {device_type}, expected {CPU} (CPU) or {CUDA} (CUDA); copy it first"
+        ))),
     }
 }
 
@@ -403,6 +436,10 @@ pub(super) fn integers(object: &Bound<'_, PyAny>, what: &str) -> PyResult<Vec<u3
         Some(tensor) => tensor,
         None => Tensor::read(&py.import("numpy")?.call_method1("asarray", (object,))?, &what, &mut exchange)?,
     };
+    if tensor.device.is_some() {
+        return Err(input(format!("{what}: on a device, expected in the process's memory; copy it first")))
+            .or_raise(py);
+    }
     if tensor.shape.len() != 1 {
         return Err(expected(format!("{} dimensions", tensor.shape.len()))).or_raise(py);
     }
@@ -458,216 +495,6 @@ fn one_integer(item: &Bound<'_, PyAny>, what: &str) -> PyResult<u32> {
         let message = format!("{what}: {}; expected non-negative integers below 2^32", item.repr()?);
         Err(input(message)).or_raise(item.py())
     })
-}
-
-/// How the caller's tensors lie: see the page above.
-pub(super) struct Placement<'a, 'py> {
-    pub(super) layout: &'a str,
-    pub(super) batch: usize,
-    pub(super) pages: Option<&'a Bound<'py, PyAny>>,
-}
-
-/// A view of the caller's tensors, and what keeps them alive.
-pub(super) fn view<'py>(
-    kv: &Bound<'py, PyAny>,
-    geometry: &Geometry,
-    placement: &Placement<'_, 'py>,
-    writable: bool,
-) -> PyResult<(KvView, Vec<Tensor<'py>>)> {
-    let py = kv.py();
-    let axes = Axes::parse(placement.layout).or_raise(py)?;
-    let pages = match (axes.page, placement.pages) {
-        (Some(_), Some(pages)) => Some(integers(pages, "pages")?),
-        (None, None) => None,
-        (Some(_), None) => return Err(input("pages: the layout has P, expected a page table")).or_raise(py),
-        (None, Some(_)) => {
-            let message = format!("pages: given, but layout {:?} has no P", placement.layout);
-            return Err(input(message)).or_raise(py);
-        }
-    };
-    let leaves = leaves(kv, geometry, &axes)?;
-    let mut tensors = Vec::with_capacity(leaves.len());
-    let mut planes = Vec::with_capacity(geometry.plane_count());
-    let mut tokens = usize::MAX;
-    let mut page_tokens = 1;
-    let mut exchange = Exchange::default();
-    for (n, leaf) in leaves.iter().enumerate() {
-        let name = LeafName { number: n, alone: leaves.len() == 1 };
-        let tensor = Tensor::read(leaf, &name, &mut exchange)?;
-        let leaf = Leaf { tensor: &tensor, axes: &axes, geometry, name };
-        leaf.check(placement.batch, writable).or_raise(py)?;
-        let (covered, in_page) = leaf.tokens(pages.as_deref()).or_raise(py)?;
-        if n > 0 && page_tokens != in_page {
-            return Err(input(format!("{name}: pages of {in_page} tokens, expected {page_tokens}"))).or_raise(py);
-        }
-        (tokens, page_tokens) = (tokens.min(covered), in_page);
-        leaf.planes(placement.batch, &mut planes);
-        tensors.push(tensor);
-    }
-    let table = pages.map(|pages| PageTable { pages, page_tokens });
-    // SAFETY: every axis was checked against the geometry, every page against its tensor; `tensors` keeps the memory.
-    let view = unsafe { KvView::new(planes, table, tokens) }.or_raise(py)?;
-    Ok((view, tensors))
-}
-
-// The leaf tensors, layer by layer.
-fn leaves<'py>(kv: &Bound<'py, PyAny>, geometry: &Geometry, axes: &Axes) -> PyResult<Vec<Bound<'py, PyAny>>> {
-    let py = kv.py();
-    let items = |object: &Bound<'py, PyAny>, what: &str, count: u32| -> PyResult<Vec<Bound<'py, PyAny>>> {
-        let list: Vec<_> = object.try_iter()?.collect::<PyResult<_>>()?;
-        if list.len() == count as usize {
-            return Ok(list);
-        }
-        let message = format!("kv has {} {what}, expected {count} by the model's geometry", list.len());
-        Err(input(message)).or_raise(py)
-    };
-    let layers = match axes.layer {
-        Some(_) => vec![kv.clone()],
-        None => items(kv, "layers", geometry.layers)?,
-    };
-    if axes.plane.is_some()
-        || axes.layer.is_some()
-        || geometry.planes == 1 && axes.layer.is_none() && is_leaf(&layers[0])
-    {
-        return Ok(layers);
-    }
-    let mut leaves = Vec::with_capacity(geometry.plane_count());
-    for layer in &layers {
-        leaves.extend(items(layer, "planes in a layer", geometry.planes)?);
-    }
-    Ok(leaves)
-}
-
-fn is_leaf(object: &Bound<'_, PyAny>) -> bool {
-    [c"__array_interface__", c"__dlpack__"].iter().any(|n| n.to_str().is_ok_and(|n| object.hasattr(n).unwrap_or(false)))
-}
-
-/// Where each axis stands in a leaf tensor.
-struct Axes {
-    count: usize,
-    layer: Option<usize>,
-    plane: Option<usize>,
-    batch: Option<usize>,
-    page: Option<usize>,
-    head: usize,
-    token: usize,
-    dim: usize,
-}
-
-impl Axes {
-    fn parse(layout: &str) -> Result<Self> {
-        let wrong = || {
-            input(format!(
-                "layout {layout:?}: expected each of H, N and D once and L, K, B, P at most once, D last; as \"BHND\""
-            ))
-        };
-        let at = |letter: char| layout.find(letter);
-        let known = layout.chars().all(|c| "LKBPHND".contains(c));
-        let unique = layout.chars().all(|c| layout.matches(c).count() == 1);
-        let (Some(head), Some(token), Some(dim)) = (at('H'), at('N'), at('D')) else { return Err(wrong()) };
-        // Without its layers in the tensor, a plane axis belongs to one layer's tensor; the reverse has no meaning.
-        let nested = at('L').is_none() || at('K').is_some();
-        if !known || !unique || !nested || dim + 1 != layout.len() {
-            return Err(wrong());
-        }
-        let (layer, plane, batch, page) = (at('L'), at('K'), at('B'), at('P'));
-        Ok(Self { count: layout.len(), layer, plane, batch, page, head, token, dim })
-    }
-}
-
-/// How errors name a leaf tensor.
-#[derive(Clone, Copy)]
-struct LeafName {
-    number: usize,
-    alone: bool,
-}
-
-impl std::fmt::Display for LeafName {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.alone { f.write_str("kv") } else { write!(f, "kv tensor {}", self.number) }
-    }
-}
-
-struct Leaf<'a, 'py> {
-    tensor: &'a Tensor<'py>,
-    axes: &'a Axes,
-    geometry: &'a Geometry,
-    name: LeafName,
-}
-
-impl Leaf<'_, '_> {
-    fn check(&self, batch: usize, writable: bool) -> Result<()> {
-        let Self { tensor, axes, geometry, name } = self;
-        if tensor.shape.len() != axes.count {
-            let shape = &tensor.shape;
-            return Err(input(format!("{name}: shape {shape:?}, expected {} axes by the layout", axes.count)));
-        }
-        if !tensor.kind.holds(geometry.dtype) {
-            let (found, expected) = (tensor.kind.name(), geometry.dtype.name());
-            return Err(input(format!("{name}: dtype {found}, expected {expected} by the model's geometry")));
-        }
-        let expected = [
-            ("heads", Some(axes.head), geometry.kv_heads),
-            ("dim", Some(axes.dim), geometry.head_dim),
-            ("layers", axes.layer, geometry.layers),
-            ("planes", axes.plane, geometry.planes),
-        ];
-        for (what, axis, size) in expected {
-            if let Some(found) = axis.map(|a| tensor.shape[a]).filter(|&found| found != i64::from(size)) {
-                return Err(input(format!("{name}: {found} {what}, expected {size} by the model's geometry")));
-            }
-        }
-        if let Some(rows) = axes.batch.map(|a| tensor.shape[a]).filter(|&rows| batch as i64 >= rows) {
-            return Err(input(format!("batch is {batch}, expected below {rows}, the rows of {name}")));
-        }
-        if tensor.strides[axes.dim] != tensor.kind.bytes() as isize && geometry.head_dim > 1 {
-            return Err(input(format!("{name}: the last axis is not contiguous; pass a tensor whose dim is")));
-        }
-        if writable && tensor.read_only {
-            return Err(input(format!("{name}: is read-only, expected memory to load into")));
-        }
-        Ok(())
-    }
-
-    // Tokens covered, and tokens per page.
-    fn tokens(&self, pages: Option<&[u32]>) -> Result<(usize, usize)> {
-        let size = self.tensor.shape[self.axes.token].max(0) as usize;
-        match (self.axes.page, pages) {
-            (Some(axis), Some(pages)) => {
-                let count = self.tensor.shape[axis];
-                if let Some(page) = pages.iter().find(|&&p| i64::from(p) >= count) {
-                    return Err(input(format!(
-                        "pages: page {page}, expected below {count}, the pages of {}",
-                        self.name
-                    )));
-                }
-                if size == 0 {
-                    return Err(input(format!("{}: pages of 0 tokens", self.name)));
-                }
-                Ok((pages.len() * size, size))
-            }
-            _ => Ok((size, size)),
-        }
-    }
-
-    fn planes(&self, batch: usize, out: &mut Vec<PlaneView>) {
-        let Self { tensor, axes, geometry, .. } = self;
-        let stride = |axis: Option<usize>| axis.map_or(0, |a| tensor.strides[a]);
-        let count = |axis: Option<usize>, n: u32| if axis.is_some() { n } else { 1 };
-        for layer in 0..count(axes.layer, geometry.layers) {
-            for plane in 0..count(axes.plane, geometry.planes) {
-                let offset = layer as isize * stride(axes.layer)
-                    + plane as isize * stride(axes.plane)
-                    + batch as isize * stride(axes.batch);
-                out.push(PlaneView {
-                    base: tensor.base.wrapping_offset(offset),
-                    head_stride: tensor.strides[axes.head],
-                    token_stride: tensor.strides[axes.token],
-                    page_stride: stride(axes.page),
-                });
-            }
-        }
-    }
 }
 
 /// The tensors' memory is used by a detached call; this marks where that ends.

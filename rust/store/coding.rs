@@ -36,6 +36,7 @@ impl Store {
         match tier {
             Tier::Ram => books.hot = layout.map(Arc::new),
             Tier::Ssd => books.cold = layout.map(Arc::new),
+            Tier::Gpu => return Err(input("codec: blocks on a GPU are as they are put; give RAM or SSD one")),
         }
         Ok(())
     }

@@ -101,6 +101,8 @@ impl Share<'_> {
         match tier {
             Tier::Ram => self.ram_bytes,
             Tier::Ssd => self.ssd_bytes,
+            // It is divided alike.
+            Tier::Gpu => 0,
         }
     }
 }

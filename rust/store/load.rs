@@ -5,6 +5,7 @@
 //! form that it has, and stays in RAM. The first block that fails ends the load: everything before it is valid, nothing
 //! after it is.
 
+use super::gpu::{OnGpu, Payload, Staged};
 use super::read::{Reads, runs};
 use super::{Lease, check_view};
 use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES, Sealed};
@@ -18,6 +19,7 @@ use crate::ssd::{ModelFile, Place};
 use crate::stats::{Miss, Tier};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
 use crate::trie::NodeId;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -38,6 +40,7 @@ pub struct LoadOutcome {
 
 // Where one block will be read from.
 pub(super) enum Source {
+    Gpu(OnGpu),
     Ram(Slot, Option<Arc<Layout>>),
     Ssd { file: Arc<ModelFile>, hash: Sealed, place: Place, epoch: u64, promote: Option<Slot> },
     Gone(Miss),
@@ -52,12 +55,15 @@ struct Plan {
     sources: Vec<Source>,
     /// Whether it counts as under way.
     counted: bool,
+    /// Whether it goes to tensors on the device; and what is held there for it beside its sources.
+    to_device: bool,
+    on_gpu: Vec<OnGpu>,
 }
 
 impl Plan {
     fn nothing(part: &Range<usize>, miss: Miss) -> Self {
         let sources = part.clone().map(|_| Source::Gone(miss)).collect();
-        Self { first: part.start, held: Vec::new(), sources, counted: false }
+        Self { first: part.start, held: Vec::new(), sources, counted: false, to_device: false, on_gpu: Vec::new() }
     }
 }
 
@@ -103,7 +109,10 @@ impl Lease {
         let size = geometry.block_tokens as usize;
         check_view(&geometry, view, part.end * size)?;
         view.check_apart(&geometry, part.start * size..part.end * size)?;
-        let plan = self.plan(&part)?;
+        if view.is_on_device() {
+            self.shared.check_device(&geometry, view)?;
+        }
+        let mut plan = self.plan(&part, view.is_on_device())?;
         let Plan { first, ref sources, .. } = plan;
         let unread = |source: &Source| match source {
             Source::Gone(miss) => *miss,
@@ -113,6 +122,7 @@ impl Lease {
         let spent = Spent::default();
         let begun = Instant::now();
         self.copy_from_ram(&geometry, view, &plan, &results, &spent);
+        let staged: Mutex<Vec<(usize, Staged)>> = Mutex::default();
         let ram = begun.elapsed();
         let runs = runs(sources, geometry.record_bytes(), self.shared.workers.threads());
         if let Some(reads) = Reads::new(self, sources, &runs, &spent) {
@@ -121,7 +131,9 @@ impl Lease {
                     let Some(arrived) = reads.lock().next() else { break };
                     let run = arrived.run.clone();
                     let done = self.records(sources, arrived, |n, record| match record {
-                        Ok(record) => self.take_record(&geometry, view, &sources[n], first + n, record, &spent),
+                        Ok(record) => {
+                            self.take_record(&geometry, (view, &staged), &sources[n], first + n, record, &spent)
+                        }
                         Err(_) => Err(Miss::Io),
                     });
                     for (n, result) in run.zip(done) {
@@ -130,7 +142,10 @@ impl Lease {
                 }
             });
         }
-        let results: Vec<Taken> = results.into_iter().map(Mutex::into_inner).collect();
+        let mut results: Vec<Taken> = results.into_iter().map(Mutex::into_inner).collect();
+        if view.is_on_device() {
+            self.to_device(&geometry, view, &mut plan, &mut results, staged.into_inner());
+        }
         let ssd = begun.elapsed() - ram;
         let outcome = self.settle(&geometry, &plan, &results, &spent, began);
         Ok(LoadOutcome { ram, ssd, ..outcome })
@@ -144,7 +159,7 @@ impl Lease {
 
     // Where each block lies. Those that are still there are held one by one until `settle`: neither a release in the
     // midst of the load nor room made for a promotion takes them away.
-    fn plan(&self, part: &Range<usize>) -> Result<Plan> {
+    fn plan(&self, part: &Range<usize>, to_device: bool) -> Result<Plan> {
         let mut state = self.shared.state.lock();
         // Acquire pairs with the swap in `release`.
         if self.released.load(Ordering::Acquire) {
@@ -169,6 +184,10 @@ impl Lease {
                 sources.push(Source::Gone(Miss::NotWorthIt));
                 continue;
             }
+            if to_device && let Some(held) = state.hold_on_gpu(id, self.expected(part.start + n)) {
+                sources.push(Source::Gpu(held));
+                continue;
+            }
             let node = &state.nodes[id];
             let source = match (node.ram, node.ssd) {
                 (Some(slot), _) => Source::Ram(slot, node.layout.clone()),
@@ -181,7 +200,8 @@ impl Lease {
                                 node.ssd_reads += 1;
                                 node.ssd_reads > 1
                             });
-                            let promote = match again {
+                            // What goes to a device goes by way of a slot.
+                            let promote = match again || to_device {
                                 true => state.allocate(self.namespace.owner, place.bytes() as usize, false),
                                 false => None,
                             };
@@ -195,7 +215,7 @@ impl Lease {
             sources.push(source);
         }
         sources.resize_with(matched.len(), || Source::Gone(lost));
-        Ok(Plan { first: part.start, held, sources, counted: true })
+        Ok(Plan { first: part.start, held, sources, counted: true, to_device, on_gpu: Vec::new() })
     }
 
     // Why a block of the match is not there any more. It was leased: so others found it bad, or had it dropped.
@@ -204,9 +224,13 @@ impl Lease {
         self.forgotten().or_else(noted).unwrap_or(Miss::Evicted)
     }
 
+    // Where a device is to have them they are only checked.
     fn copy_from_ram(&self, geometry: &Geometry, view: &KvView, plan: &Plan, results: &[Mutex<Taken>], spent: &Spent) {
         let (mut blocks, mut coded) = (Vec::new(), Vec::new());
         for (n, source) in plan.sources.iter().enumerate() {
+            if let Source::Gpu(_) = source {
+                *results[n].lock() = Ok((Tier::Gpu, None));
+            }
             let Source::Ram(slot, layout) = source else { continue };
             let at = self.shared.arena.at(*slot);
             let length = geometry.payload_offset() - RECORD_HEADER_BYTES;
@@ -217,6 +241,9 @@ impl Lease {
                 continue;
             }
             *results[n].lock() = Ok((Tier::Ram, layout.clone()));
+            if view.is_on_device() {
+                continue;
+            }
             // SAFETY: the payload lies within the slot.
             let payload = unsafe { at.add(geometry.payload_offset()) };
             let block = BlockCopy { payload, first_token: (plan.first + n) * geometry.block_tokens as usize };
@@ -231,6 +258,70 @@ impl Lease {
         }
     }
 
+    // Has the device fill the caller's tensors from what was found and is right. What it cannot have ends the load.
+    fn to_device(
+        &self,
+        geometry: &Geometry,
+        view: &KvView,
+        plan: &mut Plan,
+        results: &mut [Taken],
+        staged: Vec<(usize, Staged)>,
+    ) {
+        let good = results.iter().take_while(|result| result.is_ok()).count();
+        let mut staged: BTreeMap<usize, Staged> = staged.into_iter().collect();
+        let mut payloads = Vec::with_capacity(good);
+        for (n, (source, result)) in plan.sources.iter().zip(results.iter()).take(good).enumerate() {
+            let Ok((_, layout)) = result else { break };
+            let payload = match source {
+                Source::Gpu(held) => Payload::Gpu(*held),
+                Source::Ram(slot, layout) => self.reachable((geometry, view), *slot, layout, plan.first + n),
+                Source::Ssd { promote: Some(slot), .. } => {
+                    self.reachable((geometry, view), *slot, layout, plan.first + n)
+                }
+                Source::Ssd { promote: None, .. } | Source::Gone(_) => match staged.remove(&(plan.first + n)) {
+                    Some(staged) => Payload::Staged(staged),
+                    None => break,
+                },
+            };
+            payloads.push((plan.first + n, plan.held[n], payload));
+        }
+        self.promote_to_device(geometry, &mut payloads);
+        let sent = self.scatter_on_device(geometry, view, &payloads);
+        for (n, _, payload) in payloads {
+            if let Payload::Gpu(held) = payload {
+                plan.on_gpu.push(held);
+                debug_assert!(n >= plan.first, "a block of the load");
+            }
+        }
+        if let Err(fault) = sent {
+            self.shared.failed_on_device(&fault);
+            results.iter_mut().for_each(|result| *result = result.clone().and(Err(Miss::Failed)));
+        }
+    }
+
+    // A block in a slot, as the device can take it: what its kernels do not decode is decoded here.
+    fn reachable(
+        &self,
+        (geometry, view): (&Geometry, &KvView),
+        slot: Slot,
+        layout: &Option<Arc<Layout>>,
+        n: usize,
+    ) -> Payload {
+        match layout {
+            Some(layout) if !self.shared.takes(layout, view) => {
+                let at = self.shared.arena.at(slot);
+                let mut staged = Staged::new(geometry.block_bytes());
+                // SAFETY: the slot is held by this load, and what follows its header does not change; the payload is as long
+                // as its layout says.
+                let payload =
+                    unsafe { std::slice::from_raw_parts(at.add(geometry.payload_offset()), layout.bytes_of(n == 0)) };
+                layout.decode_payload(payload, n == 0, staged.payload());
+                Payload::Staged(staged)
+            }
+            _ => Payload::Slot(slot, layout.clone()),
+        }
+    }
+
     // Books what happened, promotes what was read again, and forgets what proved bad.
     fn settle(
         &self,
@@ -240,13 +331,14 @@ impl Lease {
         spent: &Spent,
         began: Instant,
     ) -> LoadOutcome {
-        let Plan { first, held, sources, counted } = plan;
+        let Plan { first, held, sources, counted, to_device, on_gpu } = plan;
         let good = results.iter().take_while(|r| r.is_ok()).count();
         let (model, owner) = (self.model.id, self.namespace.owner);
         let mut state = self.shared.state.lock();
         if *counted {
             state.end_load(owner);
         }
+        on_gpu.iter().for_each(|held| state.let_go_on_gpu(held));
         for (n, (source, result)) in sources.iter().zip(results).enumerate() {
             // It may have been unlinked meanwhile.
             let linked = held.get(n).copied().filter(|&id| state.nodes.is_linked(id));
@@ -263,7 +355,11 @@ impl Lease {
                 continue;
             }
             let counts = state.owners.counts(owner);
+            if *to_device {
+                counts.asked_tier(Tier::Gpu, matches!(source, Source::Gpu(_)) && result.is_ok());
+            }
             match (source, result) {
+                (Source::Gpu(_), _) => {}
                 (Source::Ram(..), _) => counts.asked_tier(Tier::Ram, result.is_ok()),
                 (Source::Ssd { .. }, _) => {
                     counts.asked_tier(Tier::Ram, false);
@@ -281,7 +377,7 @@ impl Lease {
                 }
             }
             // What was gone before was counted by who found it so.
-            if let (Source::Ram(..) | Source::Ssd { .. }, Err(miss)) = (source, result) {
+            if let (Source::Ram(..) | Source::Ssd { .. }, Err(miss @ (Miss::Corrupt | Miss::Io))) = (source, result) {
                 counts.corrupt += u64::from(*miss == Miss::Corrupt);
                 counts.io_errors += u64::from(*miss == Miss::Io);
                 if let Some(id) = linked {
@@ -327,13 +423,13 @@ impl Lease {
     fn take_record(
         &self,
         geometry: &Geometry,
-        view: &KvView,
+        (view, staged): (&KvView, &Mutex<Vec<(usize, Staged)>>),
         source: &Source,
         n: usize,
         record: &[u8],
         spent: &Spent,
     ) -> Taken {
-        let Source::Ssd { file, hash, epoch, .. } = source else { return Err(Miss::Closed) };
+        let Source::Ssd { file, hash, epoch, promote, .. } = source else { return Err(Miss::Closed) };
         let (block, form) = read_record(record, geometry, &file.identity(*epoch))
             .filter(|(block, form)| {
                 block.hash == *hash
@@ -349,6 +445,17 @@ impl Lease {
         };
         let payload = &record[geometry.payload_offset()..][..form.payload_bytes];
         let (first_token, planes) = (n * geometry.block_tokens as usize, 0..geometry.plane_count());
+        if view.is_on_device() {
+            if promote.is_none() {
+                let mut plain = Staged::new(geometry.block_bytes());
+                match &layout {
+                    Some(layout) => layout.decode_payload(payload, n == 0, plain.payload()),
+                    None => plain.payload().copy_from_slice(payload),
+                }
+                staged.lock().push((n, plain));
+            }
+            return Ok((Tier::Ssd, layout));
+        }
         match &layout {
             Some(layout) => {
                 add(&spent.ssd_decode_ns, decode_planes(geometry, view, layout, payload, first_token, planes));

@@ -16,6 +16,7 @@ mod demote;
 mod divide;
 mod events;
 mod gone;
+mod gpu;
 mod lease;
 mod lift;
 mod listing;
@@ -41,6 +42,7 @@ mod write;
 pub use behind::{Kind as WorkKind, Work};
 pub use divide::{Divisible, Share};
 pub use events::{Event, Events};
+pub use gpu::GpuOptions;
 pub use lease::Lease;
 pub use listing::Prefix;
 pub use load::LoadOutcome;
@@ -123,6 +125,8 @@ pub struct Options {
     pub threads: usize,
     /// Memory that the index may take; it is used as blocks come. `None`: enough for blocks of 16 KiB in all tiers.
     pub index_bytes: Option<u64>,
+    /// The GPU tier, if there is one.
+    pub gpu: Option<GpuOptions>,
     /// Demotion has no thread: it happens in [`Store::step`], [`Store::flush`] and [`Store::close`] alone, where they are
     /// called. For simulations, which so take the same course every time.
     pub stepped: bool,
@@ -151,6 +155,8 @@ struct Shared {
     work: Condvar,
     /// Wakes those who wait for it.
     idle: Condvar,
+    /// Before the arena: it knows its memory.
+    gpu: Option<gpu::Link>,
     arena: Arena,
     ssd: Option<Ssd>,
     secret: Secret,
@@ -165,6 +171,7 @@ pub struct Store {
     demoter: Mutex<Option<JoinHandle<()>>>,
     /// It has no such thread.
     stepped: bool,
+    no_gpu: Option<String>,
 }
 
 impl Store {
@@ -209,6 +216,12 @@ impl Store {
         let trie = Arc::new(Trie::new(blocks as usize)?);
         let gone = Arc::new(Gone::default());
         let mut state = State::new((trie.clone(), gone.clone()), &options, arena.bytes(), ssd.as_ref(), stale);
+        let opened = options.gpu.as_ref().map(|options| gpu::open(options, arena.start(), arena.bytes()));
+        let no_gpu = opened.as_ref().and_then(|opened| Some(opened.as_ref().err()?.to_string()));
+        let link = opened.and_then(std::result::Result::ok).map(|(link, gpu)| {
+            state.gpu = Some(gpu);
+            link
+        });
         if let Some(ssd) = &ssd {
             room::fit_stale_files(&mut state, ssd)?;
         }
@@ -224,6 +237,7 @@ impl Store {
             epochs: Mutex::new(Epochs::new(epochs)),
             work: Condvar::default(),
             idle: Condvar::default(),
+            gpu: link,
             arena,
             ssd,
             secret,
@@ -236,7 +250,12 @@ impl Store {
             thread.spawn(move || shared.demote()).map_err(|e| Error::io("cannot start the demotion thread", e))
         };
         let demoter = (!options.stepped).then(begin).transpose()?;
-        Ok(Self { shared, demoter: Mutex::new(demoter), stepped: options.stepped })
+        Ok(Self { shared, demoter: Mutex::new(demoter), stepped: options.stepped, no_gpu })
+    }
+
+    /// Why there is no GPU tier, though one was asked for: the device has no room, or does not know RAM's memory.
+    pub fn no_gpu(&self) -> Option<&str> {
+        self.no_gpu.as_deref()
     }
 
     /// Demotes as much as is done between two looks at what was asked for; whether there was anything to do. For a store
@@ -531,6 +550,7 @@ impl Store {
             demotion_queue: state.models.values().map(|m| (m.name.clone(), m.queued_blocks)).collect(),
             hit_ceiling: state.models.values().filter_map(|m| ceiling(m, &models)).collect(),
             lifted: state.lifts,
+            gpu: state.gpu_status(),
             index_blocks: shared.trie.len() as u64,
             index_bytes: shared.trie.bytes() as u64,
             index_refused: shared.trie.refused(),

@@ -9,6 +9,7 @@ use super::gone::Gone;
 use super::owners::{OwnerId, Owners};
 use crate::block::BlockHash;
 use crate::codec::Layout;
+use crate::gpu::Placed;
 use crate::pool::Slot;
 use crate::ram::Walk;
 use crate::ssd::Place;
@@ -43,6 +44,8 @@ pub(crate) struct Node {
     /// How the payload in that slot is encoded; `None`: it is as it was put.
     pub(crate) layout: Option<Arc<Layout>>,
     pub(crate) ram_children: u32,
+    /// Where a copy of it is on the GPU.
+    pub(super) gpu: Option<Placed>,
     pub(crate) ssd: Option<Place>,
     pub(crate) ssd_reads: u32,
     /// Asked for, or put again, since its record on SSD was written.

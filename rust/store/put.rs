@@ -75,6 +75,9 @@ impl Store {
         let geometry = model.spec.geometry;
         let Sequence { namespace, tokens, hashes, .. } = sequence;
         check_view(&geometry, view, tokens.len())?;
+        if view.is_on_device() {
+            self.shared.check_device(&geometry, view)?;
+        }
         self.shared.check_open()?;
         sequence.check_model(model)?;
         if let Some(rate) = model.prefills.put(hashes) {
@@ -100,6 +103,8 @@ impl Store {
             return Ok(PutOutcome { tokens: known * block_tokens, new_blocks: 0 });
         }
         let layout = state.models.get(&model.id).and_then(|m| m.hot.clone());
+        // What its kernels do not encode is put as it is, and encoded on its way to SSD.
+        let layout = layout.filter(|layout| !view.is_on_device() || self.shared.takes(layout, view));
         let owner = namespace.owner;
         let granted = state.granted(owner, hashes.len() - known, block_tokens);
         let slots = state.slots_for(owner, &geometry, layout.as_deref(), known..known + granted);
@@ -171,6 +176,9 @@ impl Shared {
             let first_token = (known + n) * geometry.block_tokens as usize;
             self.begin(geometry, layout, slot, first_token, tokens)
         };
+        if view.is_on_device() {
+            return self.fill_from_device(owner, geometry, view, layout, slots, (known, tokens));
+        }
         let Some(layout) = layout else {
             let blocks: Vec<BlockCopy> = slots.iter().enumerate().map(|(n, &slot)| copy(n, slot, None)).collect();
             self.workers.copy(geometry, view, &blocks, Direction::Gather);
@@ -202,6 +210,60 @@ impl Shared {
         filled.not_encodable = plain.len() as u64;
         self.workers.copy(geometry, view, &plain, Direction::Gather);
         filled
+    }
+
+    // The same from tensors on a device.
+    fn fill_from_device(
+        &self,
+        owner: OwnerId,
+        geometry: &Geometry,
+        view: &KvView,
+        layout: Option<Arc<Layout>>,
+        slots: Vec<Slot>,
+        (known, tokens): (usize, &[u32]),
+    ) -> Filled {
+        let first_token = |n: usize| (known + n) * geometry.block_tokens as usize;
+        let gather = |layout: Option<&Arc<Layout>>, blocks: &[(usize, Slot)]| {
+            let at: Vec<(Slot, usize)> = blocks
+                .iter()
+                .map(|&(n, slot)| {
+                    self.begin(geometry, layout.map(|layout| &**layout), slot, first_token(n), tokens);
+                    (slot, first_token(n))
+                })
+                .collect();
+            if at.is_empty() { Some(Vec::new()) } else { self.gather_on_device(geometry, view, layout, &at) }
+        };
+        let started = Instant::now();
+        let all: Vec<(usize, Slot)> = slots.iter().copied().enumerate().collect();
+        let fit = gather(layout.as_ref(), &all);
+        let encode_ns = if layout.is_some() { started.elapsed().as_nanos() as u64 } else { 0 };
+        let mut places: Vec<(Slot, Option<Arc<Layout>>)> =
+            slots.into_iter().map(|slot| (slot, layout.clone())).collect();
+        let mut state = self.state.lock();
+        let Some(fit) = fit else {
+            places.into_iter().for_each(|(slot, _)| state.free(slot));
+            return Filled { places: Vec::new(), not_encodable: 0, encode_ns };
+        };
+        let mut plain = Vec::new();
+        for n in (0..fit.len()).filter(|&n| !fit[n]) {
+            state.free(places[n].0);
+            let Some(slot) = state.allocate(owner, geometry.record_bytes(), true) else {
+                let lost = places.split_off(n);
+                lost.into_iter().skip(1).for_each(|(slot, _)| state.free(slot));
+                break;
+            };
+            places[n] = (slot, None);
+            plain.push((n, slot));
+        }
+        drop(state);
+        let not_encodable = plain.len() as u64;
+        if gather(None, &plain).is_none() {
+            // What comes before the first of them is right.
+            let lost = places.split_off(plain[0].0);
+            let mut state = self.state.lock();
+            lost.into_iter().for_each(|(slot, _)| state.free(slot));
+        }
+        Filled { places, not_encodable, encode_ns }
     }
 
     // Writes what a slot has beside its payload: the tokens, and zeros behind it.

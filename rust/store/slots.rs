@@ -94,6 +94,7 @@ impl State {
                 let share = of(self.ssd_capacity_bytes.saturating_sub(self.ssd_control_bytes));
                 FILE_HEAD_BYTES + share.saturating_sub(FILE_HEAD_BYTES) / segment * segment
             }
+            Tier::Gpu => self.gpu_share(),
         }
     }
 

@@ -6,6 +6,7 @@
 
 use super::events::Log;
 use super::gone::Gone;
+use super::gpu::Gpu;
 use super::lease::Touched;
 use super::model::Matches;
 use super::nodes::{Node, NodeId, Nodes};
@@ -131,6 +132,9 @@ pub(crate) struct State {
     pub(crate) stale: Vec<Stale>,
     /// Why the SSD takes no writes, and since when.
     pub(crate) ssd_read_only: Option<(String, Instant)>,
+    /// What is on the GPU, if there is one; and how often it refused something.
+    pub(super) gpu: Option<Gpu>,
+    pub(super) gpu_refused: u64,
     pub(crate) flushing: usize,
     /// The last ticket given to a block that is to be demoted.
     pub(crate) last_ticket: u64,
@@ -183,6 +187,8 @@ impl State {
             ssd_control_bytes: ssd.map_or(0, Ssd::control_bytes),
             stale,
             ssd_read_only: None,
+            gpu: None,
+            gpu_refused: 0,
             flushing: 0,
             last_ticket: 0,
             writing: None,
@@ -230,6 +236,7 @@ impl State {
     pub(super) fn forget_model(&mut self, model: u32) {
         self.models.remove(&model);
         self.ram.forget(model);
+        self.forget_on_gpu(model);
         self.owners.leave(model);
     }
 
@@ -494,6 +501,7 @@ impl State {
         for &id in &ids {
             self.counts_of(id).dropped += u64::from(why == Miss::Dropped);
             self.set_queued(id, false);
+            self.leave_gpu(id, false);
             self.book(id, self.held(id), [None; 2]);
             if let Some(slot) = self.nodes[id].ram {
                 self.ram.let_go(slot);
@@ -578,6 +586,7 @@ mod tests {
             threads: 1,
             index_bytes: None,
             stepped: true,
+            gpu: None,
         };
         let trie = Arc::new(Trie::new(64).expect("memory is to be had"));
         let mut state = State::new((trie, Arc::new(Gone::default())), &options, RAM, None, Vec::new());

@@ -83,6 +83,26 @@ impl Kv {
         kv
     }
 
+    /// Values of 16 bits between -2 and 2, which any scale fits; of the same kind for each block.
+    pub(crate) fn values(model: &Model, tokens: &[u32]) -> Self {
+        let mut kv = Self::of(model, tokens);
+        // The exponent is 1/8 to 1, of halves and of bfloat16.
+        let exponent = if kv.geometry.dtype == Dtype::Bf16 { 0x3e00 } else { 0x3000 };
+        kv.bytes.chunks_mut(2).for_each(|bytes| {
+            let word = u16::from_le_bytes([bytes[0], bytes[1]]);
+            bytes.copy_from_slice(&(word & 0x80ff | exponent).to_le_bytes());
+        });
+        kv
+    }
+
+    pub(crate) fn from_bytes(geometry: Geometry, tokens: usize, bytes: Vec<u8>) -> Self {
+        Self { geometry, tokens, bytes }
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// Makes all values the same.
     pub(crate) fn fill(&mut self, value: f32) {
         self.bytes.chunks_mut(4).for_each(|bytes| bytes.copy_from_slice(&value.to_le_bytes()));
@@ -126,6 +146,7 @@ pub(crate) fn options(directory: Option<&Path>, ram: u64, cap: u64) -> Options {
         threads: 2,
         index_bytes: None,
         stepped: false,
+        gpu: None,
     }
 }
 
@@ -180,7 +201,10 @@ pub(crate) fn assert_sums(snapshot: &Snapshot) {
     for counts in models.chain(tenants.clone()).chain([total]) {
         assert_eq!(counts.hit + counts.miss, counts.asked);
         assert_eq!(counts.missed.iter().sum::<u64>(), counts.miss);
-        assert!(counts.tiers.iter().all(|tier| tier.in_bytes == tier.out_bytes + tier.used_bytes));
+        let mut tiers = counts.tiers.iter().chain([&counts.gpu]);
+        assert!(
+            tiers.all(|tier| tier.in_bytes == tier.out_bytes + tier.used_bytes && tier.hit + tier.miss == tier.asked)
+        );
     }
     let of = |counts: &Counts| {
         let requests = [counts.matches, counts.puts, counts.loads, counts.dropped, counts.put_ns, counts.load_ns];

@@ -85,6 +85,7 @@ impl Simulation {
             secret: Some(format!("simulation {seed}")),
             threads: 1,
             stepped: true,
+            gpu: None,
             ..options(Some(directory.path()), RAM, cap)
         };
         let store = Arc::new(Store::open_on(options.clone(), Arc::new(rig.clone())).expect("the disk is sound"));

@@ -21,6 +21,8 @@ DOCUMENTED = [
     "Explanation",
     "FoundModel",
     "Geometry",
+    "GpuConfig",
+    "GpuStats",
     "InputError",
     "Limits",
     "Match",

@@ -39,6 +39,10 @@ UNSAFE_ALLOWED = {
     "codec/x86.rs",  # Vector loads and stores.
     "copy.rs",  # Gather and scatter through the caller's strides.
     "fused.rs",  # The same, encoding and decoding.
+    "gpu/cuda.rs",  # The driver's calls, and what it is told to do with memory.
+    "gpu/device.rs",  # Work on memory by its addresses, as every caller promises it is there.
+    "gpu/ffi.rs",  # What cuda/kv_host.h declares.
+    "gpu/host.rs",  # That work, done here.
     "arena.rs",  # The mapping.
     "trie/words.rs",  # Atomic words on a mapping.
     "ssd/queue.rs",  # Memory that transfers under way read and write.
@@ -49,12 +53,14 @@ UNSAFE_ALLOWED = {
     "store/read.rs",  # Slots and buffers that reads are under way to.
     "store/promote.rs",  # The same, for promotion.
     "store/write.rs",  # A slot's bytes while the SSD reads them.
+    "store/gpu.rs",  # A device's work on slots and the caller's tensors.
     "store/load.rs",  # A slot's bytes while a copy reads or writes them.
     "store/put.rs",  # The same, for put.
     "store/share.rs",  # The same, for records that nodes share.
     "store/view.rs",  # The same, for a view.
     "py/block.rs",  # Filling a buffer of the interpreter.
     "py/tensor.rs",  # Buffers and DLPack capsules.
+    "py/view.rs",  # What they promise of their memory.
 }
 
 # Modules that are a drawer rather than an idea.

@@ -162,6 +162,8 @@ def _opened(view: View) -> Iterator[Sample]:
 def _capacity(view: View) -> Iterator[Sample]:
     yield ("ram",), view.status.ram_capacity_bytes
     yield ("ssd",), view.status.ssd_capacity_bytes
+    if view.status.gpu is not None:
+        yield ("gpu",), view.status.gpu.capacity_bytes
 
 
 def _shares(view: View) -> Iterator[Sample]:

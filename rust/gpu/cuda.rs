@@ -1,0 +1,652 @@
+//! A GPU, through its driver.
+//!
+//! Each lane is a stream of its own. What the device has to read beside the bytes themselves, tables of addresses, stands
+//! in a ring of pinned memory, a part of which is used again when the work that it was for is over. A ticket is an event
+//! that was recorded behind its work; nothing else is asked of the device to know what is over.
+//!
+//! ```text
+//! submit ─▶ tables into the lane's ring ─▶ wait for the tickets' events ─▶ copies and launches ─▶ event: the ticket
+//! ```
+
+use super::device::{Coded, Device, Fault, Lane, Piece, Rows, Status, Submission, Ticket, Work};
+use super::ffi::{self, CodeWork, Facts, Gpu, Image, Plane, ended};
+use super::images::IMAGES;
+use crate::codec::Layout;
+use crate::copy::Stream;
+use crate::sync::Mutex;
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::path::Path;
+
+/// Tables that may wait in one lane.
+const RING_BYTES: usize = 4 << 20;
+/// Tables are cut so that several fit.
+const MOST_TABLE: usize = RING_BYTES / 4;
+/// Blocks of threads that a kernel takes: what is left of the device is the model's.
+const GRID: u32 = 16;
+/// Vectors of a kernel.
+const VECTOR: u64 = 16;
+/// Parts of a table begin at multiples of this.
+const ALIGN: usize = 64;
+
+/// Why there is no GPU to use.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Absent {
+    /// There is no driver, or one that is too old.
+    #[error("no driver: {0}")]
+    Driver(String),
+    /// There is no such device.
+    #[error("no device: {0}")]
+    Device(String),
+    /// The device is one for which there is no image.
+    #[error("no image: {0}")]
+    Image(String),
+    /// The driver says so.
+    #[error("{0}")]
+    Fault(Fault),
+}
+
+/// From how many bytes of a piece on copy engines are faster than a kernel, on average over a copy's pieces, where there
+/// are at least so many.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Paths {
+    /// Bytes, to the device and from it.
+    pub engines_from: [u64; 2],
+    /// Pieces; of fewer a kernel is never worth its start.
+    pub least_pieces: usize,
+}
+
+impl Default for Paths {
+    /// What others measured on PCIe 5 (vLLM's pull request 42212); [`Cuda::set_paths`] for what is measured here.
+    fn default() -> Self {
+        Self { engines_from: [28 << 10; 2], least_pieces: 16 }
+    }
+}
+
+/// A device of the driver.
+pub struct Cuda {
+    gpu: Handle,
+    number: c_int,
+    facts: Facts,
+    lanes: [Mutex<LaneState>; Lane::ALL.len()],
+    /// Events of work that may not be over, by ticket.
+    events: Mutex<Events>,
+    paths: Mutex<Paths>,
+}
+
+#[derive(Clone, Copy)]
+struct Handle(*mut Gpu);
+
+// SAFETY: any thread may call `kv_host`'s functions.
+unsafe impl Send for Handle {}
+// SAFETY: as above.
+unsafe impl Sync for Handle {}
+
+#[derive(Default)]
+struct Events {
+    last: u64,
+    pending: BTreeMap<u64, u64>,
+    /// Those that nobody waits for.
+    spare: Vec<u64>,
+}
+
+struct LaneState {
+    stream: u64,
+    /// The ring, as the process and as the device reach it.
+    memory: *mut u8,
+    address: u64,
+    next: usize,
+    /// Of work that may not be over: its ticket, where its tables begin and end, and statuses to be read then.
+    used: VecDeque<Used>,
+}
+
+// SAFETY: the ring is the lane's alone, and only who has its lock touches it.
+unsafe impl Send for LaneState {}
+
+/// A table in the ring: where it begins, and where in the ring the status words of which blocks are.
+struct Used {
+    ticket: Ticket,
+    begin: usize,
+    status: Option<(Status, usize, std::ops::Range<usize>)>,
+}
+
+impl std::fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cuda").field("name", &self.name()).finish_non_exhaustive()
+    }
+}
+
+fn text(bytes: &[c_char]) -> String {
+    // SAFETY: a `char` is a byte, with a sign or without.
+    let bytes = unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast::<u8>(), bytes.len()) };
+    CStr::from_bytes_until_nul(bytes).map(|text| text.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+impl Cuda {
+    /// Opens a device of the system's driver, or of the library that stands in for it in tests.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn open(device: u32, driver: Option<&Path>) -> Result<Self, Absent> {
+        Self::open_with(device, driver, false)
+    }
+
+    /// The same by PTX, which the driver compiles, though an image fits.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_by_ptx(device: u32, driver: Option<&Path>) -> Result<Self, Absent> {
+        Self::open_with(device, driver, true)
+    }
+
+    fn open_with(device: u32, driver: Option<&Path>, by_ptx: bool) -> Result<Self, Absent> {
+        let driver = driver.map(|path| CString::new(path.as_os_str().as_encoded_bytes()).unwrap_or_default());
+        // PTX is a text, and the driver wants to see its end.
+        let ended_texts: Vec<Vec<u8>> = IMAGES.iter().map(|(.., bytes)| [*bytes, &[0]].concat()).collect();
+        let image = |(&(arch, is_ptx, _), bytes): (&(u32, bool, &[u8]), &Vec<u8>)| Image {
+            bytes: bytes.as_ptr().cast(),
+            size: bytes.len(),
+            arch,
+            is_ptx: u32::from(is_ptx),
+        };
+        let images: Vec<Image> = IMAGES.iter().zip(&ended_texts).map(image).collect();
+        let number = c_int::try_from(device).unwrap_or(c_int::MAX);
+        let mut gpu = std::ptr::null_mut();
+        // SAFETY: all of it is there during the call, after which the driver needs none of it.
+        let end = unsafe {
+            ffi::kv_open(
+                driver.as_ref().map_or(std::ptr::null(), |name| name.as_ptr()),
+                number,
+                images.as_ptr(),
+                images.len(),
+                c_int::from(by_ptx),
+                &mut gpu,
+            )
+        };
+        match end {
+            ffi::NO_DRIVER => return Err(Absent::Driver(ffi::why())),
+            ffi::NO_DEVICE => return Err(Absent::Device(ffi::why())),
+            ffi::NO_IMAGE => return Err(Absent::Image(ffi::why())),
+            end => ended(end, 0).map_err(Absent::Fault)?,
+        }
+        let gpu = Handle(gpu);
+        let made = Self::lanes(gpu);
+        // SAFETY: it was opened above; of plain numbers and texts zeros are some.
+        let facts = unsafe {
+            let mut facts: Facts = std::mem::zeroed();
+            ffi::kv_tell(gpu.0, &mut facts);
+            facts
+        };
+        let (events, paths) = (Mutex::default(), Mutex::default());
+        match made {
+            Ok(lanes) => Ok(Self { gpu, number, facts, lanes, events, paths }),
+            Err(fault) => {
+                // SAFETY: it was opened above, and nothing has it.
+                unsafe { ffi::kv_close(gpu.0) };
+                Err(Absent::Fault(fault))
+            }
+        }
+    }
+
+    fn lanes(gpu: Handle) -> Result<[Mutex<LaneState>; Lane::ALL.len()], Fault> {
+        let mut lanes = Vec::new();
+        for _ in Lane::ALL {
+            let (mut stream, mut memory, mut address) = (0, std::ptr::null_mut(), 0);
+            // SAFETY: the device was opened.
+            let made = ended(unsafe { ffi::kv_stream(gpu.0, &mut stream) }, 0).and_then(|()| {
+                // SAFETY: as above.
+                ended(unsafe { ffi::kv_pinned(gpu.0, RING_BYTES, &mut memory, &mut address) }, RING_BYTES as u64)
+            });
+            let lane = LaneState { stream, memory: memory.cast(), address, next: 0, used: VecDeque::new() };
+            lanes.push(Mutex::new(lane));
+            if let Err(fault) = made {
+                lanes.into_iter().for_each(|lane| end_lane(gpu, &lane.into_inner()));
+                return Err(fault);
+            }
+        }
+        let lanes: Result<[_; Lane::ALL.len()], _> = lanes.try_into();
+        Ok(lanes.unwrap_or_else(|_| unreachable!("one for each lane")))
+    }
+
+    /// The driver's version, as 12090.
+    pub fn driver(&self) -> u32 {
+        self.facts.driver
+    }
+
+    /// Its compute capability, as 90.
+    pub fn arch(&self) -> u32 {
+        10 * self.facts.major + self.facts.minor
+    }
+
+    /// For which architecture the image is that runs there, and whether it was compiled from PTX.
+    pub fn image(&self) -> (u32, bool) {
+        (self.facts.image_arch, self.facts.image_is_ptx != 0)
+    }
+
+    /// Its place on the bus.
+    pub fn pci(&self) -> String {
+        text(&self.facts.pci)
+    }
+
+    /// Bytes of its memory, and those of them that nobody has.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn memory(&self) -> Result<(u64, u64), Fault> {
+        let mut free = 0;
+        // SAFETY: the device was opened.
+        ended(unsafe { ffi::kv_free_bytes(self.gpu.0, &mut free) }, 0)?;
+        Ok((self.facts.total_bytes, free))
+    }
+
+    /// How often the driver was asked for memory of the device.
+    pub fn reservations(&self) -> u64 {
+        // SAFETY: the device was opened.
+        unsafe { ffi::kv_reservations(self.gpu.0) }
+    }
+
+    /// Has copies take other paths from now on.
+    pub fn set_paths(&self, paths: Paths) {
+        *self.paths.lock() = paths;
+    }
+
+    // An event that nobody waits for.
+    fn event(&self, events: &mut Events) -> Result<u64, Fault> {
+        if let Some(event) = events.spare.pop() {
+            return Ok(event);
+        }
+        let mut event = 0;
+        // SAFETY: the device was opened.
+        ended(unsafe { ffi::kv_event(self.gpu.0, 0, &mut event) }, 0)?;
+        Ok(event)
+    }
+
+    // The ticket of what was put into a stream up to now.
+    fn record(&self, stream: u64) -> Result<Ticket, Fault> {
+        let events = &mut *self.events.lock();
+        let event = self.event(events)?;
+        // SAFETY: the device was opened; a stream that is none is refused.
+        if let Err(fault) = ended(unsafe { ffi::kv_record(self.gpu.0, event, stream) }, 0) {
+            events.spare.push(event);
+            return Err(fault);
+        }
+        events.last += 1;
+        events.pending.insert(events.last, event);
+        Ok(Ticket(events.last))
+    }
+
+    // Has a stream wait for a ticket.
+    fn after(&self, stream: u64, ticket: Ticket) -> Result<(), Fault> {
+        let events = self.events.lock();
+        if ticket.0 > events.last {
+            return Err(Fault::Refused(format!("ticket {} was not given", ticket.0)));
+        }
+        match events.pending.get(&ticket.0) {
+            // SAFETY: the device was opened; the event stays as it is while its ticket is pending, which the lock holds.
+            Some(&event) => ended(unsafe { ffi::kv_after(self.gpu.0, stream, event) }, 0),
+            None => Ok(()),
+        }
+    }
+
+    // Room for a table in the lane's ring. Where there is none, the oldest work that has some is waited for.
+    fn room(&self, lane: &mut LaneState, bytes: usize) -> Result<usize, Fault> {
+        let bytes = bytes.next_multiple_of(ALIGN);
+        loop {
+            // Tables lie in the order of their work, and go on at the start where they come to the end.
+            let begin = match lane.used.front().map(|used| used.begin) {
+                None => Some(0),
+                Some(oldest) if lane.next > oldest && lane.next + bytes <= RING_BYTES => Some(lane.next),
+                Some(oldest) if lane.next > oldest => (bytes <= oldest).then_some(0),
+                Some(oldest) => (lane.next + bytes <= oldest).then_some(lane.next),
+            };
+            if let Some(begin) = begin {
+                lane.next = begin + bytes;
+                return Ok(begin);
+            }
+            if let Some(used) = lane.used.front() {
+                self.await_event(used.ticket)?;
+            }
+            self.settle(lane)?;
+        }
+    }
+
+    // Waits without a lock; whoever else does so, too, may see it over first.
+    fn await_event(&self, ticket: Ticket) -> Result<(), Fault> {
+        let event = self.events.lock().pending.get(&ticket.0).copied();
+        match event {
+            // SAFETY: the device was opened. The event may be recorded anew meanwhile; then it is waited for longer.
+            Some(event) => ended(unsafe { ffi::kv_wait(self.gpu.0, event) }, 0),
+            None => Ok(()),
+        }
+    }
+
+    fn poll(&self, ticket: Ticket) -> Result<bool, Fault> {
+        let events = &mut *self.events.lock();
+        let Some(&event) = events.pending.get(&ticket.0) else { return Ok(ticket.0 <= events.last) };
+        // SAFETY: the device was opened; the event stays as it is while its ticket is pending, which the lock holds.
+        match unsafe { ffi::kv_over(self.gpu.0, event) } {
+            ffi::NOT_YET => Ok(false),
+            end => {
+                ended(end, 0)?;
+                events.pending.remove(&ticket.0);
+                events.spare.push(event);
+                Ok(true)
+            }
+        }
+    }
+
+    // Reads the statuses of what is over in a lane, and gives its tables' room back.
+    fn settle(&self, lane: &mut LaneState) -> Result<(), Fault> {
+        while let Some(used) = lane.used.front() {
+            if !self.poll(used.ticket)? {
+                break;
+            }
+            if let Some((status, at, blocks)) = &used.status {
+                for (n, block) in blocks.clone().enumerate() {
+                    // SAFETY: it lies in the ring, where the device wrote it before the event.
+                    let word = unsafe { lane.memory.add(at + 4 * n).cast::<u32>().read_volatile() };
+                    if word != 0 {
+                        status.refuse(block);
+                    }
+                }
+            }
+            lane.used.pop_front();
+        }
+        Ok(())
+    }
+}
+
+// What a table is made of, one behind the other.
+struct Table<'a> {
+    lane: &'a LaneState,
+    begin: usize,
+    next: usize,
+}
+
+impl Table<'_> {
+    // Puts some plain values in; where they are, as the device reaches them, and in the ring.
+    fn put<T: Copy>(&mut self, values: &[T]) -> (u64, usize) {
+        let at = self.begin + self.next;
+        // SAFETY: `room` found so many bytes from `begin` on, which nobody else has; see `table_bytes`.
+        unsafe {
+            let to = self.lane.memory.add(at).cast::<T>();
+            std::ptr::copy_nonoverlapping(values.as_ptr(), to, values.len());
+        }
+        self.next += size_of_val(values).next_multiple_of(ALIGN);
+        (self.lane.address + at as u64, at)
+    }
+}
+
+fn table_bytes(parts: &[usize]) -> usize {
+    parts.iter().map(|bytes| bytes.next_multiple_of(ALIGN)).sum()
+}
+
+// Neighbours as one.
+fn merged(pieces: &[Piece]) -> Vec<Piece> {
+    let mut whole: Vec<Piece> = Vec::with_capacity(pieces.len());
+    for &piece in pieces.iter().filter(|piece| piece.bytes > 0) {
+        match whole.last_mut() {
+            Some(last) if last.from + last.bytes == piece.from && last.to + last.bytes == piece.to => {
+                last.bytes += piece.bytes;
+            }
+            _ => whole.push(piece),
+        }
+    }
+    whole
+}
+
+impl Cuda {
+    fn copy(&self, lane: &mut LaneState, which: Lane, pieces: &[Piece]) -> Result<(), Fault> {
+        let whole = merged(pieces);
+        let paths = *self.paths.lock();
+        let bytes: u64 = whole.iter().map(|piece| piece.bytes).sum();
+        let from = paths.engines_from[usize::from(which == Lane::Down)];
+        let small = whole.len() >= paths.least_pieces && bytes / (whole.len() as u64) < from;
+        // A kernel takes pieces of one size.
+        let size = pieces.iter().find(|piece| piece.bytes > 0).map_or(0, |piece| piece.bytes);
+        let alike = |piece: &Piece| piece.bytes == size && (piece.from | piece.to | size).is_multiple_of(VECTOR);
+        if !small || !whole.iter().all(alike) {
+            let path = if self.facts.has_batch != 0 { ffi::BY_BATCH } else { ffi::BY_ENGINE };
+            // SAFETY: the device was opened; `submit`'s caller promised that addresses are valid.
+            let end = unsafe { ffi::kv_copy(self.gpu.0, whole.as_ptr(), whole.len(), path, 0, 0, lane.stream) };
+            return ended(end, 0);
+        }
+        for some in whole.chunks(MOST_TABLE / 16) {
+            let begin = self.room(lane, table_bytes(&[16 * some.len()]))?;
+            let pairs: Vec<[u64; 2]> = some.iter().map(|piece| [piece.from, piece.to]).collect();
+            let (table, _) = Table { lane, begin, next: 0 }.put(&pairs);
+            let (count, path) = (some.len(), ffi::BY_KERNEL);
+            // SAFETY: as above.
+            let end = unsafe { ffi::kv_copy(self.gpu.0, some.as_ptr(), count, path, table, GRID, lane.stream) };
+            ended(end, 0)?;
+            let ticket = self.record(lane.stream)?;
+            lane.used.push_back(Used { ticket, begin, status: None });
+        }
+        Ok(())
+    }
+
+    // Whether that can be done at all.
+    fn check(&self, coded: &Coded) -> Result<(), Fault> {
+        let refuse = |what: &str| Err(Fault::Refused(what.to_owned()));
+        let runs = coded.block_tokens.div_ceil(coded.run_tokens.max(1)) as usize;
+        if coded.run_tokens == 0 || coded.offsets.len() != coded.payloads.len() * runs {
+            return refuse("offsets are not of all runs of all blocks");
+        }
+        if coded.layout.as_ref().is_some_and(|layout| !self.takes(layout)) {
+            return refuse("the device has no kernel for that codec");
+        }
+        if coded.layout.is_some() && !is_aligned(coded) {
+            return refuse("rows begin or end at no multiples of 16 bytes, or payloads begin at none of 64");
+        }
+        Ok(())
+    }
+
+    // Rows as they are, one by one where they are no neighbours: what kernels cannot work on.
+    fn copy_rows(&self, lane: &mut LaneState, which: Lane, coded: &Coded, to_payloads: bool) -> Result<(), Fault> {
+        for (block, &payload) in coded.payloads.iter().enumerate() {
+            let rows = (0..coded.planes.len()).flat_map(|plane| coded.rows(block, plane));
+            let pieces = rows.enumerate().map(|(n, row)| {
+                let (row, place) = (row as u64, payload + (n * coded.row_bytes) as u64);
+                let (from, to) = if to_payloads { (row, place) } else { (place, row) };
+                Piece { from, to, bytes: coded.row_bytes as u64 }
+            });
+            self.copy(lane, which, &pieces.collect::<Vec<_>>())?;
+        }
+        Ok(())
+    }
+
+    fn code(&self, lane: &mut LaneState, coded: &Coded, status: Option<&Status>) -> Result<(), Fault> {
+        let planes = (0..coded.planes.len()).map(|n| plane(coded, n)).collect::<Vec<_>>();
+        let runs = coded.block_tokens.div_ceil(coded.run_tokens) as usize;
+        let of_planes = size_of_val(&planes[..]);
+        let a_block = 8 * runs + 8 + 4;
+        let most = MOST_TABLE.saturating_sub(of_planes + 4 * ALIGN) / a_block;
+        if most == 0 {
+            return Err(Fault::Refused("a block's tables are larger than there is room for".into()));
+        }
+        let dtype = coded.layout.as_ref().map_or(ffi::FP16, |layout| layout.device_dtype());
+        for first in (0..coded.payloads.len()).step_by(most) {
+            let blocks = first..(first + most).min(coded.payloads.len());
+            let count = blocks.len();
+            let bytes = table_bytes(&[of_planes, 8 * runs * count, 8 * count, 4 * count]);
+            let begin = self.room(lane, bytes)?;
+            let mut table = Table { lane, begin, next: 0 };
+            let (plane, _) = table.put(&planes);
+            let (offset, _) = table.put(&coded.offsets[blocks.start * runs..blocks.end * runs]);
+            let (payload, _) = table.put(&coded.payloads[blocks.clone()]);
+            let (words, at) = table.put(&vec![0u32; count]);
+            let work = CodeWork {
+                plane,
+                offset,
+                coded: payload,
+                status: words,
+                blocks: count as u32,
+                planes: planes.len() as u32,
+                heads: coded.heads,
+                tokens: coded.block_tokens,
+                dim: (coded.row_bytes / 2) as u32,
+                dtype,
+                runs: runs as u32,
+                run_tokens: coded.run_tokens,
+            };
+            let decode = c_int::from(status.is_none());
+            let (at_work, size) = ((&raw const work).cast::<c_void>(), size_of::<CodeWork>());
+            // SAFETY: the device was opened; tables stay until the ticket is over; `submit`'s caller promised the rest.
+            ended(unsafe { ffi::kv_code(self.gpu.0, decode, at_work, size, GRID, lane.stream) }, 0)?;
+            let ticket = self.record(lane.stream)?;
+            let status = status.map(|status| (status.clone(), at, blocks));
+            lane.used.push_back(Used { ticket, begin, status });
+        }
+        Ok(())
+    }
+
+    fn enqueue(&self, lane: &mut LaneState, which: Lane, after: &[Ticket], work: &[Work]) -> Result<Ticket, Fault> {
+        after.iter().try_for_each(|&ticket| self.after(lane.stream, ticket))?;
+        work.iter().try_for_each(|work| match work {
+            Work::Copy(pieces) => self.copy(lane, which, pieces),
+            Work::Encode(coded, _) if !is_aligned(coded) => self.copy_rows(lane, which, coded, true),
+            Work::Decode(coded) if !is_aligned(coded) => self.copy_rows(lane, which, coded, false),
+            Work::Encode(coded, status) => self.code(lane, coded, Some(status)),
+            Work::Decode(coded) => self.code(lane, coded, None),
+        })?;
+        self.record(lane.stream)
+    }
+}
+
+// Whether rows and payloads lie as kernels want them.
+fn is_aligned(coded: &Coded) -> bool {
+    let places = coded.planes.iter().flat_map(|rows| [rows.base, rows.head_stride, rows.token_stride]);
+    let rows = places.chain(coded.offsets.iter().copied()).chain([coded.row_bytes as u64]);
+    rows.fold(0, |all, each| all | each).is_multiple_of(VECTOR)
+        && coded.payloads.iter().fold(0, |all, each| all | each).is_multiple_of(ALIGN as u64)
+}
+
+fn plane(coded: &Coded, n: usize) -> Plane {
+    let Rows { base, head_stride, token_stride } = coded.planes[n];
+    let raw = || Plane {
+        at: (n * coded.plane_bytes()) as u32,
+        ..Plane { base, head_stride, token_stride, at: 0, coding: 0, by: 0, unused: 0, group: 0, bound: f32::INFINITY }
+    };
+    let Some(layout) = &coded.layout else { return raw() };
+    let on = layout.on_device(n).expect("the device takes that layout");
+    let (coding, by, group, bound) = (on.coding, on.by, on.group, on.bound);
+    Plane { at: layout.plane(n).start as u32, coding, by, group, bound, ..raw() }
+}
+
+impl Device for Cuda {
+    fn name(&self) -> String {
+        text(&self.facts.name)
+    }
+
+    fn reserve(&self, bytes: u64) -> Result<u64, Fault> {
+        let mut address = 0;
+        // SAFETY: the device was opened.
+        ended(unsafe { ffi::kv_reserve(self.gpu.0, bytes, &mut address) }, bytes)?;
+        Ok(address)
+    }
+
+    fn release(&self, address: u64) -> Result<(), Fault> {
+        // SAFETY: the device was opened; what was not reserved is refused.
+        ended(unsafe { ffi::kv_release(self.gpu.0, address) }, 0)
+    }
+
+    /// # Safety
+    /// As [`Device`] says.
+    unsafe fn register(&self, memory: *mut u8, bytes: usize) -> Result<u64, Fault> {
+        let mut address = 0;
+        // SAFETY: the device was opened; the caller promised that the memory stays.
+        ended(unsafe { ffi::kv_register(self.gpu.0, memory.cast(), bytes, &mut address) }, bytes as u64)?;
+        Ok(address)
+    }
+
+    fn forget(&self, memory: *mut u8) -> Result<(), Fault> {
+        // SAFETY: the device was opened; what is not known is refused.
+        ended(unsafe { ffi::kv_forget(self.gpu.0, memory.cast()) }, 0)
+    }
+
+    fn owns(&self, address: u64) -> Result<bool, Fault> {
+        let mut device = -1;
+        // SAFETY: the device was opened; an address that nobody has is told as such.
+        ended(unsafe { ffi::kv_device_of(self.gpu.0, address, &mut device) }, 0)?;
+        Ok(device == self.number)
+    }
+
+    fn takes(&self, layout: &Layout) -> bool {
+        layout.bytes_of(true) == layout.bytes()
+            && layout.row_bytes().is_multiple_of(VECTOR as usize)
+            && (0..layout.plane_count()).all(|n| layout.on_device(n).is_some())
+    }
+
+    /// # Safety
+    /// As [`Device`] says.
+    unsafe fn submit(&self, submission: Submission) -> Result<Ticket, Fault> {
+        let Submission { lane: which, after, work } = submission;
+        work.iter().try_for_each(|work| match work {
+            Work::Copy(_) => Ok(()),
+            Work::Encode(coded, _) | Work::Decode(coded) => self.check(coded),
+        })?;
+        let lane = &mut *self.lanes[which as usize].lock();
+        self.settle(lane)?;
+        self.enqueue(lane, which, &after, &work).inspect_err(|_| {
+            // A part of it may be under way: nobody may take the places meanwhile.
+            if let Ok(ticket) = self.record(lane.stream) {
+                drop(self.await_event(ticket));
+            }
+        })
+    }
+
+    fn is_over(&self, ticket: Ticket) -> Result<bool, Fault> {
+        let over = self.poll(ticket)?;
+        if over {
+            self.lanes.iter().try_for_each(|lane| self.settle(&mut lane.lock()))?;
+        }
+        Ok(over)
+    }
+
+    fn wait(&self, ticket: Ticket) -> Result<(), Fault> {
+        self.await_event(ticket)?;
+        // So that what is known of it is known.
+        self.is_over(ticket).map(|_| ())
+    }
+
+    fn mark(&self, stream: Stream) -> Result<Ticket, Fault> {
+        // SAFETY: the device was opened.
+        ended(unsafe { ffi::kv_knows(self.gpu.0, stream.0) }, 0)?;
+        self.record(stream.0)
+    }
+
+    fn join(&self, stream: Stream, ticket: Ticket) -> Result<(), Fault> {
+        // SAFETY: the device was opened.
+        ended(unsafe { ffi::kv_knows(self.gpu.0, stream.0) }, 0)?;
+        self.after(stream.0, ticket)
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        let Events { pending, spare, .. } = std::mem::take(&mut *self.events.lock());
+        // SAFETY: nobody has the device any more. What is under way is waited for; of a lost one all of it fails.
+        unsafe {
+            for &event in pending.values() {
+                ffi::kv_wait(self.gpu.0, event);
+            }
+            self.lanes.iter().for_each(|lane| end_lane(self.gpu, &lane.lock()));
+            for event in pending.into_values().chain(spare) {
+                ffi::kv_end_event(self.gpu.0, event);
+            }
+            ffi::kv_close(self.gpu.0);
+        }
+    }
+}
+
+fn end_lane(gpu: Handle, lane: &LaneState) {
+    // SAFETY: the device is open; what was not made is zero, and nothing is under way any more.
+    unsafe {
+        if !lane.memory.is_null() {
+            ffi::kv_unpinned(gpu.0, lane.memory.cast());
+        }
+        if lane.stream != 0 {
+            ffi::kv_end_stream(gpu.0, lane.stream);
+        }
+    }
+}

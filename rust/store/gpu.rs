@@ -1,0 +1,609 @@
+//! The GPU tier in the store: copies of blocks that are asked for again, on the device that the engine computes on.
+//!
+//! Every block on the device is in RAM or on SSD, too: it leaves at once where another is to come, and a device that is lost
+//! takes nothing with it but time. Tensors on the device are filled from there, else from RAM through the device's kernels,
+//! encoded as the blocks are, and never by way of the caller's thread.
+//!
+//! ```text
+//! put    tensors on the device ── gathered, encoded ──▶ slots of RAM ─ ─ ▶ SSD
+//! load   slab ─▶ tensors          RAM ── decoded ──▶ tensors
+//!         ▲                        │  asked for before
+//!         └────────────────────────┘
+//! ```
+
+use super::nodes::NodeId;
+use super::state::State;
+use super::{Lease, Shared};
+use crate::block::Geometry;
+use crate::codec::Layout;
+use crate::copy::KvView;
+use crate::error::{Error, ErrorKind, Result, input};
+use crate::gpu::{Coded, Device, Fault, Lane, Placed, Rows, Slab, Status, Submission, Ticket, Work};
+use crate::pool::{Class, Holding, Slot};
+use crate::stats::{GpuStatus, SlabCounts, TierCounts};
+use crate::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+
+/// Matches of a block after which it is copied to the device.
+const HOT_USES: u32 = 2;
+/// Blocks that leave for one that comes, where they are of another model, at most: until a piece of the slab is free.
+const MOST_LEAVE: usize = 64;
+/// Payloads begin at multiples of this.
+const ALIGN: usize = 64;
+
+/// A GPU tier to be opened.
+#[derive(Debug, Clone)]
+pub struct GpuOptions {
+    /// What it is on.
+    pub device: Arc<dyn Device>,
+    /// Bytes of its slab; of half as many, and so on, where the device has no room.
+    pub capacity_bytes: u64,
+}
+
+/// How the store reaches its device: what is the same for good.
+#[derive(Debug)]
+pub(super) struct Link {
+    device: Arc<dyn Device>,
+    /// RAM's arena, as the process has it and as the device does.
+    memory: *mut u8,
+    address: u64,
+}
+
+// SAFETY: it only carries the address; what is done there is decided by the store.
+unsafe impl Send for Link {}
+// SAFETY: as above.
+unsafe impl Sync for Link {}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        // It may be lost.
+        drop(self.device.forget(self.memory));
+    }
+}
+
+/// What is on the device, under the store's lock.
+#[derive(Debug)]
+pub(crate) struct Gpu {
+    /// `None` once it is lost.
+    slab: Option<Slab>,
+    capacity_bytes: u64,
+    name: String,
+    classes: BTreeMap<u32, (Arc<Holding>, Arc<Class>)>,
+    /// Of each block there, its token ids.
+    tokens: HashMap<Placed, Box<[u32]>>,
+    last: SlabCounts,
+    failed: Option<String>,
+}
+
+/// A block on the device that is held there.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct OnGpu {
+    placed: Placed,
+    address: u64,
+    ready: Ticket,
+}
+
+/// Opens the tier over RAM's arena.
+///
+/// # Errors
+/// Neither the slab nor the arena can be had there.
+pub(super) fn open(options: &GpuOptions, memory: *mut u8, bytes: usize) -> std::result::Result<(Link, Gpu), Fault> {
+    let GpuOptions { device, capacity_bytes } = options;
+    // SAFETY: the arena outlives the link, which forgets it.
+    let address = unsafe { device.register(memory, bytes) }?;
+    let link = Link { device: device.clone(), memory, address };
+    let slab = Slab::reserve(device.clone(), *capacity_bytes, 0)?;
+    let gpu = Gpu {
+        capacity_bytes: slab.bytes(),
+        slab: Some(slab),
+        name: device.name(),
+        classes: BTreeMap::new(),
+        tokens: HashMap::new(),
+        last: SlabCounts::default(),
+        failed: None,
+    };
+    Ok((link, gpu))
+}
+
+impl State {
+    /// How the tier is, if there is one.
+    pub(super) fn gpu_status(&self) -> Option<GpuStatus> {
+        let gpu = self.gpu.as_ref()?;
+        Some(GpuStatus {
+            name: gpu.name.clone(),
+            capacity_bytes: gpu.capacity_bytes,
+            counts: gpu.slab.as_ref().map_or(gpu.last, Slab::counts),
+            refused: self.gpu_refused,
+            failed: gpu.failed.clone(),
+        })
+    }
+
+    /// An equal part of it for each model.
+    pub(super) fn gpu_share(&self) -> u64 {
+        self.gpu.as_ref().map_or(0, |gpu| gpu.capacity_bytes) / self.models.len().max(1) as u64
+    }
+
+    fn slab(&mut self) -> Option<&mut Slab> {
+        self.gpu.as_mut()?.slab.as_mut()
+    }
+
+    // Takes a block's copy out of the sums, or puts it in.
+    fn book_on_gpu(&mut self, id: NodeId, comes: bool) {
+        let model = self.nodes.model(id);
+        let bytes = self.models.get(&model).map_or(0, |m| m.geometry.block_bytes() as u64);
+        let TierCounts { blocks, used_bytes, plain_bytes, in_bytes, out_bytes, .. } = &mut self.counts_of(id).gpu;
+        if comes {
+            (*blocks, *used_bytes, *plain_bytes) = (*blocks + 1, *used_bytes + bytes, *plain_bytes + bytes);
+            *in_bytes += bytes;
+        } else {
+            (*blocks, *used_bytes, *plain_bytes) = (*blocks - 1, *used_bytes - bytes, *plain_bytes - bytes);
+            *out_bytes += bytes;
+        }
+    }
+
+    /// Takes a block's copy off the device, if it has one.
+    pub(super) fn leave_gpu(&mut self, id: NodeId, evicted: bool) {
+        let Some(placed) = self.nodes[id].gpu.take() else { return };
+        self.book_on_gpu(id, false);
+        self.counts_of(id).gpu.evicted += u64::from(evicted);
+        if let Some(gpu) = &mut self.gpu {
+            gpu.tokens.remove(&placed);
+            if let Some(slab) = &mut gpu.slab {
+                slab.leave(placed, evicted);
+            }
+        }
+    }
+
+    /// A model is gone, and all of its blocks.
+    pub(super) fn forget_on_gpu(&mut self, model: u32) {
+        if let Some(gpu) = &mut self.gpu {
+            gpu.classes.remove(&model);
+            if let Some(slab) = &mut gpu.slab {
+                slab.forget(model);
+            }
+        }
+    }
+
+    /// Holds a block's copy on the device, if it is of these tokens.
+    pub(super) fn hold_on_gpu(&mut self, id: NodeId, tokens: &[u32]) -> Option<OnGpu> {
+        let placed = self.nodes[id].gpu?;
+        let gpu = self.gpu.as_mut()?;
+        let right = gpu.tokens.get(&placed).is_some_and(|known| **known == *tokens);
+        let slab = gpu.slab.as_mut().filter(|_| right)?;
+        let ready = slab.ready(placed)?;
+        slab.hold(placed);
+        Some(OnGpu { placed, address: slab.address(placed), ready })
+    }
+
+    /// Gives that up.
+    pub(super) fn let_go_on_gpu(&mut self, held: &OnGpu) {
+        if let Some(slab) = self.slab() {
+            slab.let_go(held.placed);
+        }
+    }
+
+    // Places on the device for blocks of a model that have none there: others of it leave, or of those who have more than
+    // an equal part. They are held, and nothing is in them yet.
+    fn place_on_gpu(&mut self, model: u32, blocks: &[(NodeId, Box<[u32]>)]) -> std::result::Result<Vec<OnGpu>, Fault> {
+        let Some(geometry) = self.models.get(&model).map(|m| m.geometry) else { return Ok(Vec::new()) };
+        let share = self.gpu_share();
+        let (mut given, mut left) = (Vec::new(), blocks.len() + MOST_LEAVE);
+        while given.len() < blocks.len() {
+            let Some(gpu) = &mut self.gpu else { break };
+            let Some(slab) = &mut gpu.slab else { break };
+            let (_, class) = gpu.classes.entry(model).or_insert_with(|| {
+                let holding = Holding::new(model);
+                let class = slab.class(&holding, geometry.block_bytes());
+                (holding, class)
+            });
+            let nodes: Vec<NodeId> = blocks[given.len()..].iter().map(|(id, _)| *id).collect();
+            let placed = slab.place(class, model, &nodes)?;
+            for placed in &placed {
+                let (id, tokens) = &blocks[given.len()];
+                slab.hold(*placed);
+                gpu.tokens.insert(*placed, tokens.clone());
+                given.push(OnGpu { placed: *placed, address: slab.address(*placed), ready: Ticket::NONE });
+                self.nodes[*id].gpu = Some(*placed);
+            }
+            if !placed.is_empty() {
+                continue;
+            }
+            // What one has beyond its part goes first; one that has none of its own takes of who has most.
+            let held = |model: u32| gpu.classes.get(&model).map_or(0, |(holding, _)| slab.held_bytes(holding));
+            let mut payers: Vec<u32> = gpu.classes.keys().copied().filter(|&other| held(other) > 0).collect();
+            payers.sort_by_key(|&other| (other != model || held(other) < share, std::cmp::Reverse(held(other))));
+            let victim =
+                payers.into_iter().find_map(|payer| slab.coldest(payer, |_| true).map(|placed| slab.node(placed)));
+            match victim.filter(|_| left > 0) {
+                Some(victim) => self.leave_gpu(victim, true),
+                None => break,
+            }
+            left -= 1;
+        }
+        let came: Vec<NodeId> = blocks[..given.len()].iter().map(|(id, _)| *id).collect();
+        came.into_iter().for_each(|id| self.book_on_gpu(id, true));
+        Ok(given)
+    }
+
+    /// The device is of no use any more: nothing is there.
+    pub(super) fn lose_gpu(&mut self, reason: &str) {
+        let Some(gpu) = &mut self.gpu else { return };
+        let Some(slab) = gpu.slab.take() else { return };
+        gpu.last = slab.counts();
+        gpu.failed = Some(reason.to_owned());
+        gpu.tokens.clear();
+        let ids: Vec<NodeId> = slab.nodes().collect();
+        // Its memory is the driver's to give back.
+        drop(slab);
+        for id in ids {
+            if self.nodes.is_linked(id) && self.nodes[id].gpu.take().is_some() {
+                self.book_on_gpu(id, false);
+            }
+        }
+    }
+}
+
+/// Where a block's payload is that goes to tensors on the device.
+pub(super) enum Payload {
+    /// In the slab.
+    Gpu(OnGpu),
+    /// In a slot, encoded or not.
+    Slot(Slot, Option<Arc<Layout>>),
+    /// Plain, in memory of its own.
+    Staged(Staged),
+}
+
+/// A plain payload that the device can be shown.
+pub(super) struct Staged {
+    memory: Vec<u8>,
+    at: usize,
+    bytes: usize,
+}
+
+impl Staged {
+    pub(super) fn new(bytes: usize) -> Self {
+        let memory = vec![0u8; bytes + ALIGN];
+        let at = memory.as_ptr().align_offset(ALIGN);
+        Self { memory, at, bytes }
+    }
+
+    pub(super) fn payload(&mut self) -> &mut [u8] {
+        &mut self.memory[self.at..self.at + self.bytes]
+    }
+}
+
+// Which rows of the caller's tensors blocks are in, as kernels want it.
+struct Tensors {
+    planes: Arc<[Rows]>,
+    run_tokens: u32,
+    token_stride: u64,
+    page_stride: u64,
+}
+
+impl Tensors {
+    fn new(geometry: &Geometry, view: &KvView) -> Result<Self> {
+        let planes = view.planes();
+        let first = planes[0];
+        let strides = |plane: &crate::copy::PlaneView| (plane.head_stride, plane.token_stride, plane.page_stride);
+        if planes.iter().any(|plane| strides(plane) != strides(&first)) {
+            return Err(input(
+                "kv: tensors on a device are of equal strides, expected of all layers; pass such tensors",
+            ));
+        }
+        let rows = planes.iter().map(|plane| Rows {
+            base: plane.base as u64,
+            head_stride: plane.head_stride as u64,
+            token_stride: plane.token_stride as u64,
+        });
+        let tokens = geometry.block_tokens;
+        let run_tokens = view.page_tokens().map_or(tokens, |page| greatest_common_divisor(tokens, page as u32));
+        Ok(Self {
+            planes: rows.collect(),
+            run_tokens,
+            token_stride: first.token_stride as u64,
+            page_stride: first.page_stride as u64,
+        })
+    }
+
+    // What is added to the rows' addresses in each run of a block.
+    fn offsets<'a>(
+        &'a self,
+        geometry: &Geometry,
+        view: &'a KvView,
+        first_token: usize,
+    ) -> impl Iterator<Item = u64> + 'a {
+        let runs = geometry.block_tokens / self.run_tokens;
+        (0..runs).map(move |run| {
+            let token = first_token + (run * self.run_tokens) as usize;
+            let (page, within) = view.page_of(token);
+            (u64::from(page).wrapping_mul(self.page_stride))
+                .wrapping_add((within as u64).wrapping_mul(self.token_stride))
+        })
+    }
+}
+
+fn greatest_common_divisor(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
+}
+
+impl Shared {
+    fn link(&self) -> Result<&Link> {
+        self.gpu.as_ref().ok_or_else(|| {
+            let message =
+                "kv is on a device, and the store has no GPU tier: set gpu.capacity_bytes, or pass CPU tensors";
+            Error::new(ErrorKind::Input, message)
+        })
+    }
+
+    /// Whether the store has tensors on a device to do with at all.
+    pub(super) fn check_device(&self, geometry: &Geometry, view: &KvView) -> Result<()> {
+        let link = self.link()?;
+        Tensors::new(geometry, view)?;
+        // A lost device owns nothing, and says so when it is asked for more.
+        let elsewhere = |plane: &crate::copy::PlaneView| link.device.owns(plane.base as u64) == Ok(false);
+        match view.planes().iter().position(elsewhere) {
+            None => Ok(()),
+            Some(plane) => {
+                let name = link.device.name();
+                Err(input(format!("kv: plane {plane} is not on the store's device, {name}; copy it there first")))
+            }
+        }
+    }
+
+    fn address(&self, link: &Link, slot: Slot, geometry: &Geometry) -> u64 {
+        link.address + slot.offset() as u64 + geometry.payload_offset() as u64
+    }
+
+    // Submits one piece of work and what it waits for.
+    //
+    // SAFETY, of all who call it: payloads are of blocks that are held, or of slots that are the caller's, and rows of the
+    // caller's tensors or of places that are held; each until the ticket is over.
+    fn submit(link: &Link, lane: Lane, after: Vec<Ticket>, work: Work) -> std::result::Result<Ticket, Fault> {
+        // SAFETY: see above.
+        unsafe { link.device.submit(Submission { lane, after, work: vec![work] }) }
+    }
+
+    // What is in the caller's stream up to now, if it is known.
+    fn mark(link: &Link, view: &KvView) -> std::result::Result<Ticket, Fault> {
+        view.stream().map_or(Ok(Ticket::NONE), |stream| link.device.mark(stream))
+    }
+
+    /// Gathers blocks of tensors on the device into slots that are the caller's. Which of them could be encoded, and the
+    /// layout that they have then; `None`: the device failed, and nothing is there.
+    pub(super) fn gather_on_device(
+        &self,
+        geometry: &Geometry,
+        view: &KvView,
+        layout: Option<&Arc<Layout>>,
+        blocks: &[(Slot, usize)],
+    ) -> Option<Vec<bool>> {
+        let gathered = self.link().map_err(|error| Fault::Refused(error.to_string())).and_then(|link| {
+            let tensors = Tensors::new(geometry, view).map_err(|error| Fault::Refused(error.to_string()))?;
+            let status = Status::new(blocks.len());
+            let firsts = blocks.iter().map(|&(_, first_token)| first_token);
+            let payloads = blocks.iter().map(|&(slot, _)| self.address(link, slot, geometry)).collect();
+            let coded = coded(geometry, view, &tensors, layout.cloned(), firsts, payloads);
+            let begun = Self::mark(link, view)?;
+            let ticket = Self::submit(link, Lane::Down, vec![begun], Work::Encode(coded, status.clone()))?;
+            link.device.wait(ticket)?;
+            Ok((0..blocks.len()).map(|block| status.is_encoded(block)).collect())
+        });
+        gathered.map_err(|fault| self.failed_on_device(&fault)).ok()
+    }
+
+    /// Whether the device encodes and decodes by that layout, of these tensors.
+    pub(super) fn takes(&self, layout: &Layout, view: &KvView) -> bool {
+        let strides = |plane: &crate::copy::PlaneView| {
+            let strides = plane.head_stride | plane.token_stride | plane.page_stride;
+            plane.base as u64 | strides as u64
+        };
+        // As its kernels want them.
+        let aligned = view.planes().iter().fold(0, |all, plane| all | strides(plane)).is_multiple_of(16);
+        aligned && self.gpu.as_ref().is_some_and(|link| link.device.takes(layout))
+    }
+
+    /// Notes what the device said.
+    pub(super) fn failed_on_device(&self, fault: &Fault) {
+        let mut state = self.state.lock();
+        match fault {
+            Fault::Lost(reason) => state.lose_gpu(reason),
+            Fault::NoRoom(_) | Fault::Refused(_) => state.gpu_refused += 1,
+        }
+    }
+}
+
+// Work on blocks of the caller's tensors.
+fn coded(
+    geometry: &Geometry,
+    view: &KvView,
+    tensors: &Tensors,
+    layout: Option<Arc<Layout>>,
+    first_tokens: impl Iterator<Item = usize>,
+    payloads: Vec<u64>,
+) -> Coded {
+    Coded {
+        layout,
+        heads: geometry.kv_heads,
+        block_tokens: geometry.block_tokens,
+        row_bytes: geometry.row_bytes(),
+        planes: tensors.planes.clone(),
+        run_tokens: tensors.run_tokens,
+        offsets: first_tokens.flat_map(|first| tensors.offsets(geometry, view, first).collect::<Vec<_>>()).collect(),
+        payloads,
+    }
+}
+
+// Work on blocks of the slab, whose rows lie in the order of a plain payload.
+fn coded_in_slab(geometry: &Geometry, layout: Option<Arc<Layout>>, places: Vec<u64>, payloads: Vec<u64>) -> Coded {
+    let row = geometry.row_bytes() as u64;
+    let head = row * u64::from(geometry.block_tokens);
+    let plane = head * u64::from(geometry.kv_heads);
+    let rows =
+        (0..geometry.plane_count() as u64).map(|n| Rows { base: n * plane, head_stride: head, token_stride: row });
+    Coded {
+        layout,
+        heads: geometry.kv_heads,
+        block_tokens: geometry.block_tokens,
+        row_bytes: geometry.row_bytes(),
+        planes: rows.collect(),
+        run_tokens: geometry.block_tokens,
+        offsets: places,
+        payloads,
+    }
+}
+
+// Slots with payloads of one form, each with its number.
+type Group = (Option<Arc<Layout>>, Vec<(usize, Slot)>);
+
+fn by_layout(blocks: impl Iterator<Item = (usize, Slot, Option<Arc<Layout>>)>) -> Vec<Group> {
+    let mut groups: Vec<Group> = Vec::new();
+    let same = |a: &Option<Arc<Layout>>, b: &Option<Arc<Layout>>| match (a, b) {
+        (None, None) => true,
+        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+        _ => false,
+    };
+    for (n, slot, layout) in blocks {
+        match groups.iter_mut().find(|(known, _)| same(known, &layout)) {
+            Some((_, group)) => group.push((n, slot)),
+            None => groups.push((layout, vec![(n, slot)])),
+        }
+    }
+    groups
+}
+
+impl Lease {
+    /// Copies those blocks in RAM to the device that were asked for before, and makes them payloads there; they are held.
+    pub(super) fn promote_to_device(&self, geometry: &Geometry, payloads: &mut [(usize, NodeId, Payload)]) {
+        let Some(link) = &self.shared.gpu else { return };
+        let size = geometry.block_tokens as usize;
+        let mut state = self.shared.state.lock();
+        let hot = |state: &State, id: NodeId| {
+            state.nodes.is_linked(id) && state.nodes[id].gpu.is_none() && state.nodes[id].uses >= HOT_USES
+        };
+        let mut wanted = Vec::new();
+        for (at, (n, id, payload)) in payloads.iter().enumerate() {
+            if let Payload::Slot(slot, layout) = payload
+                && hot(&state, *id)
+                && layout.as_ref().is_none_or(|layout| link.device.takes(layout))
+            {
+                let tokens: Box<[u32]> = self.tokens[n * size..(n + 1) * size].into();
+                wanted.push((at, *slot, layout.clone(), (*id, tokens)));
+            }
+        }
+        let blocks: Vec<_> = wanted.iter().map(|(.., block)| block.clone()).collect();
+        let placed = state.place_on_gpu(self.model.id, &blocks);
+        drop(state);
+        let placed = placed.unwrap_or_else(|fault| {
+            self.shared.failed_on_device(&fault);
+            Vec::new()
+        });
+        wanted.truncate(placed.len());
+        let slots = wanted.iter().enumerate().map(|(n, (_, slot, layout, _))| (n, *slot, layout.clone()));
+        for (layout, group) in by_layout(slots) {
+            let places = group.iter().map(|&(n, _)| placed[n].address).collect();
+            let addresses = group.iter().map(|&(_, slot)| self.shared.address(link, slot, geometry)).collect();
+            let work = Work::Decode(coded_in_slab(geometry, layout, places, addresses));
+            let submitted = Shared::submit(link, Lane::Up, Vec::new(), work);
+            let mut state = self.shared.state.lock();
+            for &(n, _) in &group {
+                let (at, .., (id, _)) = &wanted[n];
+                match &submitted {
+                    Ok(ticket) => {
+                        let held = OnGpu { ready: *ticket, ..placed[n] };
+                        if let Some(slab) = state.slab() {
+                            slab.wrote(&[held.placed], Lane::Up, *ticket);
+                        }
+                        payloads[*at].2 = Payload::Gpu(held);
+                    }
+                    Err(_) => {
+                        state.let_go_on_gpu(&placed[n]);
+                        // It may have been dropped meanwhile, and its copy with it.
+                        if state.nodes.is_linked(*id) && state.nodes[*id].gpu == Some(placed[n].placed) {
+                            state.leave_gpu(*id, false);
+                        }
+                    }
+                }
+            }
+            drop(state);
+            if let Err(fault) = submitted {
+                self.shared.failed_on_device(&fault);
+            }
+        }
+    }
+
+    /// Scatters payloads to the caller's tensors on the device, and waits for it; `n`, of each, is the block's number in the
+    /// match.
+    pub(super) fn scatter_on_device(
+        &self,
+        geometry: &Geometry,
+        view: &KvView,
+        payloads: &[(usize, NodeId, Payload)],
+    ) -> std::result::Result<(), Fault> {
+        let Some(link) = &self.shared.gpu else { return Err(Fault::Refused("there is no GPU tier".into())) };
+        let tensors = Tensors::new(geometry, view).map_err(|error| Fault::Refused(error.to_string()))?;
+        let first_token = |n: usize| n * geometry.block_tokens as usize;
+        let begun = Shared::mark(link, view)?;
+        let mut tickets = Vec::new();
+        let on_gpu: Vec<(usize, OnGpu)> = payloads
+            .iter()
+            .filter_map(|(n, _, payload)| if let Payload::Gpu(held) = payload { Some((*n, *held)) } else { None })
+            .collect();
+        if !on_gpu.is_empty() {
+            let mut after: Vec<Ticket> = on_gpu.iter().map(|(_, held)| held.ready).chain([begun]).collect();
+            after.sort_unstable();
+            after.dedup();
+            let firsts = on_gpu.iter().map(|&(n, _)| first_token(n));
+            let addresses = on_gpu.iter().map(|(_, held)| held.address).collect();
+            let work = Work::Decode(coded(geometry, view, &tensors, None, firsts, addresses));
+            let ticket = Shared::submit(link, Lane::Across, after, work)?;
+            let placed: Vec<Placed> = on_gpu.iter().map(|(_, held)| held.placed).collect();
+            if let Some(slab) = self.shared.state.lock().slab() {
+                slab.read(&placed, Lane::Across, ticket);
+            }
+            tickets.push(ticket);
+        }
+        let slots = payloads.iter().filter_map(|(n, _, payload)| match payload {
+            Payload::Slot(slot, layout) => Some((*n, *slot, layout.clone())),
+            _ => None,
+        });
+        for (layout, group) in by_layout(slots) {
+            let firsts = group.iter().map(|&(n, _)| first_token(n));
+            let addresses = group.iter().map(|&(_, slot)| self.shared.address(link, slot, geometry)).collect();
+            let work = Work::Decode(coded(geometry, view, &tensors, layout, firsts, addresses));
+            match Shared::submit(link, Lane::Up, vec![begun], work) {
+                Ok(ticket) => tickets.push(ticket),
+                Err(fault) => {
+                    // Slots and tensors are the device's until then.
+                    tickets.into_iter().try_for_each(|ticket| link.device.wait(ticket))?;
+                    return Err(fault);
+                }
+            }
+        }
+        let staged = payloads.iter().filter_map(|(n, _, payload)| match payload {
+            Payload::Staged(staged) => Some((*n, staged)),
+            _ => None,
+        });
+        let mut shown = Vec::new();
+        let mut end = Ok(());
+        for (n, staged) in staged {
+            let memory = staged.memory[staged.at..].as_ptr().cast_mut();
+            // SAFETY: it is forgotten below, before `payloads` goes.
+            let sent = unsafe { link.device.register(memory, staged.bytes) }.and_then(|address| {
+                shown.push(memory);
+                let one = std::iter::once(first_token(n));
+                let work = Work::Decode(coded(geometry, view, &tensors, None, one, vec![address]));
+                Shared::submit(link, Lane::Up, vec![begun], work)
+            });
+            match sent {
+                Ok(ticket) => tickets.push(ticket),
+                Err(fault) => {
+                    end = Err(fault);
+                    break;
+                }
+            }
+        }
+        let waited = tickets.into_iter().try_for_each(|ticket| link.device.wait(ticket));
+        let forgotten = shown.into_iter().try_for_each(|memory| link.device.forget(memory));
+        end.and(waited).and(forgotten)
+    }
+}
