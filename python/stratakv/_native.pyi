@@ -8,6 +8,7 @@ __all__ = [
     "Archive",
     "EvictionPolicy",
     "Found",
+    "Gpu",
     "Lease",
     "Model",
     "PrefixIndex",
@@ -22,6 +23,18 @@ __version__: str
 _QuotaTerms = tuple[list[tuple[int | None, int | None, int]], float | None, int | None]
 _PrefixRow = tuple[str, bytes, tuple[str, str] | None, bytes, bytes, int, int, int]
 _CodecTerms = tuple[str, str | None, str | None, float | None, bool, tuple[int, int]]
+
+@final
+class Gpu:
+    """A device to be checked; `stratakv gpu check` does."""
+
+    def __new__(cls, device: int, driver: str | os.PathLike[str] | None) -> Gpu: ...
+    @property
+    def is_real(self) -> bool: ...
+    def kernels(self, rounds: int) -> tuple[int, str | None]: ...
+    def room(self, left: int) -> str | None: ...
+    def copies(self, up: bool, path: str, piece_bytes: int, repeats: int) -> list[float]: ...
+    def calibrate(self) -> list[int]: ...
 
 def gpu_status(device: int, driver: str | os.PathLike[str] | None) -> dict[str, Any]: ...
 

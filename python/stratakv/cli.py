@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import stratakv
-from stratakv import archive, demo, routing, status, watch
+from stratakv import archive, demo, gpu, routing, status, watch
 
 __all__ = ["main"]
 
@@ -52,6 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     models.add_argument("folder", help="where to look")
     models.add_argument("--json", action="store_true", help="for programs")
     models.set_defaults(run=_list_models)
+
+    device = commands.add_parser(
+        "gpu",
+        help="say which GPU there is, and check it",
+        description="Looks at a device of the driver, or checks that it does what it should, and how fast.",
+        epilog="Exit status: 0 if all is right, 1 if something is wrong, 2 if there is none.",
+    )
+    gpu.add_arguments(device)
 
     route = commands.add_parser(
         "route",

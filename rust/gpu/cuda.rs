@@ -245,6 +245,16 @@ impl Cuda {
         unsafe { ffi::kv_reservations(self.gpu.0) }
     }
 
+    /// Whether its driver copies many pieces in one call.
+    pub fn has_batch(&self) -> bool {
+        self.facts.has_batch != 0
+    }
+
+    /// Whether it is a GPU, and not what stands in for one in tests.
+    pub fn is_real(&self) -> bool {
+        !self.name().contains("not a GPU")
+    }
+
     /// Has copies take other paths from now on.
     pub fn set_paths(&self, paths: Paths) {
         *self.paths.lock() = paths;
@@ -498,6 +508,48 @@ impl Cuda {
             lane.used.push_back(Used { ticket, begin, status });
         }
         Ok(())
+    }
+
+    /// Seconds on the device that copies by one path take, in a lane that has nothing else to do.
+    pub(super) fn timed(&self, lane: Lane, path: c_int, pieces: &[Piece]) -> Result<f64, Fault> {
+        let lane = &mut *self.lanes[lane as usize].lock();
+        while let Some(used) = lane.used.front() {
+            self.await_event(used.ticket)?;
+            self.settle(lane)?;
+        }
+        let mut events = [0u64; 2];
+        for event in &mut events {
+            // SAFETY: the device was opened.
+            ended(unsafe { ffi::kv_event(self.gpu.0, 1, event) }, 0)?;
+        }
+        let [begun, over] = events;
+        let record = |event| {
+            // SAFETY: the device was opened, and the event is.
+            ended(unsafe { ffi::kv_record(self.gpu.0, event, lane.stream) }, 0)
+        };
+        // Tables of kernels lie in the ring; there is room for them all, since nothing else is under way.
+        let most = if path == ffi::BY_KERNEL { RING_BYTES / 16 } else { pieces.len() };
+        let pairs: Vec<[u64; 2]> = pieces.iter().take(most).map(|piece| [piece.from, piece.to]).collect();
+        let copied = (|| {
+            let table = Table { lane, begin: 0, next: 0 }.put(if path == ffi::BY_KERNEL { &pairs } else { &[] }).0;
+            record(begun)?;
+            let count = pieces.len().min(most);
+            // SAFETY: as above; who asks keeps the memory until this returns.
+            let end = unsafe { ffi::kv_copy(self.gpu.0, pieces.as_ptr(), count, path, table, GRID, lane.stream) };
+            ended(end, 0)?;
+            record(over)?;
+            // SAFETY: as above.
+            ended(unsafe { ffi::kv_wait(self.gpu.0, over) }, 0)?;
+            let mut seconds = 0.0;
+            // SAFETY: as above.
+            ended(unsafe { ffi::kv_seconds(self.gpu.0, begun, over, &mut seconds) }, 0)?;
+            Ok(seconds * pieces.len() as f64 / count as f64)
+        })();
+        for event in events {
+            // SAFETY: as above; nothing waits for it.
+            unsafe { ffi::kv_end_event(self.gpu.0, event) };
+        }
+        copied
     }
 
     fn enqueue(&self, lane: &mut LaneState, which: Lane, after: &[Ticket], work: &[Work]) -> Result<Ticket, Fault> {

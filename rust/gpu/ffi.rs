@@ -110,6 +110,7 @@ unsafe extern "C" {
     pub(super) fn kv_after(gpu: *mut Gpu, stream: u64, event: u64) -> c_int;
     pub(super) fn kv_over(gpu: *mut Gpu, event: u64) -> c_int;
     pub(super) fn kv_wait(gpu: *mut Gpu, event: u64) -> c_int;
+    pub(super) fn kv_seconds(gpu: *mut Gpu, from: u64, to: u64, seconds: *mut f64) -> c_int;
     pub(super) fn kv_copy(
         gpu: *mut Gpu,
         pieces: *const super::Piece,

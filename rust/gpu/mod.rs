@@ -15,6 +15,8 @@
 //! block's bytes.
 
 #[cfg(feature = "cuda")]
+pub mod check;
+#[cfg(feature = "cuda")]
 mod cuda;
 mod device;
 #[cfg(feature = "cuda")]

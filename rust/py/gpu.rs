@@ -1,6 +1,12 @@
 //! GPUs for Python: what there is to use, and why not.
 
+#[cfg(feature = "cuda")]
+use super::OrRaise;
+#[cfg(feature = "cuda")]
+use crate::error::input;
 use crate::gpu::Device;
+#[cfg(feature = "cuda")]
+use crate::gpu::check;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::path::PathBuf;
@@ -16,6 +22,60 @@ pub(super) fn device(number: u32, driver: Option<PathBuf>) -> Result<Arc<dyn Dev
 #[cfg(not(feature = "cuda"))]
 pub(super) fn device(_: u32, _: Option<PathBuf>) -> Result<Arc<dyn Device>, String> {
     Err("this build has no GPU tier".into())
+}
+
+/// A device to be checked; `stratakv gpu check` does.
+#[pyclass(frozen, module = "stratakv._native")]
+pub(super) struct Gpu {
+    #[cfg(feature = "cuda")]
+    device: Arc<crate::gpu::Cuda>,
+}
+
+#[cfg(feature = "cuda")]
+#[pymethods]
+impl Gpu {
+    /// Opens it.
+    #[new]
+    #[pyo3(signature = (device, driver))]
+    fn new(py: Python<'_>, device: u32, driver: Option<PathBuf>) -> PyResult<Self> {
+        let opened = py.detach(|| crate::gpu::Cuda::open(device, driver.as_deref()));
+        let device = opened.map_err(|absent| crate::Error::new(crate::ErrorKind::Config, absent.to_string()));
+        Ok(Self { device: Arc::new(device.or_raise(py)?) })
+    }
+
+    /// Whether it is a GPU, and not what stands in for one.
+    #[getter]
+    fn is_real(&self) -> bool {
+        self.device.is_real()
+    }
+
+    /// Compares its kernels with the codec; how many payloads were, and what differs.
+    fn kernels(&self, py: Python<'_>, rounds: u64) -> (usize, Option<String>) {
+        match py.detach(|| check::kernels(&self.device, rounds)) {
+            Ok(compared) => (compared, None),
+            Err(what) => (0, Some(what)),
+        }
+    }
+
+    /// Fills it but for so many bytes; what was not as it should be then.
+    fn room(&self, py: Python<'_>, left: u64) -> Option<String> {
+        py.detach(|| check::room(&self.device, left)).err()
+    }
+
+    /// Bytes a second of copies of pieces of one size, of each repetition.
+    fn copies(&self, py: Python<'_>, up: bool, path: &str, piece_bytes: usize, repeats: usize) -> PyResult<Vec<f64>> {
+        let known = check::Path::ALL.into_iter().find(|known| known.name() == path);
+        let path = known.ok_or_else(|| input(format!("path is {path:?}, expected engine, batch or kernel")));
+        let path = path.or_raise(py)?;
+        let timed = py.detach(|| check::copies(&self.device, up, path, piece_bytes, repeats));
+        Ok(timed.map_err(|fault| input(fault.to_string())).or_raise(py)?.bytes_per_s)
+    }
+
+    /// Bytes of a piece from which on engines are faster than a kernel, to the device and from it.
+    fn calibrate(&self, py: Python<'_>) -> PyResult<[u64; 2]> {
+        let paths = py.detach(|| check::calibrate(&self.device));
+        Ok(paths.map_err(|fault| input(fault.to_string())).or_raise(py)?.engines_from)
+    }
 }
 
 /// What is known of a device: `backend`, and of a GPU more; `reason`: why it is none.

@@ -56,6 +56,7 @@ impl<T> OrRaise<T> for crate::Result<T> {
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(gpu::gpu_status, module)?)?;
+    module.add_class::<gpu::Gpu>()?;
     module.add_class::<archive::Archive>()?;
     module.add_class::<eviction::EvictionPolicy>()?;
     module.add_class::<index::PrefixIndex>()?;

@@ -227,19 +227,26 @@ impl State {
 
     /// The device is of no use any more: nothing is there.
     pub(super) fn lose_gpu(&mut self, reason: &str) {
-        let Some(gpu) = &mut self.gpu else { return };
-        let Some(slab) = gpu.slab.take() else { return };
+        // Its memory is the driver's to give back.
+        drop(self.leave_all());
+        if let Some(gpu) = &mut self.gpu {
+            gpu.failed.get_or_insert_with(|| reason.to_owned());
+        }
+    }
+
+    /// Takes everything off the device; what goes then is its memory, unless a load under way holds some.
+    pub(super) fn leave_all(&mut self) -> Option<Slab> {
+        let gpu = self.gpu.as_mut()?;
+        let slab = gpu.slab.take()?;
         gpu.last = slab.counts();
-        gpu.failed = Some(reason.to_owned());
         gpu.tokens.clear();
         let ids: Vec<NodeId> = slab.nodes().collect();
-        // Its memory is the driver's to give back.
-        drop(slab);
         for id in ids {
             if self.nodes.is_linked(id) && self.nodes[id].gpu.take().is_some() {
                 self.book_on_gpu(id, false);
             }
         }
+        Some(slab)
     }
 }
 

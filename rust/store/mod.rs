@@ -491,7 +491,9 @@ impl Store {
         for model in state.models.values_mut() {
             model.disk = None;
         }
+        let slab = state.leave_all();
         drop(state);
+        drop(slab);
         // A footer only saves recovery time: without it the records are walked.
         let sealed = footers.iter().try_for_each(|f| f.write().and_then(|()| f.file.sync()));
         if let Some(ssd) = &self.shared.ssd {
