@@ -15,7 +15,7 @@ import pytest
 
 import stratakv
 from stores import assert_sums, config, geometry, kv_of, loaded, tokens_of
-from stratakv import gpu
+from stratakv import _native, gpu
 from stratakv.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -307,15 +307,17 @@ def test_memory_that_is_not_there_is_halved_and_a_device_that_is_lost_is_said(dr
         assert status.degraded == ("no_gpu",)
 
 
+@pytest.mark.parametrize("driver", [1], indirect=True, ids=["lazy"])
 def test_the_check_compares_bytes_and_times_no_stand_in(
-    driver: Driver, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    driver: Driver, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(gpu, "_ROUNDS", 2)
     out = tmp_path / "report.json"
     check = ["gpu", "check", "--driver", str(driver.path), "--out", str(out)]
     driver.set("seed", 3)
     assert main([*check, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["kernels"] == {"payloads": 2880, "differs": None}
+    assert report["kernels"] == {"payloads": 288, "differs": None}
     assert (report["room"], report["real"], "copies" in report, out.exists()) == (None, False, False, False)
     driver.library.standin_fail(b"cuLaunchKernel", ctypes.c_uint64(9), 1)
     assert main(check) == 1
@@ -327,6 +329,23 @@ def test_the_check_compares_bytes_and_times_no_stand_in(
     assert "stand-in (CPU, not a GPU)" in capsys.readouterr().out
     assert main(["gpu", "status", "--json", "--driver", str(tmp_path / "none.so")]) == 2
     assert json.loads(capsys.readouterr().out)["backend"] == "host"
+
+
+@pytest.mark.parametrize("driver", [2], indirect=True, ids=["random"])
+def test_every_copy_that_would_be_timed_is_made(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_PIECES", (4 << 10, 64 << 10))
+    monkeypatch.setattr(gpu, "_LARGE", 1 << 20)
+    monkeypatch.setattr(gpu, "_REPEATS", 2)
+    said: list[str] = []
+    device = _native.Gpu(0, driver.path)
+    with pytest.raises(stratakv.InputError, match='path is "dma", expected engine, batch or kernel'):
+        device.copies(True, "dma", 4096, 1)
+    report = gpu._speed(device, said.append)
+    assert len(report["copies"]) == 2 * 2 * 3
+    assert all(row["bytes_per_s"] > 0 for row in report["copies"])
+    assert set(report["ceiling"]) == {"up", "down"}
+    assert len(report["engines_from"]) == 2
+    assert len(said) == 14
 
 
 def test_the_document_says_what_the_report_says(tmp_path: Path) -> None:
