@@ -53,7 +53,7 @@ struct kv_work {
     u64 offset;
     // u64 of each block: where its payload begins.
     u64 coded;
-    // u32 of each block, to which a bit is added; kv_decode has none.
+    // u32 of each block, to which a bit is added; kv_decode has none. 0: payloads are plain, and no plane is padded.
     u64 status;
     u32 blocks, planes, heads, tokens, dim, dtype;
     // A block's tokens lie in so many runs, of so many tokens each.
@@ -531,7 +531,8 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_RESIDENT) kv_encode(
                 kv_fours(item, [&](u32 row) { return item.read(row, column); }, [&](u32 row, kv_v4 v) {
                     kv_st16(item.codes + 16ull * (row * item.vectors + column), v);
                 });
-            kv_pad(item.codes, 2 * values);
+            // Of a plain payload planes lie side by side.
+            if (work.status != 0) kv_pad(item.codes, 2 * values);
             continue;
         }
         const bool fit = item.by == KV_TOKEN     ? kv_encode_tokens(item, shared)

@@ -498,6 +498,51 @@ fn rows_come_back_as_they_were_and_encoded_as_the_codec_has_it() {
 }
 
 #[test]
+fn planes_that_are_no_multiple_of_64_bytes_lie_side_by_side() {
+    for kind in kinds() {
+        let Some(on) = On::open(kind, MIB) else { return };
+        let device = on.device();
+        // Of 80 bytes: six of them in each of seven blocks.
+        let (row, tokens, planes, blocks) = (16usize, 5usize, 6usize, 7usize);
+        let plane = row * tokens;
+        let content: Vec<u8> = (0..blocks * planes * plane).map(|n| (n % 251) as u8 + 1).collect();
+        let tensor = Remote::new(&device, &content);
+        let size = (planes * plane).next_multiple_of(64);
+        let payloads = Known::new(&device, &vec![0xa5; blocks * size]);
+        let rows = |n: usize| Rows {
+            base: tensor.address + (n * plane) as u64,
+            head_stride: plane as u64,
+            token_stride: row as u64,
+        };
+        let coded = Coded {
+            layout: None,
+            heads: 1,
+            block_tokens: tokens as u32,
+            row_bytes: row,
+            planes: (0..planes).map(rows).collect(),
+            run_tokens: tokens as u32,
+            offsets: (0..blocks).map(|n| (n * planes * plane) as u64).collect(),
+            payloads: (0..blocks).map(|n| payloads.address + (n * size) as u64).collect(),
+        };
+        let run = |work| {
+            // SAFETY: tensor and payloads are there until it is over.
+            let ticket = unsafe { device.submit(Submission { lane: Lane::Across, after: vec![], work: vec![work] }) };
+            device.wait(ticket.expect("it is there")).expect("it is there");
+        };
+        run(Work::Encode(coded.clone(), Status::new(blocks)));
+        for (n, block) in content.chunks(planes * plane).enumerate() {
+            let (payload, behind) = payloads.content()[n * size..(n + 1) * size].split_at(planes * plane);
+            assert!(payload == block && behind.iter().all(|&byte| byte == 0xa5), "{kind:?}: block {n}");
+        }
+        tensor.write(&vec![0; content.len()]);
+        run(Work::Decode(coded));
+        assert!(tensor.read() == content, "{kind:?}");
+        drop((tensor, payloads, device));
+        on.end();
+    }
+}
+
+#[test]
 fn a_block_that_no_scale_fits_is_told() {
     for kind in kinds() {
         let Some(on) = On::open(kind, MIB) else { return };

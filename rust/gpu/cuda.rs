@@ -489,7 +489,8 @@ impl Cuda {
                 plane,
                 offset,
                 coded: payload,
-                status: words,
+                // Of planes that are not padded there is nothing to say.
+                status: if coded.layout.is_some() { words } else { 0 },
                 blocks: count as u32,
                 planes: planes.len() as u32,
                 heads: coded.heads,
