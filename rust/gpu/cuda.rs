@@ -26,6 +26,9 @@ const MOST_TABLE: usize = RING_BYTES / 4;
 const GRID: u32 = 16;
 /// Vectors of a kernel.
 const VECTOR: u64 = 16;
+/// Tickets whose events are kept before those that are over are looked for, and how many are looked at then.
+const KEPT: usize = 64;
+const SWEPT: usize = 4;
 /// Parts of a table begin at multiples of this.
 const ALIGN: usize = 64;
 
@@ -255,6 +258,11 @@ impl Cuda {
         !self.name().contains("not a GPU")
     }
 
+    /// Tickets whose events are kept: of work that may not be over.
+    pub fn tickets(&self) -> usize {
+        self.events.lock().pending.len()
+    }
+
     /// Has copies take other paths from now on.
     pub fn set_paths(&self, paths: Paths) {
         *self.paths.lock() = paths;
@@ -271,9 +279,28 @@ impl Cuda {
         Ok(event)
     }
 
+    // Takes events back that nobody asked for again: those of the oldest tickets, as far as they are over.
+    fn sweep(&self, events: &mut Events) -> Result<(), Fault> {
+        for _ in 0..SWEPT {
+            let Some((&ticket, &event)) = events.pending.first_key_value().filter(|_| events.pending.len() > KEPT)
+            else {
+                break;
+            };
+            // SAFETY: the device was opened; the event stays as it is while its ticket is pending, which the lock holds.
+            match unsafe { ffi::kv_over(self.gpu.0, event) } {
+                ffi::NOT_YET => break,
+                end => ended(end, 0)?,
+            }
+            events.pending.remove(&ticket);
+            events.spare.push(event);
+        }
+        Ok(())
+    }
+
     // The ticket of what was put into a stream up to now.
     fn record(&self, stream: u64) -> Result<Ticket, Fault> {
         let events = &mut *self.events.lock();
+        self.sweep(events)?;
         let event = self.event(events)?;
         // SAFETY: the device was opened; a stream that is none is refused.
         if let Err(fault) = ended(unsafe { ffi::kv_record(self.gpu.0, event, stream) }, 0) {
@@ -649,17 +676,15 @@ impl Device for Cuda {
     }
 
     fn is_over(&self, ticket: Ticket) -> Result<bool, Fault> {
-        let over = self.poll(ticket)?;
-        if over {
-            self.lanes.iter().try_for_each(|lane| self.settle(&mut lane.lock()))?;
-        }
-        Ok(over)
+        // No lane's lock: whoever has it may wait for room.
+        self.poll(ticket)
     }
 
     fn wait(&self, ticket: Ticket) -> Result<(), Fault> {
         self.await_event(ticket)?;
-        // So that what is known of it is known.
-        self.is_over(ticket).map(|_| ())
+        self.poll(ticket)?;
+        // So that statuses are known.
+        self.lanes.iter().try_for_each(|lane| self.settle(&mut lane.lock()))
     }
 
     fn mark(&self, stream: Stream) -> Result<Ticket, Fault> {

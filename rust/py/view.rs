@@ -77,6 +77,10 @@ pub(super) fn view<'py>(
             .or_raise(py);
     }
     let stream = placement.stream.or(tensors[0].device);
+    if placement.stream.is_none() && tensors.iter().any(|tensor| tensor.device != tensors[0].device) {
+        return Err(input("kv: tensors are used in different streams; say which one to wait for: stream="))
+            .or_raise(py);
+    }
     Ok((view.on_device(stream.map(Stream)), tensors))
 }
 

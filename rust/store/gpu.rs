@@ -187,7 +187,7 @@ impl State {
     fn place_on_gpu(&mut self, model: u32, blocks: &[(NodeId, Box<[u32]>)]) -> std::result::Result<Vec<OnGpu>, Fault> {
         let Some(geometry) = self.models.get(&model).map(|m| m.geometry) else { return Ok(Vec::new()) };
         let share = self.gpu_share();
-        let (mut given, mut left) = (Vec::new(), blocks.len() + MOST_LEAVE);
+        let (mut given, mut left, mut failed) = (Vec::new(), blocks.len() + MOST_LEAVE, None);
         while given.len() < blocks.len() {
             let Some(gpu) = &mut self.gpu else { break };
             let Some(slab) = &mut gpu.slab else { break };
@@ -197,7 +197,13 @@ impl State {
                 (holding, class)
             });
             let nodes: Vec<NodeId> = blocks[given.len()..].iter().map(|(id, _)| *id).collect();
-            let placed = slab.place(class, model, &nodes)?;
+            let placed = match slab.place(class, model, &nodes) {
+                Ok(placed) => placed,
+                Err(fault) => {
+                    failed = Some(fault);
+                    break;
+                }
+            };
             for placed in &placed {
                 let (id, tokens) = &blocks[given.len()];
                 slab.hold(*placed);
@@ -222,7 +228,7 @@ impl State {
         }
         let came: Vec<NodeId> = blocks[..given.len()].iter().map(|(id, _)| *id).collect();
         came.into_iter().for_each(|id| self.book_on_gpu(id, true));
-        Ok(given)
+        failed.map_or(Ok(given), Err)
     }
 
     /// The device is of no use any more: nothing is there.
@@ -346,6 +352,11 @@ impl Shared {
     pub(super) fn check_device(&self, geometry: &Geometry, view: &KvView) -> Result<()> {
         let link = self.link()?;
         Tensors::new(geometry, view)?;
+        if let Some(stream) = view.stream()
+            && let Err(Fault::Refused(why)) = link.device.mark(stream)
+        {
+            return Err(input(format!("stream is {}, expected one of {}: {why}", stream.0, link.device.name())));
+        }
         // A lost device owns nothing, and says so when it is asked for more.
         let elsewhere = |plane: &crate::copy::PlaneView| link.device.owns(plane.base as u64) == Ok(false);
         match view.planes().iter().position(elsewhere) {

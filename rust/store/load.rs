@@ -287,10 +287,12 @@ impl Lease {
         }
         self.promote_to_device(geometry, &mut payloads);
         let sent = self.scatter_on_device(geometry, view, &payloads);
+        // What was on the device before is among the sources.
         for (n, _, payload) in payloads {
-            if let Payload::Gpu(held) = payload {
+            if let Payload::Gpu(held) = payload
+                && !matches!(plan.sources[n - plan.first], Source::Gpu(_))
+            {
                 plan.on_gpu.push(held);
-                debug_assert!(n >= plan.first, "a block of the load");
             }
         }
         if let Err(fault) = sent {
@@ -338,7 +340,8 @@ impl Lease {
         if *counted {
             state.end_load(owner);
         }
-        on_gpu.iter().for_each(|held| state.let_go_on_gpu(held));
+        let before = sources.iter().filter_map(|source| if let Source::Gpu(held) = source { Some(held) } else { None });
+        before.chain(on_gpu).for_each(|held| state.let_go_on_gpu(held));
         for (n, (source, result)) in sources.iter().zip(results).enumerate() {
             // It may have been unlinked meanwhile.
             let linked = held.get(n).copied().filter(|&id| state.nodes.is_linked(id));

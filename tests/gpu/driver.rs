@@ -216,3 +216,19 @@ fn once_it_serves_the_driver_is_asked_for_no_memory() {
     assert!(counts.fresh as f64 <= 0.3 * counts.taken as f64, "{counts:?}");
     rig.end();
 }
+
+#[test]
+fn tickets_that_nobody_asks_for_again_are_forgotten() {
+    let Some((standin, device)) = opened() else { return };
+    for _ in 0..1000 {
+        device.mark(Stream(1)).expect("it is there");
+    }
+    let last = device.mark(Stream(1)).expect("it is there");
+    device.wait(last).expect("it is there");
+    (0..100).for_each(|_| drop(device.mark(Stream(1)).and_then(|ticket| device.wait(ticket))));
+    assert!(device.tickets() <= 1000, "{}", device.tickets());
+    (0..1000).for_each(|_| drop(device.mark(Stream(1)).and_then(|ticket| device.wait(ticket))));
+    assert!(device.tickets() <= 65, "{}", device.tickets());
+    drop(device);
+    standin.assert_given_back();
+}

@@ -5,6 +5,7 @@ use crate::kv::{
     COARSE, Dice, FINE, Kv, LATENT, MIB, assert_sums, fetch, hold, options, put, register, sequence, shape,
 };
 use crate::on::{Kind, On, Remote, kinds, schedules};
+use crate::rig::{Call, EIO, Rig};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -232,6 +233,39 @@ fn what_is_on_ssd_alone_comes_to_the_device_by_way_of_ram_or_without_it() {
         assert_sums(&store.snapshot());
         assert!(store.snapshot().total.gpu.hit > 0);
     }
+}
+
+#[test]
+fn what_is_held_behind_a_block_that_cannot_be_read_is_given_up() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let device: Arc<dyn Device> = Arc::new(Host::new(Schedule::Late, 16 * MIB));
+    let rig = Rig::default();
+    let gpu = GpuOptions { device: device.clone(), capacity_bytes: 4 * MIB };
+    let options = Options { gpu: Some(gpu), ..options(Some(directory.path()), 2 * MIB, 8 * MIB) };
+    let store = Store::open_on(options, Arc::new(rig.clone())).expect("the disk is sound");
+    let model = register(&store, "m", COARSE);
+    let tokens = sequence(1, 5, &COARSE);
+    put(&store, &model, &tokens);
+    let tensor = Tensor::new(&device, &Kv::blank(COARSE, tokens.len()), COARSE, tokens.len());
+    // The end of it is on the device, and the start is not.
+    for _ in 0..3 {
+        let lease = hold(&store, &model, &tokens);
+        assert_eq!(lease.load_part(&tensor.view(), 3..5).expect("it is held").tokens, tokens.len());
+    }
+    assert_eq!(store.snapshot().total.gpu.blocks, 2);
+    // Others take its room.
+    for seed in 2..8 {
+        put(&store, &model, &sequence(seed, 5, &COARSE));
+        store.flush().expect("the disk is sound");
+    }
+    rig.set(Some(Arc::new(|call| (call == Call::Read).then_some(EIO))));
+    let outcome = hold(&store, &model, &tokens).load(&tensor.view()).expect("a disk that fails is a miss");
+    assert_eq!((outcome.tokens, outcome.miss), (0, Some(Miss::Io)));
+    rig.set(None);
+    let snapshot = store.snapshot();
+    assert_sums(&snapshot);
+    let counts = snapshot.gpu.expect("there is one").counts;
+    assert_eq!((counts.held, snapshot.total.gpu.blocks), (0, 0));
 }
 
 #[test]

@@ -228,6 +228,12 @@ def test_what_makes_no_sense_says_what_to_do(driver: Driver) -> None:
             cache.put(tokens, [Array(driver, kv[0]), kv[1], kv[2]], layout="KHND")
         with pytest.raises(stratakv.InputError, match="on a device, expected in the process's memory"):
             cache.match(Array(driver, tokens))
+        driver.library.standin_foreign_stream.restype = ctypes.c_uint64
+        foreign = driver.library.standin_foreign_stream(0)
+        with pytest.raises(stratakv.InputError, match=f"stream is {foreign}, expected one of stand-in"):
+            cache.put(tokens, array, layout="LKHND", stream=foreign)
+        with pytest.raises(stratakv.InputError, match="different streams; say which one to wait for"):
+            cache.put(tokens, [Array(driver, kv[n], stream=1 + n // 2) for n in range(3)], layout="KHND")
         array.address = kv.ctypes.data
         with pytest.raises(stratakv.InputError, match=r"plane 0 is not on the store's device, stand-in"):
             cache.put(tokens, array, layout="LKHND")
