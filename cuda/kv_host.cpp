@@ -13,13 +13,14 @@ typedef uint64_t address_t;
 typedef void *handle;
 
 // Numbers of CUDA's driver interface, by their names there without "CU" or "CUDA".
-enum : status { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_READY = 600 };
+enum : status { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_READY = 600, NOT_SUPPORTED = 801 };
 // What is wrong with an image, or with the driver's compiler of PTX: another image may do.
 enum : status { INVALID_IMAGE = 200, NO_BINARY = 209, INVALID_PTX = 218 };
 enum : status { NO_COMPILER = 221, PTX_TOO_NEW = 222, NO_JIT = 223 };
 enum { ATTRIBUTE_MULTIPROCESSORS = 16, ATTRIBUTE_INTEGRATED = 18, ATTRIBUTE_MAJOR = 75, ATTRIBUTE_MINOR = 76 };
 enum { EVENT_DISABLE_TIMING = 2, STREAM_NON_BLOCKING = 1, HOST_PORTABLE = 1, HOST_MAPPED = 2 };
 enum { POINTER_MEMORY_TYPE = 2, POINTER_DEVICE = 9, MEMORY_TYPE_DEVICE = 2 };
+enum { CAPTURE_RELAXED = 2 };
 enum { POOL_RELEASE_THRESHOLD = 4, ALLOCATION_PINNED = 1, LOCATION_DEVICE = 1 };
 
 struct location {
@@ -93,6 +94,9 @@ struct driver {
     // The first is of CUDA 12.8 and 12.9; the second, which says nothing of which copy failed, is of 13.
     status (*batch_12)(address_t *, address_t *, size_t *, size_t, copy_attributes *, size_t *, size_t, size_t *, handle);
     status (*batch_13)(address_t *, address_t *, size_t *, size_t, copy_attributes *, size_t *, size_t, handle);
+    // What a stand-in may lack: of graphs that are captured.
+    status (*capture_mode)(int *);
+    status (*is_capturing)(handle, int *);
 };
 
 thread_local char sentence[512];
@@ -106,7 +110,7 @@ int because(int end, const char *text, const char *more = "") {
 bool is_sticky(status code) {
     switch (code) {
     case 4: case 46: case 201: case 214: case 220: case 226: case 700: case 702: case 709: case 710: case 714: case 715:
-    case 716: case 717: case 718: case 719: case 721: case 999:
+    case 716: case 717: case 718: case 719: case 721: case 805: case 806: case 810: case 999:
         return true;
     default:
         return false;
@@ -135,14 +139,19 @@ int ended(const kv_gpu *gpu, status code, const char *call) {
     return code == OUT_OF_MEMORY ? KV_NO_ROOM : is_sticky(code) ? KV_LOST : KV_REFUSED;
 }
 
-// The device's context is current while this lives.
+// The device's context is current while this lives; and another thread that captures a graph does not forbid waiting.
 struct within {
     const kv_gpu *gpu;
     status code;
-    explicit within(const kv_gpu *of) : gpu(of), code(of->cu.CtxPushCurrent(of->context)) {}
+    int mode = CAPTURE_RELAXED;
+    explicit within(const kv_gpu *of) : gpu(of), code(of->cu.CtxPushCurrent(of->context)) { exchange(); }
     ~within() {
         handle before;
+        exchange();
         if (code == SUCCESS) gpu->cu.CtxPopCurrent(&before);
+    }
+    void exchange() {
+        if (gpu->cu.capture_mode) gpu->cu.capture_mode(&mode);
     }
 };
 
@@ -173,6 +182,8 @@ int open_driver(kv_gpu *gpu, const char *library) {
     gpu->facts.driver = (uint32_t)version;
     if (version >= 13000) *(void **)&gpu->cu.batch_13 = dlsym(gpu->library, "cuMemcpyBatchAsync_v2");
     if (version >= 12080 && !gpu->cu.batch_13) *(void **)&gpu->cu.batch_12 = dlsym(gpu->library, "cuMemcpyBatchAsync");
+    *(void **)&gpu->cu.capture_mode = dlsym(gpu->library, "cuThreadExchangeStreamCaptureMode");
+    *(void **)&gpu->cu.is_capturing = dlsym(gpu->library, "cuStreamIsCapturing");
     gpu->facts.has_batch = gpu->cu.batch_12 || gpu->cu.batch_13;
     return KV_OK;
 }
@@ -270,7 +281,10 @@ int open_pool(kv_gpu *gpu) {
     pool_properties properties = {};
     properties.allocation = ALLOCATION_PINNED;
     properties.where = {LOCATION_DEVICE, gpu->device};
-    KV_TRY(gpu, MemPoolCreate, &gpu->pool, &properties);
+    // Some devices have none; then nothing can be borrowed.
+    const status code = gpu->cu.MemPoolCreate(&gpu->pool, &properties);
+    if (code == NOT_SUPPORTED) return KV_OK;
+    if (code != SUCCESS) return ended(gpu, code, "cuMemPoolCreate");
     uint64_t all = UINT64_MAX;
     return KV_CALL(gpu, MemPoolSetAttribute, gpu->pool, POOL_RELEASE_THRESHOLD, &all);
 }
@@ -387,7 +401,10 @@ int kv_pinned(kv_gpu *gpu, size_t bytes, void **memory, uint64_t *address) {
     KV_WITHIN(gpu);
     KV_TRY(gpu, MemHostAlloc, memory, bytes, HOST_PORTABLE | HOST_MAPPED);
     const int end = KV_CALL(gpu, MemHostGetDevicePointer, address, *memory, 0);
-    if (end) gpu->cu.MemFreeHost(*memory);
+    if (end) {
+        gpu->cu.MemFreeHost(*memory);
+        *memory = nullptr;
+    }
     return end;
 }
 
@@ -411,6 +428,7 @@ int kv_forget(kv_gpu *gpu, void *memory) {
 
 int kv_borrow(kv_gpu *gpu, uint64_t bytes, uint64_t stream, uint64_t *address) {
     KV_WITHIN(gpu);
+    if (!gpu->pool) return because(KV_REFUSED, "the device has no pools of memory");
     return KV_CALL(gpu, MemAllocFromPoolAsync, address, bytes, gpu->pool, (handle)stream);
 }
 
@@ -425,7 +443,8 @@ int kv_device_of(kv_gpu *gpu, uint64_t address, int *device) {
     *device = -1;
     // Memory that the driver does not know is the process's.
     const status code = gpu->cu.PointerGetAttribute(&kind, POINTER_MEMORY_TYPE, address);
-    if (code != SUCCESS || kind != MEMORY_TYPE_DEVICE) return KV_OK;
+    if (code == INVALID_VALUE || (code == SUCCESS && kind != MEMORY_TYPE_DEVICE)) return KV_OK;
+    if (code != SUCCESS) return ended(gpu, code, "cuPointerGetAttribute");
     return KV_CALL(gpu, PointerGetAttribute, device, POINTER_DEVICE, address);
 }
 
@@ -444,6 +463,10 @@ int kv_knows(kv_gpu *gpu, uint64_t stream) {
     KV_WITHIN(gpu);
     handle context = nullptr;
     KV_TRY(gpu, StreamGetCtx, (handle)stream, &context);
+    int capturing = 0;
+    if (gpu->cu.is_capturing && gpu->cu.is_capturing((handle)stream, &capturing) == SUCCESS && capturing) {
+        return because(KV_REFUSED, "the stream is being captured into a graph: what is waited for cannot be a part of one");
+    }
     return context == gpu->context ? KV_OK : because(KV_REFUSED, "the stream is of another context");
 }
 

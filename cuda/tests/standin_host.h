@@ -271,6 +271,17 @@ CASE(the_host_says_why_there_is_no_device) {
     EXPECT(!gpu);
 }
 
+CASE(the_host_does_without_a_pool_where_a_device_has_none) {
+    const std::vector<char> program = program_for(90);
+    const kv_image image = {program.data(), program.size(), 90, 0};
+    kv_gpu* gpu = nullptr;
+    standin_fail("cuMemPoolCreate", 1, 801);
+    EXPECT_CODE(KV_OK, kv_open(library, 0, &image, 1, 0, &gpu));
+    uint64_t address = 0;
+    EXPECT_CODE(KV_REFUSED, kv_borrow(gpu, 4096, 1, &address));
+    kv_close(gpu);
+}
+
 CASE(the_host_leaves_nothing_when_opening_fails_anywhere) {
     const std::vector<char> program = program_for(90);
     const kv_image image = {program.data(), program.size(), 90, 0};
@@ -281,7 +292,7 @@ CASE(the_host_leaves_nothing_when_opening_fails_anywhere) {
     };
     for (const char* call : calls) {
         kv_gpu* gpu = nullptr;
-        standin_fail(call, 1, 801);
+        standin_fail(call, 1, 2);
         const int code = kv_open(library, 0, &image, 1, 0, &gpu);
         expect_at(__LINE__, code != KV_OK && !gpu, call);
         expect_at(__LINE__, standin_leaks(nullptr, 0) == 0, call, all_of(standin_leaks));

@@ -390,7 +390,7 @@ impl Coded {
                 let run = token / u64::from(self.run_tokens);
                 let offset = self.offsets[block * runs + run as usize];
                 let within = token % u64::from(self.run_tokens);
-                let strides = head * head_stride + within * token_stride;
+                let strides = head.wrapping_mul(head_stride).wrapping_add(within.wrapping_mul(token_stride));
                 base.wrapping_add(offset).wrapping_add(strides) as usize
             })
         })

@@ -138,8 +138,13 @@ impl Slab {
             let most = nodes.len() - given.len();
             let run = match self.pool.allocate_run(class, most) {
                 Some(run) => run,
-                None if self.reclaim()? > 0 => continue,
-                None => break,
+                None => match self.reclaim() {
+                    Ok(0) => break,
+                    Ok(_) => continue,
+                    // What was given is the caller's to write, or to give back.
+                    Err(_) if !given.is_empty() => break,
+                    Err(fault) => return Err(fault),
+                },
             };
             for slot in run {
                 let node = nodes[given.len()];
@@ -283,23 +288,26 @@ impl Slab {
         // Many left with the same work: each ticket is asked for once.
         let mut known: BTreeMap<Ticket, bool> = BTreeMap::from([(Ticket::NONE, true)]);
         let before = self.leaving.len();
+        let mut fault = None;
         for (slot, touched) in std::mem::take(&mut self.leaving) {
-            let mut over = true;
+            let mut over = fault.is_none();
             for ticket in touched {
                 over &= match known.get(&ticket) {
                     Some(&over) => over,
-                    None => {
-                        let answer = self.device.is_over(ticket)?;
-                        known.insert(ticket, answer);
-                        answer
-                    }
+                    None => match self.device.is_over(ticket) {
+                        Ok(answer) => *known.entry(ticket).or_insert(answer),
+                        Err(said) => {
+                            fault = Some(said);
+                            false
+                        }
+                    },
                 };
             }
             if over { self.pool.free(slot) } else { self.leaving.push((slot, touched)) }
         }
         let back = before - self.leaving.len();
         self.counts.in_use -= back as u64;
-        Ok(back)
+        fault.map_or(Ok(back), Err)
     }
 
     /// Waits until the place of something that left is free; whether there is one.

@@ -189,11 +189,15 @@ impl<'py> Tensor<'py> {
                 Err(_) => Ok(None),
             };
         };
+        let versioned = PyDict::new(py);
         if let Ok(device) = object.call_method0("__dlpack_device__") {
             let (device_type, _): (i32, i32) = device.extract()?;
             check_kind(device_type, what).or_raise(py)?;
+            if device_type == CUDA {
+                // Its stream is in order with that one then, which is waited for.
+                versioned.set_item("stream", DEFAULT_STREAM)?;
+            }
         }
-        let versioned = PyDict::new(py);
         versioned.set_item("max_version", (1, 0))?;
         let capsule = match export.call((), Some(&versioned)) {
             // Producers of before DLPack 1.0 know no keyword.

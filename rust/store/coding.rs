@@ -73,6 +73,9 @@ impl Store {
         let tokens = u32::try_from(view.tokens()).ok().filter(|tokens| (1..1 << 24).contains(tokens));
         let tokens = tokens.ok_or_else(|| input(format!("kv has {} tokens, expected 1 to 2**24", view.tokens())))?;
         check_view(geometry, view, tokens as usize)?;
+        if view.is_on_device() {
+            return Err(input("kv is on a device, expected in the process's memory to calibrate; copy it first"));
+        }
         if geometry.plane_count() > Calibration::MOST {
             let (has, most) = (geometry.plane_count(), Calibration::MOST);
             return Err(input(format!("the model has {has} planes, expected {most} at most to calibrate")));

@@ -28,8 +28,8 @@ use std::collections::{BTreeMap, HashMap};
 const HOT_USES: u32 = 2;
 /// Blocks that leave for one that comes, where they are of another model, at most: until a piece of the slab is free.
 const MOST_LEAVE: usize = 64;
-/// Payloads begin at multiples of this.
-const ALIGN: usize = 64;
+/// What is shown to the device is of whole pages, so that no two share one.
+const ALIGN: usize = 4096;
 
 /// A GPU tier to be opened.
 #[derive(Debug, Clone)]
@@ -232,16 +232,22 @@ impl State {
     }
 
     /// The device is of no use any more: nothing is there.
-    pub(super) fn lose_gpu(&mut self, reason: &str) {
-        // Its memory is the driver's to give back.
-        drop(self.leave_all());
+    fn lose_gpu(&mut self, reason: &str) -> Option<Slab> {
+        let slab = self.leave_all();
         if let Some(gpu) = &mut self.gpu {
             gpu.failed.get_or_insert_with(|| reason.to_owned());
         }
+        slab
     }
 
-    /// Takes everything off the device; what goes then is its memory, unless a load under way holds some.
-    pub(super) fn leave_all(&mut self) -> Option<Slab> {
+    /// The store closes: takes everything off the device, and its memory, unless a load under way holds some. That goes with
+    /// the store.
+    pub(super) fn close_gpu(&mut self) -> Option<Slab> {
+        let held = self.slab().is_some_and(|slab| slab.counts().held > 0);
+        if held { None } else { self.leave_all() }
+    }
+
+    fn leave_all(&mut self) -> Option<Slab> {
         let gpu = self.gpu.as_mut()?;
         let slab = gpu.slab.take()?;
         gpu.last = slab.counts();
@@ -275,7 +281,7 @@ pub(super) struct Staged {
 
 impl Staged {
     pub(super) fn new(bytes: usize) -> Self {
-        let memory = vec![0u8; bytes + ALIGN];
+        let memory = vec![0u8; bytes.next_multiple_of(ALIGN) + ALIGN];
         let at = memory.as_ptr().align_offset(ALIGN);
         Self { memory, at, bytes }
     }
@@ -295,7 +301,7 @@ struct Tensors {
 
 impl Tensors {
     fn new(geometry: &Geometry, view: &KvView) -> Result<Self> {
-        let planes = view.planes();
+        let planes: Vec<crate::copy::PlaneView> = view.planes().iter().map(|plane| meant(geometry, plane)).collect();
         let first = planes[0];
         let strides = |plane: &crate::copy::PlaneView| (plane.head_stride, plane.token_stride, plane.page_stride);
         if planes.iter().any(|plane| strides(plane) != strides(&first)) {
@@ -333,6 +339,12 @@ impl Tensors {
                 .wrapping_add((within as u64).wrapping_mul(self.token_stride))
         })
     }
+}
+
+// A plane without the strides of what it has one of: they say nothing.
+fn meant(geometry: &Geometry, plane: &crate::copy::PlaneView) -> crate::copy::PlaneView {
+    let head_stride = if geometry.kv_heads == 1 { 0 } else { plane.head_stride };
+    crate::copy::PlaneView { head_stride, ..*plane }
 }
 
 fn greatest_common_divisor(a: u32, b: u32) -> u32 {
@@ -381,9 +393,11 @@ impl Shared {
         unsafe { link.device.submit(Submission { lane, after, work: vec![work] }) }
     }
 
-    // What is in the caller's stream up to now, if it is known.
-    fn mark(link: &Link, view: &KvView) -> std::result::Result<Ticket, Fault> {
-        view.stream().map_or(Ok(Ticket::NONE), |stream| link.device.mark(stream))
+    // Waits until what was put into the caller's stream is done: here, so that no lane has to wait for it, and others behind
+    // it.
+    fn mark(link: &Link, view: &KvView) -> std::result::Result<(), Fault> {
+        let Some(stream) = view.stream() else { return Ok(()) };
+        link.device.wait(link.device.mark(stream)?)
     }
 
     /// Gathers blocks of tensors on the device into slots that are the caller's. Which of them could be encoded, and the
@@ -401,8 +415,8 @@ impl Shared {
             let firsts = blocks.iter().map(|&(_, first_token)| first_token);
             let payloads = blocks.iter().map(|&(slot, _)| self.address(link, slot, geometry)).collect();
             let coded = coded(geometry, view, &tensors, layout.cloned(), firsts, payloads);
-            let begun = Self::mark(link, view)?;
-            let ticket = Self::submit(link, Lane::Down, vec![begun], Work::Encode(coded, status.clone()))?;
+            Self::mark(link, view)?;
+            let ticket = Self::submit(link, Lane::Down, Vec::new(), Work::Encode(coded, status.clone()))?;
             link.device.wait(ticket)?;
             Ok((0..blocks.len()).map(|block| status.is_encoded(block)).collect())
         });
@@ -410,8 +424,9 @@ impl Shared {
     }
 
     /// Whether the device encodes and decodes by that layout, of these tensors.
-    pub(super) fn takes(&self, layout: &Layout, view: &KvView) -> bool {
+    pub(super) fn takes(&self, geometry: &Geometry, layout: &Layout, view: &KvView) -> bool {
         let strides = |plane: &crate::copy::PlaneView| {
+            let plane = meant(geometry, plane);
             let strides = plane.head_stride | plane.token_stride | plane.page_stride;
             plane.base as u64 | strides as u64
         };
@@ -423,10 +438,16 @@ impl Shared {
     /// Notes what the device said.
     pub(super) fn failed_on_device(&self, fault: &Fault) {
         let mut state = self.state.lock();
-        match fault {
+        let slab = match fault {
             Fault::Lost(reason) => state.lose_gpu(reason),
-            Fault::NoRoom(_) | Fault::Refused(_) => state.gpu_refused += 1,
-        }
+            Fault::NoRoom(_) | Fault::Refused(_) => {
+                state.gpu_refused += 1;
+                None
+            }
+        };
+        drop(state);
+        // It may wait. Its memory is the driver's to give back.
+        drop(slab);
     }
 }
 
@@ -549,36 +570,62 @@ impl Lease {
         }
     }
 
-    /// Scatters payloads to the caller's tensors on the device, and waits for it; `n`, of each, is the block's number in the
-    /// match.
+    /// Scatters payloads to the caller's tensors on the device, and waits for it, whatever comes of it; `n`, of each, is the
+    /// block's number in the match. Those in RAM that were asked for before are copied to the device on the way.
     pub(super) fn scatter_on_device(
         &self,
         geometry: &Geometry,
         view: &KvView,
-        payloads: &[(usize, NodeId, Payload)],
+        payloads: &mut [(usize, NodeId, Payload)],
     ) -> std::result::Result<(), Fault> {
         let Some(link) = &self.shared.gpu else { return Err(Fault::Refused("there is no GPU tier".into())) };
         let tensors = Tensors::new(geometry, view).map_err(|error| Fault::Refused(error.to_string()))?;
-        let first_token = |n: usize| n * geometry.block_tokens as usize;
-        let begun = Shared::mark(link, view)?;
+        Shared::mark(link, view)?;
+        self.promote_to_device(geometry, payloads);
         let mut tickets = Vec::new();
+        let mut shown = Vec::new();
+        let sent = self.send(link, (geometry, view, &tensors), payloads, &mut tickets, &mut shown);
+        // What is copied to the device reads slots, too.
+        let copied = payloads.iter().filter_map(|(.., payload)| match payload {
+            Payload::Gpu(held) => Some(held.ready),
+            _ => None,
+        });
+        // All of them, also where one fails.
+        let waited: Vec<_> = tickets.into_iter().chain(copied).map(|ticket| link.device.wait(ticket)).collect();
+        let forgotten: Vec<_> = shown.into_iter().map(|memory| link.device.forget(memory)).collect();
+        let waited: std::result::Result<(), Fault> = waited.into_iter().collect();
+        let forgotten: std::result::Result<(), Fault> = forgotten.into_iter().collect();
+        waited.and(sent).and(forgotten)
+    }
+
+    // Submits what fills the caller's tensors. What memory the device was shown for it, and the tickets, are noted also
+    // where it fails.
+    fn send(
+        &self,
+        link: &Link,
+        (geometry, view, tensors): (&Geometry, &KvView, &Tensors),
+        payloads: &[(usize, NodeId, Payload)],
+        tickets: &mut Vec<Ticket>,
+        shown: &mut Vec<*mut u8>,
+    ) -> std::result::Result<(), Fault> {
+        let first_token = |n: usize| n * geometry.block_tokens as usize;
         let on_gpu: Vec<(usize, OnGpu)> = payloads
             .iter()
             .filter_map(|(n, _, payload)| if let Payload::Gpu(held) = payload { Some((*n, *held)) } else { None })
             .collect();
         if !on_gpu.is_empty() {
-            let mut after: Vec<Ticket> = on_gpu.iter().map(|(_, held)| held.ready).chain([begun]).collect();
+            let mut after: Vec<Ticket> = on_gpu.iter().map(|(_, held)| held.ready).collect();
             after.sort_unstable();
             after.dedup();
             let firsts = on_gpu.iter().map(|&(n, _)| first_token(n));
             let addresses = on_gpu.iter().map(|(_, held)| held.address).collect();
-            let work = Work::Decode(coded(geometry, view, &tensors, None, firsts, addresses));
+            let work = Work::Decode(coded(geometry, view, tensors, None, firsts, addresses));
             let ticket = Shared::submit(link, Lane::Across, after, work)?;
+            tickets.push(ticket);
             let placed: Vec<Placed> = on_gpu.iter().map(|(_, held)| held.placed).collect();
             if let Some(slab) = self.shared.state.lock().slab() {
                 slab.read(&placed, Lane::Across, ticket);
             }
-            tickets.push(ticket);
         }
         let slots = payloads.iter().filter_map(|(n, _, payload)| match payload {
             Payload::Slot(slot, layout) => Some((*n, *slot, layout.clone())),
@@ -587,41 +634,22 @@ impl Lease {
         for (layout, group) in by_layout(slots) {
             let firsts = group.iter().map(|&(n, _)| first_token(n));
             let addresses = group.iter().map(|&(_, slot)| self.shared.address(link, slot, geometry)).collect();
-            let work = Work::Decode(coded(geometry, view, &tensors, layout, firsts, addresses));
-            match Shared::submit(link, Lane::Up, vec![begun], work) {
-                Ok(ticket) => tickets.push(ticket),
-                Err(fault) => {
-                    // Slots and tensors are the device's until then.
-                    tickets.into_iter().try_for_each(|ticket| link.device.wait(ticket))?;
-                    return Err(fault);
-                }
-            }
+            let work = Work::Decode(coded(geometry, view, tensors, layout, firsts, addresses));
+            tickets.push(Shared::submit(link, Lane::Up, Vec::new(), work)?);
         }
         let staged = payloads.iter().filter_map(|(n, _, payload)| match payload {
             Payload::Staged(staged) => Some((*n, staged)),
             _ => None,
         });
-        let mut shown = Vec::new();
-        let mut end = Ok(());
         for (n, staged) in staged {
             let memory = staged.memory[staged.at..].as_ptr().cast_mut();
-            // SAFETY: it is forgotten below, before `payloads` goes.
-            let sent = unsafe { link.device.register(memory, staged.bytes) }.and_then(|address| {
-                shown.push(memory);
-                let one = std::iter::once(first_token(n));
-                let work = Work::Decode(coded(geometry, view, &tensors, None, one, vec![address]));
-                Shared::submit(link, Lane::Up, vec![begun], work)
-            });
-            match sent {
-                Ok(ticket) => tickets.push(ticket),
-                Err(fault) => {
-                    end = Err(fault);
-                    break;
-                }
-            }
+            // SAFETY: it is forgotten before `payloads` goes.
+            let address = unsafe { link.device.register(memory, staged.bytes.next_multiple_of(ALIGN)) }?;
+            shown.push(memory);
+            let one = std::iter::once(first_token(n));
+            let work = Work::Decode(coded(geometry, view, tensors, None, one, vec![address]));
+            tickets.push(Shared::submit(link, Lane::Up, Vec::new(), work)?);
         }
-        let waited = tickets.into_iter().try_for_each(|ticket| link.device.wait(ticket));
-        let forgotten = shown.into_iter().try_for_each(|memory| link.device.forget(memory));
-        end.and(waited).and(forgotten)
+        Ok(())
     }
 }

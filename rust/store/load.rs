@@ -285,8 +285,7 @@ impl Lease {
             };
             payloads.push((plan.first + n, plan.held[n], payload));
         }
-        self.promote_to_device(geometry, &mut payloads);
-        let sent = self.scatter_on_device(geometry, view, &payloads);
+        let sent = self.scatter_on_device(geometry, view, &mut payloads);
         // What was on the device before is among the sources.
         for (n, _, payload) in payloads {
             if let Payload::Gpu(held) = payload
@@ -310,7 +309,7 @@ impl Lease {
         n: usize,
     ) -> Payload {
         match layout {
-            Some(layout) if !self.shared.takes(layout, view) => {
+            Some(layout) if !self.shared.takes(geometry, layout, view) => {
                 let at = self.shared.arena.at(slot);
                 let mut staged = Staged::new(geometry.block_bytes());
                 // SAFETY: the slot is held by this load, and what follows its header does not change; the payload is as long

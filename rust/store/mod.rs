@@ -216,6 +216,7 @@ impl Store {
         let trie = Arc::new(Trie::new(blocks as usize)?);
         let gone = Arc::new(Gone::default());
         let mut state = State::new((trie.clone(), gone.clone()), &options, arena.bytes(), ssd.as_ref(), stale);
+        let workers = Workers::new(options.threads)?;
         let opened = options.gpu.as_ref().map(|options| gpu::open(options, arena.start(), arena.bytes()));
         let no_gpu = opened.as_ref().and_then(|opened| Some(opened.as_ref().err()?.to_string()));
         let link = opened.and_then(std::result::Result::ok).map(|(link, gpu)| {
@@ -241,7 +242,7 @@ impl Store {
             arena,
             ssd,
             secret,
-            workers: Workers::new(options.threads)?,
+            workers,
             pid: std::process::id(),
         });
         let thread = std::thread::Builder::new().name("stratakv-demote".into());
@@ -491,7 +492,7 @@ impl Store {
         for model in state.models.values_mut() {
             model.disk = None;
         }
-        let slab = state.leave_all();
+        let slab = state.close_gpu();
         drop(state);
         drop(slab);
         // A footer only saves recovery time: without it the records are walked.

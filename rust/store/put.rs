@@ -104,7 +104,7 @@ impl Store {
         }
         let layout = state.models.get(&model.id).and_then(|m| m.hot.clone());
         // What its kernels do not encode is put as it is, and encoded on its way to SSD.
-        let layout = layout.filter(|layout| !view.is_on_device() || self.shared.takes(layout, view));
+        let layout = layout.filter(|layout| !view.is_on_device() || self.shared.takes(&geometry, layout, view));
         let owner = namespace.owner;
         let granted = state.granted(owner, hashes.len() - known, block_tokens);
         let slots = state.slots_for(owner, &geometry, layout.as_deref(), known..known + granted);

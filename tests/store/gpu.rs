@@ -299,6 +299,57 @@ fn a_device_that_is_lost_takes_nothing_with_it() {
     }
 }
 
+#[cfg(feature = "cuda")]
+#[test]
+fn a_wait_that_is_refused_for_a_while_is_made_again_and_an_error_of_any_call_is_a_miss() {
+    use crate::standin::When;
+    for (call, code) in [("cuEventSynchronize", 900), ("cuPointerGetAttribute", 700), ("cuLaunchKernel", 700)] {
+        let Some(on) = On::open(Kind::Standin(When::Late, 1), 32 * MIB) else { return };
+        let On::Standin(_, standin) = &on else { return };
+        let device = on.device();
+        let store = over(device.clone(), None, 4 * MIB);
+        let model = register(&store, "m", FINE);
+        let (tokens, other) = (sequence(1, 5, &FINE), sequence(2, 5, &FINE));
+        let tensor = Tensor::new(&device, &Kv::of(&model, &tokens), FINE, tokens.len());
+        standin.fail(call, 1, code);
+        let outcome = store.put(&model, &tokens, "", "", &tensor.view()).expect("a device that fails is a miss");
+        assert_eq!(outcome.tokens, if code == 900 { tokens.len() } else { 0 }, "{call}");
+        // Nobody writes to the slots that others have now.
+        assert_eq!(put(&store, &model, &other), 5);
+        let queued = standin.function::<unsafe extern "C" fn() -> u64>("standin_queued");
+        // SAFETY: as declared in cuda/tests/standin.h.
+        assert_eq!(unsafe { queued() }, 0, "{call}");
+        assert_eq!(fetch(&store, &model, &other), 5);
+        assert_sums(&store.snapshot());
+    }
+}
+
+#[test]
+fn a_sequence_of_one_head_is_taken_whatever_its_stride_says() {
+    for kind in kinds() {
+        let Some(on) = On::open(kind, 16 * MIB) else { return };
+        let device = on.device();
+        let store = over(device.clone(), None, 4 * MIB);
+        let geometry = shape(2, 1, 1, 64, Dtype::Fp16, 64);
+        let model = register(&store, "m", geometry);
+        store.set_codec(&model, Tier::Ram, Scheme::new(Codec::Int8Sym, &geometry)).expect("it fits");
+        let tokens = sequence(1, 2, &geometry);
+        let tensor = Tensor::new(&device, &Kv::values(&model, &tokens), geometry, tokens.len());
+        // Of an axis of one item DLPack may say one value.
+        let planes = |p: usize| PlaneView {
+            base: (tensor.remote.address as usize + p * tokens.len() * geometry.row_bytes()) as *mut u8,
+            head_stride: 2,
+            token_stride: geometry.row_bytes() as isize,
+            page_stride: 0,
+        };
+        // SAFETY: as of `Tensor::view`.
+        let view = unsafe { KvView::new((0..2).map(planes).collect(), None, tokens.len()) }.expect("no table");
+        assert_eq!(store.put(&model, &tokens, "", "", &view.on_device(None)).expect("it is open").new_blocks, 2);
+        assert_eq!(store.snapshot().total.encoded, 2, "{kind:?}");
+        drop(store);
+    }
+}
+
 #[test]
 fn without_a_gpu_tier_a_tensor_on_a_device_is_refused() {
     let store = Store::open(options(None, 4 * MIB, 0)).expect("it opens");

@@ -141,7 +141,8 @@ class Exported(Array):
     def __dlpack_device__(self) -> tuple[int, int]:
         return (2, 0)
 
-    def __dlpack__(self) -> object:
+    def __dlpack__(self, *, stream: int, max_version: object = None) -> object:
+        assert stream == 1
         self.dims = (ctypes.c_int64 * len(self.shape))(*self.shape)
         self.tensor = DlTensor(
             data=self.address,
@@ -228,6 +229,8 @@ def test_what_makes_no_sense_says_what_to_do(driver: Driver) -> None:
             cache.put(tokens, [Array(driver, kv[0]), kv[1], kv[2]], layout="KHND")
         with pytest.raises(stratakv.InputError, match="on a device, expected in the process's memory"):
             cache.match(Array(driver, tokens))
+        with pytest.raises(stratakv.InputError, match="on a device, expected in the process's memory to calibrate"):
+            cache.calibrate(array, layout="LKHND")
         driver.library.standin_foreign_stream.restype = ctypes.c_uint64
         foreign = driver.library.standin_foreign_stream(0)
         with pytest.raises(stratakv.InputError, match=f"stream is {foreign}, expected one of stand-in"):

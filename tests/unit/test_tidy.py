@@ -40,6 +40,8 @@ UNSAFE_ALLOWED = {
     "copy.rs",  # Gather and scatter through the caller's strides.
     "fused.rs",  # The same, encoding and decoding.
     "gpu/cuda.rs",  # The driver's calls, and what it is told to do with memory.
+    "gpu/cuda/launch.rs",  # The same.
+    "gpu/check.rs",  # Memory that it shows to a device.
     "gpu/device.rs",  # Work on memory by its addresses, as every caller promises it is there.
     "gpu/ffi.rs",  # What cuda/kv_host.h declares.
     "gpu/host.rs",  # That work, done here.
