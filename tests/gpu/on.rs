@@ -66,6 +66,15 @@ impl On {
         }
     }
 
+    /// Bytes that are reserved of the process as a device.
+    pub(crate) fn reserved_bytes(&self) -> u64 {
+        match self {
+            Self::Host(device) => device.reserved_bytes(),
+            #[cfg(feature = "cuda")]
+            Self::Standin(..) => 0,
+        }
+    }
+
     /// How often a driver was asked for memory.
     pub(crate) fn allocations(&self) -> u64 {
         match self {
@@ -80,7 +89,7 @@ impl On {
     /// Nothing of it is in use any more, and no rule was broken.
     pub(crate) fn end(self) {
         match self {
-            Self::Host(device) => assert_eq!(device.reserved_bytes(), 0),
+            Self::Host(_) => assert_eq!(self.reserved_bytes(), 0),
             #[cfg(feature = "cuda")]
             Self::Standin(device, standin) => {
                 drop(device);
