@@ -52,8 +52,7 @@ def main() -> None:
         more = {"limit": limit, "limit_value": float(bound), "ratio": float(value) / float(bound)} if limit else {}
         rows.append(row(name, float(value), unit, n=int(count), must=BOUNDS.get(name), **more))
     device = gpu.status()
-    # Measuring is what `stratakv gpu check` does, where there is a device.
-    why = device.reason or f"{device.device}: run `stratakv gpu check`"
+    why = "no GPU" if device.reason else f"{device.device}: run `stratakv gpu check`"
     rows += [row(f"unmeasured: {what}: {why}", n=0) for what in ON_A_DEVICE]
     finish("gpu", rows)
 

@@ -97,8 +97,10 @@ fn places() {
         let mut took = Vec::with_capacity(CALLS);
         for n in 0..CALLS {
             let begun = Instant::now();
-            let placed = tier.place(n as u32).expect("there is room");
+            let given = tier.slab.place(&tier.class, 0, &[n as u32]);
             took.push(begun.elapsed().as_nanos() as u64);
+            let placed = given.expect("nothing is lost").pop().expect("there is room");
+            tier.slab.wrote(&[placed], Lane::Up, Ticket::NONE);
             let nth = mix((round * 1_000_003 + n) as u64) as usize % live.len();
             tier.slab.leave(std::mem::replace(&mut live[nth], placed), false);
             tier.slab.reclaim().expect("nothing is lost");

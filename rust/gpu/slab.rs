@@ -286,12 +286,12 @@ impl Slab {
     /// The device is lost.
     pub fn reclaim(&mut self) -> Result<usize, Fault> {
         // Many left with the same work: each ticket is asked for once.
-        let mut known: BTreeMap<Ticket, bool> = BTreeMap::from([(Ticket::NONE, true)]);
-        let before = self.leaving.len();
-        let mut fault = None;
-        for (slot, touched) in std::mem::take(&mut self.leaving) {
+        let mut known: BTreeMap<Ticket, bool> = BTreeMap::new();
+        let (mut leaving, mut fault) = (std::mem::take(&mut self.leaving), None);
+        let before = leaving.len();
+        leaving.retain(|(slot, touched)| {
             let mut over = fault.is_none();
-            for ticket in touched {
+            for &ticket in touched.iter().filter(|&&ticket| ticket != Ticket::NONE) {
                 over &= match known.get(&ticket) {
                     Some(&over) => over,
                     None => match self.device.is_over(ticket) {
@@ -303,8 +303,12 @@ impl Slab {
                     },
                 };
             }
-            if over { self.pool.free(slot) } else { self.leaving.push((slot, touched)) }
-        }
+            if over {
+                self.pool.free(*slot);
+            }
+            !over
+        });
+        self.leaving = leaving;
         let back = before - self.leaving.len();
         self.counts.in_use -= back as u64;
         fault.map_or(Ok(back), Err)
