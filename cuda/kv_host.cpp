@@ -523,7 +523,7 @@ int kv_copy(kv_gpu *gpu, const kv_piece *pieces, size_t count, int path, uint64_
     return launch(gpu, 0, arguments, blocks, (handle)stream);
 }
 
-int kv_code(kv_gpu *gpu, int decode, const void *work, size_t, uint32_t blocks, uint64_t stream) {
+int kv_code(kv_gpu *gpu, int decode, const void *work, uint32_t blocks, uint64_t stream) {
     KV_WITHIN(gpu);
     void *arguments[] = {(void *)work};
     return launch(gpu, decode ? 2 : 1, arguments, blocks, (handle)stream);

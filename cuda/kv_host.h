@@ -99,7 +99,7 @@ int kv_seconds(kv_gpu *gpu, uint64_t from, uint64_t to, double *seconds);
 // entries; `blocks` is how many blocks of threads it may take.
 int kv_copy(kv_gpu *gpu, const kv_piece *pieces, size_t count, int path, uint64_t table, uint32_t blocks, uint64_t stream);
 // Launches kv_encode or kv_decode on a kv_work, which is passed as it is.
-int kv_code(kv_gpu *gpu, int decode, const void *work, size_t size, uint32_t blocks, uint64_t stream);
+int kv_code(kv_gpu *gpu, int decode, const void *work, uint32_t blocks, uint64_t stream);
 
 // How often the driver was asked for memory of the device.
 uint64_t kv_reservations(kv_gpu *gpu);

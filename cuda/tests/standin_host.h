@@ -113,9 +113,9 @@ CASE(the_host_encodes_and_decodes) {
     for (u32 n = 0; n < blocks * values; ++n) halves[n] = (u16)(n % 0x3c00);
     for (u32 n = 0; n < blocks * values; ++n) halves[blocks * values + n] = n % 3 ? 0x57f0 : 0xd7f0;
     kv_work work = {ram, ram + 1024, ram + 2048, ram + 3072, blocks, 2, heads, tokens, dim, KV_FP16, 1, tokens};
-    OK(kv_code(gpu, 0, &work, sizeof work, 4, stream));
+    OK(kv_code(gpu, 0, &work, 4, stream));
     work.plane += 2 * sizeof(kv_plane);
-    OK(kv_code(gpu, 1, &work, sizeof work, 4, stream));
+    OK(kv_code(gpu, 1, &work, 4, stream));
     OK(kv_record(gpu, event, stream));
     if (is_lazy) EXPECT(byte_at(slab) == 0xdb);
     OK(kv_wait(gpu, event));

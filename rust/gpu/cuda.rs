@@ -100,7 +100,7 @@ struct LaneState {
     memory: *mut u8,
     address: u64,
     next: usize,
-    /// Of work that may not be over: its ticket, where its tables begin and end, and statuses to be read then.
+    /// Of work that may not be over: its ticket, where its table begins, and statuses to be read then.
     used: VecDeque<Used>,
 }
 
@@ -241,12 +241,6 @@ impl Cuda {
         // SAFETY: the device was opened.
         ended(unsafe { ffi::kv_free_bytes(self.gpu.0, &mut free) }, 0)?;
         Ok((self.facts.total_bytes, free))
-    }
-
-    /// How often the driver was asked for memory of the device.
-    pub fn reservations(&self) -> u64 {
-        // SAFETY: the device was opened.
-        unsafe { ffi::kv_reservations(self.gpu.0) }
     }
 
     /// Whether its driver copies many pieces in one call.

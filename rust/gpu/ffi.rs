@@ -120,15 +120,7 @@ unsafe extern "C" {
         blocks: u32,
         stream: u64,
     ) -> c_int;
-    pub(super) fn kv_code(
-        gpu: *mut Gpu,
-        decode: c_int,
-        work: *const c_void,
-        size: usize,
-        blocks: u32,
-        stream: u64,
-    ) -> c_int;
-    pub(super) fn kv_reservations(gpu: *mut Gpu) -> u64;
+    pub(super) fn kv_code(gpu: *mut Gpu, decode: c_int, work: *const c_void, blocks: u32, stream: u64) -> c_int;
 }
 
 /// Why this thread's last call did not end well.

@@ -183,9 +183,9 @@ impl State {
     }
 
     // Places on the device for blocks of a model that have none there: others of it leave, or of those who have more than
-    // an equal part. They are held, and nothing is in them yet.
-    fn place_on_gpu(&mut self, model: u32, blocks: &[(NodeId, Box<[u32]>)]) -> std::result::Result<Vec<OnGpu>, Fault> {
-        let Some(geometry) = self.models.get(&model).map(|m| m.geometry) else { return Ok(Vec::new()) };
+    // an equal part. They are held, and nothing is in them yet; with a fault, they are those from before it.
+    fn place_on_gpu(&mut self, model: u32, blocks: &[(NodeId, Box<[u32]>)]) -> (Vec<OnGpu>, Option<Fault>) {
+        let Some(geometry) = self.models.get(&model).map(|m| m.geometry) else { return (Vec::new(), None) };
         let share = self.gpu_share();
         let (mut given, mut left, mut failed) = (Vec::new(), blocks.len() + MOST_LEAVE, None);
         while given.len() < blocks.len() {
@@ -228,7 +228,7 @@ impl State {
         }
         let came: Vec<NodeId> = blocks[..given.len()].iter().map(|(id, _)| *id).collect();
         came.into_iter().for_each(|id| self.book_on_gpu(id, true));
-        failed.map_or(Ok(given), Err)
+        (given, failed)
     }
 
     /// The device is of no use any more: nothing is there.
@@ -530,12 +530,11 @@ impl Lease {
             }
         }
         let blocks: Vec<_> = wanted.iter().map(|(.., block)| block.clone()).collect();
-        let placed = state.place_on_gpu(self.model.id, &blocks);
+        let (placed, fault) = state.place_on_gpu(self.model.id, &blocks);
         drop(state);
-        let placed = placed.unwrap_or_else(|fault| {
+        if let Some(fault) = fault {
             self.shared.failed_on_device(&fault);
-            Vec::new()
-        });
+        }
         wanted.truncate(placed.len());
         let slots = wanted.iter().enumerate().map(|(n, (_, slot, layout, _))| (n, *slot, layout.clone()));
         for (layout, group) in by_layout(slots) {

@@ -193,20 +193,8 @@ impl Shared {
         if unfit.is_empty() {
             return filled;
         }
-        let mut state = self.state.lock();
-        let mut plain = Vec::new();
-        for n in unfit {
-            state.free(filled.places[n].0);
-            let Some(slot) = state.allocate(owner, geometry.record_bytes(), true) else {
-                // Without it nothing after it is found.
-                let lost = filled.places.split_off(n);
-                lost.into_iter().skip(1).for_each(|(slot, _)| state.free(slot));
-                break;
-            };
-            filled.places[n] = (slot, None);
-            plain.push(copy(n, slot, None));
-        }
-        drop(state);
+        let plain = self.plain_slots(owner, geometry, &mut filled.places, unfit);
+        let plain: Vec<BlockCopy> = plain.into_iter().map(|(n, slot)| copy(n, slot, None)).collect();
         filled.not_encodable = plain.len() as u64;
         self.workers.copy(geometry, view, &plain, Direction::Gather);
         filled
@@ -239,31 +227,45 @@ impl Shared {
         let encode_ns = if layout.is_some() { started.elapsed().as_nanos() as u64 } else { 0 };
         let mut places: Vec<(Slot, Option<Arc<Layout>>)> =
             slots.into_iter().map(|slot| (slot, layout.clone())).collect();
-        let mut state = self.state.lock();
-        let Some(fit) = fit else {
-            places.into_iter().for_each(|(slot, _)| state.free(slot));
-            return Filled { places: Vec::new(), not_encodable: 0, encode_ns };
+        let cut = |places: &mut Vec<(Slot, Option<Arc<Layout>>)>, n: usize| {
+            let mut state = self.state.lock();
+            places.drain(n..).for_each(|(slot, _)| state.free(slot));
         };
+        let Some(fit) = fit else {
+            cut(&mut places, 0);
+            return Filled { places, not_encodable: 0, encode_ns };
+        };
+        let unfit = (0..fit.len()).filter(|&n| !fit[n]).collect();
+        let mut plain = self.plain_slots(owner, geometry, &mut places, unfit);
+        if gather(None, &plain).is_none() {
+            // What comes before the first of them is right.
+            cut(&mut places, plain[0].0);
+            plain.clear();
+        }
+        Filled { places, not_encodable: plain.len() as u64, encode_ns }
+    }
+
+    // Slots for blocks that could not be encoded, in the place of theirs, as long as there is room.
+    fn plain_slots(
+        &self,
+        owner: OwnerId,
+        geometry: &Geometry,
+        places: &mut Vec<(Slot, Option<Arc<Layout>>)>,
+        unfit: Vec<usize>,
+    ) -> Vec<(usize, Slot)> {
+        let mut state = self.state.lock();
         let mut plain = Vec::new();
-        for n in (0..fit.len()).filter(|&n| !fit[n]) {
+        for n in unfit {
             state.free(places[n].0);
             let Some(slot) = state.allocate(owner, geometry.record_bytes(), true) else {
-                let lost = places.split_off(n);
-                lost.into_iter().skip(1).for_each(|(slot, _)| state.free(slot));
+                // Without it nothing after it is found.
+                places.drain(n..).skip(1).for_each(|(slot, _)| state.free(slot));
                 break;
             };
             places[n] = (slot, None);
             plain.push((n, slot));
         }
-        drop(state);
-        let not_encodable = plain.len() as u64;
-        if gather(None, &plain).is_none() {
-            // What comes before the first of them is right.
-            let lost = places.split_off(plain[0].0);
-            let mut state = self.state.lock();
-            lost.into_iter().for_each(|(slot, _)| state.free(slot));
-        }
-        Filled { places, not_encodable, encode_ns }
+        plain
     }
 
     // Writes what a slot has beside its payload: the tokens, and zeros behind it.

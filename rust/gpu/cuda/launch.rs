@@ -150,9 +150,9 @@ impl Cuda {
                 run_tokens: coded.run_tokens,
             };
             let decode = c_int::from(status.is_none());
-            let (at_work, size) = ((&raw const work).cast::<c_void>(), size_of::<CodeWork>());
+            let at_work = (&raw const work).cast::<c_void>();
             // SAFETY: the device was opened; tables stay until the ticket is over; `submit`'s caller promised the rest.
-            ended(unsafe { ffi::kv_code(self.gpu.0, decode, at_work, size, GRID, lane.stream) }, 0)?;
+            ended(unsafe { ffi::kv_code(self.gpu.0, decode, at_work, GRID, lane.stream) }, 0)?;
             let ticket = self.record(lane.stream)?;
             let status = status.map(|status| (status.clone(), at, blocks));
             lane.used.push_back(Used { ticket, begin, status });
