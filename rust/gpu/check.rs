@@ -3,9 +3,9 @@
 //!
 //! Bytes are compared wherever this runs; time is measured on a real device alone.
 
-use super::cuda::{Cuda, Paths};
+use super::Slab;
+use super::cuda::{Cuda, Path, Paths};
 use super::device::{Coded, Device, Fault, Lane, Piece, Rows, Status, Submission, Ticket, Work};
-use super::{Slab, ffi};
 use crate::block::{Dtype, Geometry};
 use crate::codec::{Codec, Granularity, Layout, Scheme};
 use crate::sync::Arc;
@@ -15,31 +15,6 @@ const COPIED: usize = 64 << 20;
 const LARGE: usize = 256 << 20;
 const STANDING_IN: usize = 256 << 10;
 const ALIGN: usize = 4096;
-
-/// How pieces are copied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Path {
-    /// By copy engines, a call for each piece.
-    Engine,
-    /// By copy engines, one call for all.
-    Batch,
-    /// By a kernel.
-    Kernel,
-}
-
-impl Path {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Engine, Self::Batch, Self::Kernel];
-
-    /// Its name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Engine => "engine",
-            Self::Batch => "batch",
-            Self::Kernel => "kernel",
-        }
-    }
-}
 
 /// Copies of one kind, timed.
 #[derive(Debug, Clone)]
@@ -130,7 +105,7 @@ pub fn copies(device: &Arc<Cuda>, up: bool, path: Path, piece_bytes: usize, repe
     let mut bytes_per_s = Vec::with_capacity(repeats);
     // The first is a warm-up.
     for repeat in 0..=repeats {
-        let seconds = device.seconds(if up { Lane::Up } else { Lane::Down }, path, &pieces)?;
+        let seconds = device.timed(if up { Lane::Up } else { Lane::Down }, path, &pieces)?;
         if repeat > 0 {
             bytes_per_s.push(bytes as f64 / seconds);
         }
@@ -295,16 +270,4 @@ pub fn room(device: &Arc<Cuda>, left: u64) -> Result<(), String> {
     }
     drop(all);
     Slab::reserve(device_of, left, left).map(|_| ()).map_err(said)
-}
-
-impl Cuda {
-    /// Seconds on the device that copies take in a lane that is idle.
-    fn seconds(&self, lane: Lane, path: Path, pieces: &[Piece]) -> Result<f64, Fault> {
-        let path = match path {
-            Path::Engine => ffi::BY_ENGINE,
-            Path::Batch => ffi::BY_BATCH,
-            Path::Kernel => ffi::BY_KERNEL,
-        };
-        self.timed(lane, path, pieces)
-    }
 }

@@ -19,7 +19,6 @@ use crate::sync::Mutex;
 use launch::VECTOR;
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::{CStr, CString, c_char, c_int};
-use std::path::Path;
 use std::time::Duration;
 
 /// Tables that may wait in one lane.
@@ -48,6 +47,40 @@ pub enum Absent {
     /// The driver says so.
     #[error("{0}")]
     Fault(Fault),
+}
+
+/// How pieces are copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// By copy engines, a call for each piece.
+    Engine,
+    /// By copy engines, one call for all.
+    Batch,
+    /// By a kernel.
+    Kernel,
+}
+
+impl Path {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Engine, Self::Batch, Self::Kernel];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Engine => "engine",
+            Self::Batch => "batch",
+            Self::Kernel => "kernel",
+        }
+    }
+
+    // Its number in `kv_host.h`.
+    fn number(self) -> c_int {
+        match self {
+            Self::Engine => ffi::BY_ENGINE,
+            Self::Batch => ffi::BY_BATCH,
+            Self::Kernel => ffi::BY_KERNEL,
+        }
+    }
 }
 
 /// From how many bytes of a piece on copy engines are faster than a kernel, on average over a copy's pieces, where there
@@ -131,7 +164,7 @@ impl Cuda {
     ///
     /// # Errors
     /// Why there is none.
-    pub fn open(device: u32, driver: Option<&Path>) -> Result<Self, Absent> {
+    pub fn open(device: u32, driver: Option<&std::path::Path>) -> Result<Self, Absent> {
         Self::open_with(device, driver, false)
     }
 
@@ -139,21 +172,19 @@ impl Cuda {
     ///
     /// # Errors
     /// As there.
-    pub fn open_by_ptx(device: u32, driver: Option<&Path>) -> Result<Self, Absent> {
+    pub fn open_by_ptx(device: u32, driver: Option<&std::path::Path>) -> Result<Self, Absent> {
         Self::open_with(device, driver, true)
     }
 
-    fn open_with(device: u32, driver: Option<&Path>, by_ptx: bool) -> Result<Self, Absent> {
+    fn open_with(device: u32, driver: Option<&std::path::Path>, by_ptx: bool) -> Result<Self, Absent> {
         let driver = driver.map(|path| CString::new(path.as_os_str().as_encoded_bytes()).unwrap_or_default());
-        // PTX is a text, and the driver wants to see its end.
-        let ended_texts: Vec<Vec<u8>> = IMAGES.iter().map(|(.., bytes)| [*bytes, &[0]].concat()).collect();
-        let image = |(&(arch, is_ptx, _), bytes): (&(u32, bool, &[u8]), &Vec<u8>)| Image {
+        let image = |&(arch, is_ptx, bytes): &(u32, bool, &[u8])| Image {
             bytes: bytes.as_ptr().cast(),
             size: bytes.len(),
             arch,
             is_ptx: u32::from(is_ptx),
         };
-        let images: Vec<Image> = IMAGES.iter().zip(&ended_texts).map(image).collect();
+        let images: Vec<Image> = IMAGES.iter().map(image).collect();
         let number = c_int::try_from(device).unwrap_or(c_int::MAX);
         let mut gpu = std::ptr::null_mut();
         // SAFETY: all of it is there during the call, after which the driver needs none of it.

@@ -28,7 +28,7 @@ mod slab;
 
 pub use crate::copy::Stream;
 #[cfg(feature = "cuda")]
-pub use cuda::{Absent, Cuda, Paths};
+pub use cuda::{Absent, Cuda, Path, Paths};
 pub use device::{Coded, Device, Fault, Lane, Piece, Rows, Status, Submission, Ticket, Work};
 pub use host::{Host, Schedule};
 pub use slab::{Placed, Slab};

@@ -2,8 +2,8 @@
 //!
 //! Places are cut by the same pool as those of RAM: neighbours for blocks of one sequence, so that they are copied as one
 //! piece. A block that is used is the last of its model to leave; one that is held does not stand in that order at all.
-//! What left waits, with the tickets of the last work that touches it, until that is over: nobody waits for it but who
-//! finds no other place, and who does not wait at all has its block somewhere else.
+//! What left waits in a queue, with the tickets of the last work that touches it, until that is over: nobody waits for it
+//! but who finds no other place, and who does not wait at all has its block somewhere else.
 
 use super::device::{Device, Fault, Lane, Ticket};
 use crate::evict::{Kind, Order};
@@ -11,7 +11,7 @@ use crate::pool::{Class, Holding, Pool, SMALLEST_SLOT, Slot};
 use crate::stats::SlabCounts;
 use crate::sync::Arc;
 use crate::trie::NodeId;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 /// The least that a slab may have.
 const LEAST_BYTES: u64 = 4 << 20;
@@ -45,7 +45,10 @@ pub struct Slab {
     blocks: Vec<Option<Block>>,
     vacant: Vec<u32>,
     orders: BTreeMap<u32, Order>,
-    leaving: Vec<(Slot, [Ticket; Lane::ALL.len()])>,
+    /// In the order in which they left; each is asked for when all before it are done with.
+    leaving: VecDeque<(Slot, [Ticket; Lane::ALL.len()])>,
+    /// The last work of each lane that is known to be over, and so all before it.
+    over: [Ticket; Lane::ALL.len()],
     /// Which slots had a block once, by number.
     used: Vec<u64>,
     counts: SlabCounts,
@@ -96,7 +99,8 @@ impl Slab {
             blocks: Vec::new(),
             vacant: Vec::new(),
             orders: BTreeMap::new(),
-            leaving: Vec::new(),
+            leaving: VecDeque::new(),
+            over: [Ticket::NONE; Lane::ALL.len()],
             used: vec![0; slots.div_ceil(64)],
             counts: SlabCounts::default(),
         }
@@ -133,19 +137,10 @@ impl Slab {
     /// # Errors
     /// The device is lost.
     pub fn place(&mut self, class: &Arc<Class>, model: u32, nodes: &[NodeId]) -> Result<Vec<Placed>, Fault> {
+        self.reclaim()?;
         let mut given = Vec::with_capacity(nodes.len());
         while given.len() < nodes.len() {
-            let most = nodes.len() - given.len();
-            let run = match self.pool.allocate_run(class, most) {
-                Some(run) => run,
-                None => match self.reclaim() {
-                    Ok(0) => break,
-                    Ok(_) => continue,
-                    // What was given is the caller's to write, or to give back.
-                    Err(_) if !given.is_empty() => break,
-                    Err(fault) => return Err(fault),
-                },
-            };
+            let Some(run) = self.pool.allocate_run(class, nodes.len() - given.len()) else { break };
             for slot in run {
                 let node = nodes[given.len()];
                 given.push(self.seat(slot, model, node));
@@ -276,7 +271,7 @@ impl Slab {
     fn part(&mut self, placed: Placed) {
         if let Some(block) = self.blocks[placed.0 as usize].take() {
             self.vacant.push(placed.0);
-            self.leaving.push((block.slot, block.touched));
+            self.leaving.push_back((block.slot, block.touched));
         }
     }
 
@@ -285,33 +280,21 @@ impl Slab {
     /// # Errors
     /// The device is lost.
     pub fn reclaim(&mut self) -> Result<usize, Fault> {
-        // Many left with the same work: each ticket is asked for once.
-        let mut known: BTreeMap<Ticket, bool> = BTreeMap::new();
-        let (mut leaving, mut fault) = (std::mem::take(&mut self.leaving), None);
-        let before = leaving.len();
-        leaving.retain(|(slot, touched)| {
-            let mut over = fault.is_none();
-            for &ticket in touched.iter().filter(|&&ticket| ticket != Ticket::NONE) {
-                over &= match known.get(&ticket) {
-                    Some(&over) => over,
-                    None => match self.device.is_over(ticket) {
-                        Ok(answer) => *known.entry(ticket).or_insert(answer),
-                        Err(said) => {
-                            fault = Some(said);
-                            false
-                        }
-                    },
-                };
+        let before = self.leaving.len();
+        while let Some(&(slot, touched)) = self.leaving.front() {
+            for (over, ticket) in self.over.iter_mut().zip(touched) {
+                if ticket > *over {
+                    if !self.device.is_over(ticket)? {
+                        return Ok(before - self.leaving.len());
+                    }
+                    *over = ticket;
+                }
             }
-            if over {
-                self.pool.free(*slot);
-            }
-            !over
-        });
-        self.leaving = leaving;
-        let back = before - self.leaving.len();
-        self.counts.in_use -= back as u64;
-        fault.map_or(Ok(back), Err)
+            self.leaving.pop_front();
+            self.counts.in_use -= 1;
+            self.pool.free(slot);
+        }
+        Ok(before)
     }
 
     /// Waits until the place of something that left is free; whether there is one.
@@ -319,7 +302,7 @@ impl Slab {
     /// # Errors
     /// The device is lost.
     pub fn wait_for_room(&mut self) -> Result<bool, Fault> {
-        let Some((_, touched)) = self.leaving.first().copied() else { return Ok(false) };
+        let Some((_, touched)) = self.leaving.front().copied() else { return Ok(false) };
         touched.into_iter().try_for_each(|ticket| self.device.wait(ticket))?;
         Ok(self.reclaim()? > 0)
     }

@@ -64,7 +64,7 @@ impl Gpu {
 
     /// Bytes a second of copies of pieces of one size, of each repetition.
     fn copies(&self, py: Python<'_>, up: bool, path: &str, piece_bytes: usize, repeats: usize) -> PyResult<Vec<f64>> {
-        let known = check::Path::ALL.into_iter().find(|known| known.name() == path);
+        let known = crate::gpu::Path::ALL.into_iter().find(|known| known.name() == path);
         let path = known.ok_or_else(|| input(format!("path is {path:?}, expected engine, batch or kernel")));
         let path = path.or_raise(py)?;
         let timed = py.detach(|| check::copies(&self.device, up, path, piece_bytes, repeats));

@@ -1,6 +1,6 @@
 //! What the driver is told: copies by one path or another, kernels with their tables, and how long copies take.
 
-use super::{ALIGN, Cuda, LaneState, RING_BYTES, Used};
+use super::{ALIGN, Cuda, LaneState, Path, RING_BYTES, Used};
 use crate::gpu::device::{Coded, Device as _, Fault, Lane, Piece, Rows, Status, Ticket, Work};
 use crate::gpu::ffi::{self, CodeWork, Plane, ended};
 use std::ffi::{c_int, c_void};
@@ -161,7 +161,7 @@ impl Cuda {
     }
 
     /// Seconds on the device that copies by one path take, in a lane that has nothing else to do.
-    pub(in crate::gpu) fn timed(&self, lane: Lane, path: c_int, pieces: &[Piece]) -> Result<f64, Fault> {
+    pub(in crate::gpu) fn timed(&self, lane: Lane, path: Path, pieces: &[Piece]) -> Result<f64, Fault> {
         let lane = &mut *self.lanes[lane as usize].lock();
         while let Some(used) = lane.used.front() {
             self.await_event(used.ticket)?;
@@ -178,12 +178,13 @@ impl Cuda {
             ended(unsafe { ffi::kv_record(self.gpu.0, event, lane.stream) }, 0)
         };
         // Tables of kernels lie in the ring; there is room for them all, since nothing else is under way.
-        let most = if path == ffi::BY_KERNEL { RING_BYTES / 16 } else { pieces.len() };
+        let most = if path == Path::Kernel { RING_BYTES / 16 } else { pieces.len() };
         let pairs: Vec<[u64; 2]> = pieces.iter().take(most).map(|piece| [piece.from, piece.to]).collect();
         let copied = (|| {
-            let table = Table { lane, begin: 0, next: 0 }.put(if path == ffi::BY_KERNEL { &pairs } else { &[] }).0;
+            let table = Table { lane, begin: 0, next: 0 }.put(if path == Path::Kernel { &pairs } else { &[] }).0;
             record(begun)?;
             let count = pieces.len().min(most);
+            let path = path.number();
             // SAFETY: as above; who asks keeps the memory until this returns.
             let end = unsafe { ffi::kv_copy(self.gpu.0, pieces.as_ptr(), count, path, table, GRID, lane.stream) };
             ended(end, 0)?;
