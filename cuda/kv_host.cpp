@@ -72,6 +72,7 @@ struct copy_attributes {
     X(PointerGetAttribute, "cuPointerGetAttribute", (void *, int, address_t)) \
     X(StreamCreateWithPriority, "cuStreamCreateWithPriority", (handle *, unsigned, int)) \
     X(StreamDestroy, "cuStreamDestroy_v2", (handle)) \
+    X(StreamSynchronize, "cuStreamSynchronize", (handle)) \
     X(StreamGetCtx, "cuStreamGetCtx", (handle, handle *)) \
     X(StreamWaitEvent, "cuStreamWaitEvent", (handle, handle, unsigned)) \
     X(EventCreate, "cuEventCreate", (handle *, unsigned)) \
@@ -125,7 +126,6 @@ struct kv_gpu {
     int device;
     handle context, module, pool, kernels[3];
     kv_facts facts;
-    uint64_t reservations;
 };
 
 namespace {
@@ -388,7 +388,6 @@ int kv_free_bytes(kv_gpu *gpu, uint64_t *bytes) {
 
 int kv_reserve(kv_gpu *gpu, uint64_t bytes, uint64_t *address) {
     KV_WITHIN(gpu);
-    ++gpu->reservations;
     return KV_CALL(gpu, MemAlloc, address, bytes);
 }
 
@@ -457,6 +456,11 @@ int kv_stream(kv_gpu *gpu, uint64_t *stream) {
 int kv_end_stream(kv_gpu *gpu, uint64_t stream) {
     KV_WITHIN(gpu);
     return KV_CALL(gpu, StreamDestroy, (handle)stream);
+}
+
+int kv_drain(kv_gpu *gpu, uint64_t stream) {
+    KV_WITHIN(gpu);
+    return KV_CALL(gpu, StreamSynchronize, (handle)stream);
 }
 
 int kv_knows(kv_gpu *gpu, uint64_t stream) {
@@ -528,7 +532,5 @@ int kv_code(kv_gpu *gpu, int decode, const void *work, uint32_t blocks, uint64_t
     void *arguments[] = {(void *)work};
     return launch(gpu, decode ? 2 : 1, arguments, blocks, (handle)stream);
 }
-
-uint64_t kv_reservations(kv_gpu *gpu) { return gpu->reservations; }
 
 } // extern "C"

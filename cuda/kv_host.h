@@ -1,7 +1,7 @@
 // The driver as the GPU tier uses it: a small table of calls that are opened at run time, and nothing of CUDA's headers.
 //
 // Each call says how it ended by a number, and why by kv_why. Nothing throws, ends the process, or waits for the device,
-// but kv_wait. Handles and addresses of the device are numbers of 64 bits. Any thread may call: each call makes the
+// but kv_wait and kv_drain. Handles and addresses of the device are numbers of 64 bits. Any thread may call: each call makes the
 // device's context current, and what was current before is so again after it.
 #pragma once
 #include <stddef.h>
@@ -84,6 +84,8 @@ int kv_device_of(kv_gpu *gpu, uint64_t address, int *device);
 
 int kv_stream(kv_gpu *gpu, uint64_t *stream);
 int kv_end_stream(kv_gpu *gpu, uint64_t stream);
+// Waits for all that was put into it.
+int kv_drain(kv_gpu *gpu, uint64_t stream);
 // Whether a stream of somebody else's is of this device's context.
 int kv_knows(kv_gpu *gpu, uint64_t stream);
 int kv_event(kv_gpu *gpu, int timed, uint64_t *event);
@@ -100,9 +102,6 @@ int kv_seconds(kv_gpu *gpu, uint64_t from, uint64_t to, double *seconds);
 int kv_copy(kv_gpu *gpu, const kv_piece *pieces, size_t count, int path, uint64_t table, uint32_t blocks, uint64_t stream);
 // Launches kv_encode or kv_decode on a kv_work, which is passed as it is.
 int kv_code(kv_gpu *gpu, int decode, const void *work, uint32_t blocks, uint64_t stream);
-
-// How often the driver was asked for memory of the device.
-uint64_t kv_reservations(kv_gpu *gpu);
 
 #ifdef __cplusplus
 }

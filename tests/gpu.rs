@@ -434,6 +434,58 @@ impl Paged {
     }
 }
 
+impl Paged {
+    /// How blocks may be encoded: plain, and by each codec that there is for them.
+    fn layouts(&self) -> Vec<Option<Arc<Layout>>> {
+        let codecs = [Codec::Int8Sym, Codec::Int8Asym].map(|codec| Scheme::new(codec, &self.geometry));
+        let layouts = codecs.map(|scheme| Layout::new(scheme, &self.geometry).ok().map(Arc::new));
+        [None].into_iter().chain(layouts).collect()
+    }
+
+    /// Encodes both blocks in one lane, decodes them in another, and compares every byte with the codec's.
+    fn there_and_back(&self, device: &Arc<dyn Device>, layout: Option<&Arc<Layout>>, lanes: [Lane; 2], what: &str) {
+        let plain_bytes = self.geometry.block_bytes();
+        let bytes = layout.map_or(plain_bytes, |layout| layout.bytes());
+        let tensor = Remote::new(device, &self.tensor);
+        let payloads = [0, 1].map(|_| Known::new(device, &vec![0xa5; bytes]));
+        let status = Status::new(2);
+        let addresses = payloads.iter().map(|payload| payload.address).collect();
+        let coded = self.coded(layout.cloned(), tensor.address, addresses);
+        let run = |lane, work| {
+            // SAFETY: tensor and payloads are there until the end.
+            let ticket = unsafe { device.submit(Submission { lane, after: vec![], work: vec![work] }) };
+            device.wait(ticket.expect("it is there")).expect("it is there");
+        };
+        run(lanes[0], Work::Encode(coded.clone(), status.clone()));
+        for (block, payload) in payloads.iter().enumerate() {
+            assert!(status.is_encoded(block));
+            let expected = self.plain(&self.tensor, block);
+            let mut by_codec = vec![0u8; bytes];
+            match &layout {
+                None => by_codec.clone_from(&expected),
+                Some(layout) => assert!(layout.encode_payload(&expected, false, &mut by_codec)),
+            }
+            assert_eq!(payload.content(), &by_codec, "{what}");
+        }
+        tensor.write(&vec![0xff; self.tensor.len()]);
+        run(lanes[1], Work::Decode(coded));
+        let back = tensor.read();
+        for page in 0..PAGES {
+            let part = &back[(page * self.page_bytes()) as usize..((page + 1) * self.page_bytes()) as usize];
+            let touched = self.pages.contains(&page);
+            assert_eq!(touched, part.iter().any(|&byte| byte != 0xff), "{what}: page {page}");
+        }
+        for (block, payload) in payloads.iter().enumerate() {
+            let mut decoded = vec![0u8; plain_bytes];
+            match &layout {
+                None => decoded.copy_from_slice(payload.content()),
+                Some(layout) => layout.decode_payload(payload.content(), false, &mut decoded),
+            }
+            assert_eq!(self.plain(&back, block), decoded, "{what}");
+        }
+    }
+}
+
 #[test]
 fn rows_come_back_as_they_were_and_encoded_as_the_codec_has_it() {
     for kind in kinds() {
@@ -441,10 +493,7 @@ fn rows_come_back_as_they_were_and_encoded_as_the_codec_has_it() {
         // Rows of 10 values are no multiple of 16 bytes.
         for (dtype, head_dim) in dtypes.into_iter().flat_map(|dtype| [(dtype, 16), (dtype, 10)]) {
             let paged = Paged::new(dtype, head_dim);
-            let plain_bytes = paged.geometry.block_bytes();
-            let codecs = [Codec::Int8Sym, Codec::Int8Asym].map(|codec| Scheme::new(codec, &paged.geometry));
-            let layouts = codecs.map(|scheme| Layout::new(scheme, &paged.geometry).ok().map(Arc::new));
-            for layout in [None].into_iter().chain(layouts) {
+            for layout in paged.layouts() {
                 let Some(on) = On::open(kind, 8 * MIB) else { return };
                 let device = on.device();
                 if layout.as_ref().is_some_and(|layout| !device.takes(layout)) {
@@ -452,45 +501,9 @@ fn rows_come_back_as_they_were_and_encoded_as_the_codec_has_it() {
                     assert!(dtype == Dtype::Fp32 || head_dim == 10, "{kind:?}");
                     continue;
                 }
-                let bytes = layout.as_ref().map_or(plain_bytes, |layout| layout.bytes());
-                let tensor = Remote::new(&device, &paged.tensor);
-                let payloads = [0, 1].map(|_| Known::new(&device, &vec![0xa5; bytes]));
-                let status = Status::new(2);
-                let addresses = payloads.iter().map(|payload| payload.address).collect();
-                let coded = paged.coded(layout.clone(), tensor.address, addresses);
-                let submit = |work| {
-                    // SAFETY: tensor and payloads are there until the end of this turn.
-                    unsafe { device.submit(Submission { lane: Lane::Across, after: vec![], work: vec![work] }) }
-                };
-                let encoded = submit(Work::Encode(coded.clone(), status.clone())).expect("it is there");
-                device.wait(encoded).expect("it is there");
-                for (block, payload) in payloads.iter().enumerate() {
-                    assert!(status.is_encoded(block));
-                    let expected = paged.plain(&paged.tensor, block);
-                    let mut by_codec = vec![0u8; bytes];
-                    match &layout {
-                        None => by_codec.clone_from(&expected),
-                        Some(layout) => assert!(layout.encode_payload(&expected, false, &mut by_codec)),
-                    }
-                    assert_eq!(payload.content(), &by_codec, "{kind:?} {dtype:?}");
-                }
-                tensor.write(&vec![0xff; paged.tensor.len()]);
-                device.wait(submit(Work::Decode(coded)).expect("it is there")).expect("it is there");
-                let back = tensor.read();
-                for page in 0..PAGES {
-                    let part = &back[(page * paged.page_bytes()) as usize..((page + 1) * paged.page_bytes()) as usize];
-                    let touched = paged.pages.contains(&page);
-                    assert_eq!(touched, part.iter().any(|&byte| byte != 0xff), "page {page}");
-                }
-                for (block, payload) in payloads.iter().enumerate() {
-                    let mut decoded = vec![0u8; plain_bytes];
-                    match &layout {
-                        None => decoded.copy_from_slice(payload.content()),
-                        Some(layout) => layout.decode_payload(payload.content(), false, &mut decoded),
-                    }
-                    assert_eq!(paged.plain(&back, block), decoded, "{kind:?} {dtype:?}");
-                }
-                drop((tensor, payloads, device));
+                let what = format!("{kind:?} {dtype:?}");
+                paged.there_and_back(&device, layout.as_ref(), [Lane::Across; 2], &what);
+                drop(device);
                 on.end();
             }
         }

@@ -133,6 +133,8 @@ struct LaneState {
     memory: *mut u8,
     address: u64,
     next: usize,
+    /// What is under way in it is not known any more.
+    lost: bool,
     /// Of work that may not be over: its ticket, where its table begins, and statuses to be read then.
     used: VecDeque<Used>,
 }
@@ -232,7 +234,8 @@ impl Cuda {
                 // SAFETY: as above.
                 ended(unsafe { ffi::kv_pinned(gpu.0, RING_BYTES, &mut memory, &mut address) }, RING_BYTES as u64)
             });
-            let lane = LaneState { stream, memory: memory.cast(), address, next: 0, used: VecDeque::new() };
+            let lane =
+                LaneState { stream, memory: memory.cast(), address, next: 0, lost: false, used: VecDeque::new() };
             lanes.push(Mutex::new(lane));
             if let Err(fault) = made {
                 lanes.into_iter().for_each(|lane| end_lane(gpu, &lane.into_inner()));
@@ -476,11 +479,19 @@ impl Device for Cuda {
             Work::Encode(coded, _) | Work::Decode(coded) => self.check(coded),
         })?;
         let lane = &mut *self.lanes[which as usize].lock();
+        if lane.lost {
+            return Err(Fault::Lost("what is under way is not known".into()));
+        }
         self.settle(lane)?;
-        self.enqueue(lane, which, &after, &work).inspect_err(|_| {
+        self.enqueue(lane, which, &after, &work).map_err(|fault| {
             // A part of it may be under way: nobody may take the places meanwhile.
-            if let Ok(ticket) = self.record(lane.stream) {
-                drop(self.await_event(ticket));
+            // SAFETY: the device was opened, and the lane's stream is its own.
+            match ended(unsafe { ffi::kv_drain(self.gpu.0, lane.stream) }, 0) {
+                Ok(()) => fault,
+                Err(unknown) => {
+                    lane.lost = true;
+                    Fault::Lost(unknown.to_string())
+                }
             }
         })
     }

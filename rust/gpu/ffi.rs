@@ -100,9 +100,12 @@ unsafe extern "C" {
     pub(super) fn kv_unpinned(gpu: *mut Gpu, memory: *mut c_void) -> c_int;
     pub(super) fn kv_register(gpu: *mut Gpu, memory: *mut c_void, bytes: usize, address: *mut u64) -> c_int;
     pub(super) fn kv_forget(gpu: *mut Gpu, memory: *mut c_void) -> c_int;
+    pub(super) fn kv_borrow(gpu: *mut Gpu, bytes: u64, stream: u64, address: *mut u64) -> c_int;
+    pub(super) fn kv_return(gpu: *mut Gpu, address: u64, stream: u64) -> c_int;
     pub(super) fn kv_device_of(gpu: *mut Gpu, address: u64, device: *mut c_int) -> c_int;
     pub(super) fn kv_stream(gpu: *mut Gpu, stream: *mut u64) -> c_int;
     pub(super) fn kv_end_stream(gpu: *mut Gpu, stream: u64) -> c_int;
+    pub(super) fn kv_drain(gpu: *mut Gpu, stream: u64) -> c_int;
     pub(super) fn kv_knows(gpu: *mut Gpu, stream: u64) -> c_int;
     pub(super) fn kv_event(gpu: *mut Gpu, timed: c_int, event: *mut u64) -> c_int;
     pub(super) fn kv_end_event(gpu: *mut Gpu, event: u64) -> c_int;

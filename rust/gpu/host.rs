@@ -369,6 +369,11 @@ impl Coded {
         self.heads as usize * self.block_tokens as usize * self.row_bytes
     }
 
+    /// Runs of a block.
+    pub(super) fn runs(&self) -> usize {
+        self.block_tokens.div_ceil(self.run_tokens) as usize
+    }
+
     /// Bytes of a payload.
     pub(super) fn payload_bytes(&self) -> usize {
         let plain = || self.planes.len() * self.plane_bytes();
@@ -384,7 +389,7 @@ impl Coded {
     // Addresses of a plane's rows of a block, by head and then token.
     pub(super) fn rows(&self, block: usize, plane: usize) -> impl Iterator<Item = usize> + '_ {
         let Rows { base, head_stride, token_stride } = self.planes[plane];
-        let runs = self.block_tokens.div_ceil(self.run_tokens) as usize;
+        let runs = self.runs();
         (0..u64::from(self.heads)).flat_map(move |head| {
             (0..u64::from(self.block_tokens)).map(move |token| {
                 let run = token / u64::from(self.run_tokens);

@@ -18,7 +18,7 @@ use crate::block::Geometry;
 use crate::codec::Layout;
 use crate::copy::KvView;
 use crate::error::{Error, ErrorKind, Result, input};
-use crate::gpu::{Coded, Device, Fault, Lane, Placed, Rows, Slab, Status, Submission, Ticket, Work};
+use crate::gpu::{Coded, Device, Fault, Lane, Piece, Placed, Rows, Slab, Status, Submission, Ticket, Work};
 use crate::pool::{Class, Holding, Slot};
 use crate::stats::{GpuStatus, SlabCounts, TierCounts};
 use crate::sync::Arc;
@@ -472,15 +472,19 @@ fn coded(
     }
 }
 
-// Work on blocks of the slab, whose rows lie in the order of a plain payload.
-fn coded_in_slab(geometry: &Geometry, layout: Option<Arc<Layout>>, places: Vec<u64>, payloads: Vec<u64>) -> Coded {
+// Brings payloads to the slab, where rows lie in the order of a plain payload.
+fn to_slab(geometry: &Geometry, layout: Option<Arc<Layout>>, places: Vec<u64>, payloads: Vec<u64>) -> Work {
+    let Some(layout) = layout else {
+        let piece = |(from, to)| Piece { from, to, bytes: geometry.block_bytes() as u64 };
+        return Work::Copy(payloads.into_iter().zip(places).map(piece).collect());
+    };
     let row = geometry.row_bytes() as u64;
     let head = row * u64::from(geometry.block_tokens);
     let plane = head * u64::from(geometry.kv_heads);
     let rows =
         (0..geometry.plane_count() as u64).map(|n| Rows { base: n * plane, head_stride: head, token_stride: row });
-    Coded {
-        layout,
+    Work::Decode(Coded {
+        layout: Some(layout),
         heads: geometry.kv_heads,
         block_tokens: geometry.block_tokens,
         row_bytes: geometry.row_bytes(),
@@ -488,7 +492,7 @@ fn coded_in_slab(geometry: &Geometry, layout: Option<Arc<Layout>>, places: Vec<u
         run_tokens: geometry.block_tokens,
         offsets: places,
         payloads,
-    }
+    })
 }
 
 // Slots with payloads of one form, each with its number.
@@ -538,9 +542,10 @@ impl Lease {
         wanted.truncate(placed.len());
         let slots = wanted.iter().enumerate().map(|(n, (_, slot, layout, _))| (n, *slot, layout.clone()));
         for (layout, group) in by_layout(slots) {
-            let places = group.iter().map(|&(n, _)| placed[n].address).collect();
-            let addresses = group.iter().map(|&(_, slot)| self.shared.address(link, slot, geometry)).collect();
-            let work = Work::Decode(coded_in_slab(geometry, layout, places, addresses));
+            let places: Vec<u64> = group.iter().map(|&(n, _)| placed[n].address).collect();
+            let addresses: Vec<u64> =
+                group.iter().map(|&(_, slot)| self.shared.address(link, slot, geometry)).collect();
+            let work = to_slab(geometry, layout, places, addresses);
             let submitted = Shared::submit(link, Lane::Up, Vec::new(), work);
             let mut state = self.shared.state.lock();
             for &(n, _) in &group {

@@ -104,6 +104,72 @@ fn small_pieces_and_large_ones_are_right_by_every_path() {
 }
 
 #[test]
+fn payloads_go_by_way_of_borrowed_memory_where_engines_are_faster_and_else_are_read_where_they_are() {
+    let borrow = "cuMemAllocFromPoolAsync";
+    for (when, has_room) in [When::AtOnce, When::Late, When::Random].into_iter().flat_map(|w| [(w, true), (w, false)]) {
+        let Some(standin) = Standin::new(when, 7) else { return };
+        let device = Arc::new(Cuda::open(0, Some(standin.path())).expect("it stands in for one"));
+        let generic: Arc<dyn Device> = device.clone();
+        let paged = Paged::new(Dtype::Fp16, 16);
+        for layout in paged.layouts() {
+            for engines_from in [0, u64::MAX] {
+                device.set_paths(Paths { engines_from: [engines_from; 2], least_pieces: 16 });
+                let before = standin.calls(borrow);
+                if !has_room {
+                    standin.fail(borrow, 1, 2);
+                }
+                let what = format!("{when:?}, room {has_room}, engines from {engines_from}");
+                paged.there_and_back(&generic, layout.as_ref(), [Lane::Down, Lane::Up], &what);
+                assert_eq!(standin.calls(borrow) - before, if engines_from == 0 { 2 } else { 0 }, "{what}");
+                paged.there_and_back(&generic, layout.as_ref(), [Lane::Across; 2], &what);
+            }
+        }
+        drop((generic, device));
+        standin.assert_given_back();
+    }
+}
+
+#[test]
+fn what_is_borrowed_is_returned_also_where_work_fails() {
+    for call in ["cuLaunchKernel", "cuMemcpyBatchAsync"] {
+        let Some((standin, device)) = opened() else { return };
+        device.set_paths(Paths { engines_from: [0; 2], least_pieces: 16 });
+        let generic: Arc<dyn Device> = device.clone();
+        let paged = Paged::new(Dtype::Fp16, 16);
+        let layout = paged.layouts().pop().flatten();
+        let tensor = Remote::new(&generic, &paged.tensor);
+        let payload = Known::new(&generic, &vec![0; 2 * paged.geometry.block_bytes()]);
+        let coded = paged.coded(layout, tensor.address, vec![payload.address, payload.address + 1536]);
+        standin.fail(call, 1, 1);
+        let work = vec![Work::Decode(coded)];
+        // SAFETY: all of it is there until the end of this test.
+        let refused = unsafe { generic.submit(Submission { lane: Lane::Up, after: vec![], work }) };
+        assert!(matches!(refused, Err(Fault::Refused(_))), "{call}: {refused:?}");
+        drop((tensor, payload, generic, device));
+        standin.assert_given_back();
+    }
+}
+
+#[test]
+fn a_lane_of_which_nothing_is_known_any_more_is_lost() {
+    let Some((standin, device)) = opened() else { return };
+    let generic: Arc<dyn Device> = device.clone();
+    let memory = Remote::new(&generic, &[1; 128]);
+    let submit = |lane| {
+        let piece = Piece { from: memory.address, to: memory.address + 64, bytes: 64 };
+        // SAFETY: it is there until the end of this test.
+        unsafe { generic.submit(Submission { lane, after: vec![], work: vec![Work::Copy(vec![piece])] }) }
+    };
+    standin.fail("cuMemcpyBatchAsync", 1, 1);
+    standin.fail("cuStreamSynchronize", 1, 1);
+    assert!(matches!(submit(Lane::Up), Err(Fault::Lost(_))));
+    assert!(matches!(submit(Lane::Up), Err(Fault::Lost(_))));
+    generic.wait(submit(Lane::Across).expect("it is another lane")).expect("it is there");
+    drop((memory, generic, device));
+    standin.assert_given_back();
+}
+
+#[test]
 fn more_work_than_its_tables_have_room_for_waits_and_is_right() {
     let Some((standin, device)) = opened() else { return };
     device.set_paths(Paths { engines_from: [u64::MAX; 2], least_pieces: 1 });

@@ -4,11 +4,14 @@ use super::{ALIGN, Cuda, LaneState, Path, RING_BYTES, Used};
 use crate::gpu::device::{Coded, Device as _, Fault, Lane, Piece, Rows, Status, Ticket, Work};
 use crate::gpu::ffi::{self, CodeWork, Plane, ended};
 use std::ffi::{c_int, c_void};
+use std::ops::Range;
 
 /// Tables are cut so that several fit.
 const MOST_TABLE: usize = RING_BYTES / 4;
 /// Blocks of threads that a kernel takes: what is left of the device is the model's.
 const GRID: u32 = 16;
+/// Bytes of the device that a lane borrows at a time, if one payload is no larger.
+const STAGED: u64 = 32 << 20;
 /// Vectors of a kernel.
 pub(super) const VECTOR: u64 = 16;
 
@@ -84,8 +87,7 @@ impl Cuda {
     // Whether that can be done at all.
     pub(super) fn check(&self, coded: &Coded) -> Result<(), Fault> {
         let refuse = |what: &str| Err(Fault::Refused(what.to_owned()));
-        let runs = coded.block_tokens.div_ceil(coded.run_tokens.max(1)) as usize;
-        if coded.run_tokens == 0 || coded.offsets.len() != coded.payloads.len() * runs {
+        if coded.run_tokens == 0 || coded.offsets.len() != coded.payloads.len() * coded.runs() {
             return refuse("offsets are not of all runs of all blocks");
         }
         if coded.layout.is_some() && !is_divisible(coded) {
@@ -114,49 +116,94 @@ impl Cuda {
         Ok(())
     }
 
-    fn code(&self, lane: &mut LaneState, coded: &Coded, status: Option<&Status>) -> Result<(), Fault> {
-        let planes = (0..coded.planes.len()).map(|n| plane(coded, n)).collect::<Vec<_>>();
-        let runs = coded.block_tokens.div_ceil(coded.run_tokens) as usize;
-        let of_planes = size_of_val(&planes[..]);
-        let a_block = 8 * runs + 8 + 4;
-        let most = MOST_TABLE.saturating_sub(of_planes + 4 * ALIGN) / a_block;
+    // Encodes or decodes. Payloads as large as engines are faster for go by way of memory of the device, which the stream
+    // borrows: kernels work on that, and engines fill or empty it. Others are read and written by the kernels where they are.
+    fn code(&self, lane: &mut LaneState, which: Lane, coded: &Coded, status: Option<&Status>) -> Result<(), Fault> {
+        let (bytes, from) = (coded.payload_bytes() as u64, self.paths.lock().engines_from);
+        let engines = which != Lane::Across && bytes >= from[usize::from(which == Lane::Down)];
+        let stride = bytes.next_multiple_of(ALIGN as u64);
+        let table = MOST_TABLE.saturating_sub(size_of::<Plane>() * coded.planes.len() + 4 * ALIGN);
+        let most = table / (8 * coded.runs() + 8 + 4);
         if most == 0 {
             return Err(Fault::Refused("a block's tables are larger than there is room for".into()));
         }
-        let dtype = coded.layout.as_ref().map_or(ffi::FP16, |layout| layout.device_dtype());
+        let most = if engines { most.min((STAGED / stride).max(1) as usize) } else { most };
         for first in (0..coded.payloads.len()).step_by(most) {
             let blocks = first..(first + most).min(coded.payloads.len());
-            let count = blocks.len();
-            let bytes = table_bytes(&[of_planes, 8 * runs * count, 8 * count, 4 * count]);
-            let begin = self.room(lane, bytes)?;
-            let mut table = Table { lane, begin, next: 0 };
-            let (plane, _) = table.put(&planes);
-            let (offset, _) = table.put(&coded.offsets[blocks.start * runs..blocks.end * runs]);
-            let (payload, _) = table.put(&coded.payloads[blocks.clone()]);
-            let (words, at) = table.put(&vec![0u32; count]);
-            let work = CodeWork {
-                plane,
-                offset,
-                coded: payload,
-                // Of planes that are not padded there is nothing to say.
-                status: if coded.layout.is_some() { words } else { 0 },
-                blocks: count as u32,
-                planes: planes.len() as u32,
-                heads: coded.heads,
-                tokens: coded.block_tokens,
-                dim: (coded.row_bytes / 2) as u32,
-                dtype,
-                runs: runs as u32,
-                run_tokens: coded.run_tokens,
+            let payloads = &coded.payloads[blocks.clone()];
+            let staging = if engines { self.borrow(lane, stride * blocks.len() as u64) } else { None };
+            let Some(staging) = staging else {
+                self.launch(lane, coded, blocks.clone(), payloads, status)?;
+                continue;
             };
-            let decode = c_int::from(status.is_none());
-            let at_work = (&raw const work).cast::<c_void>();
-            // SAFETY: the device was opened; tables stay until the ticket is over; `submit`'s caller promised the rest.
-            ended(unsafe { ffi::kv_code(self.gpu.0, decode, at_work, GRID, lane.stream) }, 0)?;
-            let ticket = self.record(lane.stream)?;
-            let status = status.map(|status| (status.clone(), at, blocks));
-            lane.used.push_back(Used { ticket, begin, status });
+            let staged: Vec<u64> = (0..blocks.len() as u64).map(|n| staging + n * stride).collect();
+            let piece = |(&here, &there): (&u64, &u64)| match status {
+                Some(_) => Piece { from: there, to: here, bytes },
+                None => Piece { from: here, to: there, bytes },
+            };
+            let pieces: Vec<Piece> = payloads.iter().zip(&staged).map(piece).collect();
+            let done = match status {
+                Some(_) => self
+                    .launch(lane, coded, blocks.clone(), &staged, status)
+                    .and_then(|()| self.copy(lane, which, &pieces)),
+                None => self
+                    .copy(lane, which, &pieces)
+                    .and_then(|()| self.launch(lane, coded, blocks.clone(), &staged, status)),
+            };
+            // SAFETY: the device was opened; it was borrowed in this stream.
+            let returned = ended(unsafe { ffi::kv_return(self.gpu.0, staging, lane.stream) }, 0);
+            done.and(returned)?;
         }
+        Ok(())
+    }
+
+    // Memory of the device for what is put into the lane next, if there is some to be had.
+    fn borrow(&self, lane: &LaneState, bytes: u64) -> Option<u64> {
+        let mut address = 0;
+        // SAFETY: the device was opened.
+        ended(unsafe { ffi::kv_borrow(self.gpu.0, bytes, lane.stream, &mut address) }, bytes).ok().map(|()| address)
+    }
+
+    // Launches a kernel over some blocks, whose payloads are there.
+    fn launch(
+        &self,
+        lane: &mut LaneState,
+        coded: &Coded,
+        blocks: Range<usize>,
+        payloads: &[u64],
+        status: Option<&Status>,
+    ) -> Result<(), Fault> {
+        let planes = (0..coded.planes.len()).map(|n| plane(coded, n)).collect::<Vec<_>>();
+        let (runs, count) = (coded.runs(), blocks.len());
+        let bytes = table_bytes(&[size_of_val(&planes[..]), 8 * runs * count, 8 * count, 4 * count]);
+        let begin = self.room(lane, bytes)?;
+        let mut table = Table { lane, begin, next: 0 };
+        let (plane, _) = table.put(&planes);
+        let (offset, _) = table.put(&coded.offsets[blocks.start * runs..blocks.end * runs]);
+        let (payload, _) = table.put(payloads);
+        let (words, at) = table.put(&vec![0u32; count]);
+        let work = CodeWork {
+            plane,
+            offset,
+            coded: payload,
+            // Of planes that are not padded there is nothing to say.
+            status: if coded.layout.is_some() { words } else { 0 },
+            blocks: count as u32,
+            planes: planes.len() as u32,
+            heads: coded.heads,
+            tokens: coded.block_tokens,
+            dim: (coded.row_bytes / 2) as u32,
+            dtype: coded.layout.as_ref().map_or(ffi::FP16, |layout| layout.device_dtype()),
+            runs: runs as u32,
+            run_tokens: coded.run_tokens,
+        };
+        let decode = c_int::from(status.is_none());
+        let at_work = (&raw const work).cast::<c_void>();
+        // SAFETY: the device was opened; tables stay until the ticket is over; `submit`'s caller promised the rest.
+        ended(unsafe { ffi::kv_code(self.gpu.0, decode, at_work, GRID, lane.stream) }, 0)?;
+        let ticket = self.record(lane.stream)?;
+        let status = status.map(|status| (status.clone(), at, blocks));
+        lane.used.push_back(Used { ticket, begin, status });
         Ok(())
     }
 
@@ -215,8 +262,8 @@ impl Cuda {
             Work::Copy(pieces) => self.copy(lane, which, pieces),
             Work::Encode(coded, _) if !is_aligned(coded) => self.copy_rows(lane, which, coded, true),
             Work::Decode(coded) if !is_aligned(coded) => self.copy_rows(lane, which, coded, false),
-            Work::Encode(coded, status) => self.code(lane, coded, Some(status)),
-            Work::Decode(coded) => self.code(lane, coded, None),
+            Work::Encode(coded, status) => self.code(lane, which, coded, Some(status)),
+            Work::Decode(coded) => self.code(lane, which, coded, None),
         })?;
         self.record(lane.stream)
     }
