@@ -10,7 +10,7 @@ use std::io::BufRead as _;
 use std::sync::Arc;
 use std::time::Instant;
 use stratakv::block::BlockHash;
-use stratakv::gpu::{Host, Lane, Placed, Schedule, Slab, Ticket};
+use stratakv::gpu::{Adopted, Host, Lane, Placed, Schedule, Slab, Ticket};
 use stratakv::pool::{Class, Holding};
 use stratakv::trie::{Inserted, NodeId, Trie};
 
@@ -54,6 +54,13 @@ fn timed(count: usize, mut call: impl FnMut(usize)) -> Vec<u64> {
     each
 }
 
+// Memory that nobody touches costs nothing; so it is adopted, not filled with a pattern.
+fn slab() -> Slab {
+    let device = Arc::new(Host::new(Schedule::AtOnce, 0));
+    let memory = Adopted { address: 1 << 40, bytes: SLAB_BYTES, owner: Arc::new(()) };
+    Slab::adopt(device, memory).expect("it is large enough")
+}
+
 struct Tier {
     slab: Slab,
     class: Arc<Class>,
@@ -61,9 +68,7 @@ struct Tier {
 
 impl Tier {
     fn new() -> Self {
-        // Memory that nobody touches costs nothing; so it is adopted, not filled with a pattern.
-        let device = Arc::new(Host::new(Schedule::AtOnce, 0));
-        let slab = Slab::adopt(device, 1 << 40, SLAB_BYTES).expect("it is large enough");
+        let slab = slab();
         let class = slab.class(&Holding::new(0), BLOCK_BYTES);
         Self { slab, class }
     }
@@ -181,7 +186,7 @@ fn hits() {
                     if let Some(placed) = places[id as usize] {
                         tier.slab.hold(placed);
                         tier.slab.touch(placed);
-                        tier.slab.let_go(placed);
+                        tier.slab.let_go(placed, Ticket::NONE);
                     }
                     trie.release(black_box(id));
                     black_box(length);
@@ -204,8 +209,7 @@ fn replay(path: &str) {
         .lines()
         .map(|line| line.expect("it is text").split(' ').filter_map(|number| number.parse().ok()).collect())
         .collect();
-    let device = Arc::new(Host::new(Schedule::AtOnce, 0));
-    let mut slab = Slab::adopt(device, 1 << 40, SLAB_BYTES).expect("it is large enough");
+    let mut slab = slab();
     let class = slab.class(&Holding::new(0), 1 << 20);
     let mut there: HashMap<u32, Placed> = HashMap::new();
     let (mut asked, mut hit) = (0usize, 0usize);

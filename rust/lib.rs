@@ -40,6 +40,7 @@ pub use ssd::archive::{Archive, ArchivedModel, Verified};
 pub use ssd::io::{Access, Engine, FileIo, Io, IoFile};
 pub use ssd::queue::{Done, Part, Queue, Transfer};
 pub use store::{
-    Admitted, BlockView, Divisible, Event, Events, GpuOptions, Lease, LoadOutcome, Model, ModelSpec, Options, Prefix,
-    PutOutcome, Quota, Sequence, Share, Store, TierQuota, Work, WorkKind, WritePolicy,
+    Admitted, BlockView, DeviceView, Divisible, Event, Events, GpuOptions, HandedOut, Lease, LoadOutcome, Model,
+    ModelSpec, Options, Prefix, PutOutcome, Quota, Sequence, Share, SlabOptions, Store, TierQuota, Work, WorkKind,
+    WritePolicy,
 };

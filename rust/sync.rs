@@ -14,6 +14,24 @@ pub(crate) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize
 use std::sync::PoisonError;
 use std::time::Duration;
 
+/// The process that something was made in. After a fork a lock may be held for ever by a thread that is not there any more,
+/// and a driver is of no use: so nothing is locked or called there.
+#[derive(Debug)]
+pub(crate) struct Home(u32);
+
+impl Default for Home {
+    fn default() -> Self {
+        Self(std::process::id())
+    }
+}
+
+impl Home {
+    /// Whether this is it.
+    pub(crate) fn is_here(&self) -> bool {
+        self.0 == std::process::id()
+    }
+}
+
 /// A mutex whose guard is always granted.
 #[derive(Debug, Default)]
 pub(crate) struct Mutex<T>(std::sync::Mutex<T>);

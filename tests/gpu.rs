@@ -16,7 +16,7 @@ use standin::When;
 use std::sync::Arc;
 use stratakv::codec::{Codec, Layout, Scheme};
 use stratakv::gpu::{
-    Coded, Device, Fault, Host, Lane, Placed, Rows, Schedule, Slab, Status, Stream, Submission, Ticket, Work,
+    Adopted, Coded, Device, Fault, Host, Lane, Placed, Rows, Schedule, Slab, Status, Stream, Submission, Ticket, Work,
 };
 use stratakv::pool::{Class, Holding};
 use stratakv::{Dtype, Geometry};
@@ -119,7 +119,7 @@ impl Rig {
         if let Some(block) = self.blocks.get_mut(nth).filter(|block| block.holds > 0) {
             block.holds -= 1;
             let last = block.holds == 0;
-            self.slab.let_go(block.placed);
+            self.slab.let_go(block.placed, Ticket::NONE);
             if last {
                 self.use_last(nth);
             }
@@ -161,7 +161,7 @@ impl Rig {
             self.check(0);
         }
         for Entry { placed, holds, .. } in std::mem::take(&mut self.parted) {
-            (0..holds).for_each(|_| self.slab.let_go(placed));
+            (0..holds).for_each(|_| self.slab.let_go(placed, Ticket::NONE));
         }
         while let Some(&Entry { holds, .. }) = self.blocks.last() {
             (0..holds).for_each(|_| self.let_go(self.blocks.len() - 1));
@@ -290,12 +290,18 @@ fn a_slab_is_halved_until_there_is_room_and_no_further_than_is_asked() {
     assert_eq!(device.reserved_bytes(), 0);
     let foreign = vec![0u8; 9 << 20];
     let base = (foreign.as_ptr() as u64).next_multiple_of(4096);
-    let mut adopted = Slab::adopt(device.clone(), base, 8 * MIB).expect("it is large enough");
+    let owner = Arc::new(());
+    let memory = |address, bytes| Adopted { address, bytes, owner: owner.clone() };
+    // From the next multiple of 4 KiB on.
+    let mut adopted = Slab::adopt(device.clone(), memory(base - 8, 8 * MIB)).expect("it is large enough");
+    assert_eq!(adopted.bytes(), 8 * MIB - 8);
     let placed = adopted.place(&adopted.class(&Holding::new(0), BLOCK), 0, &[1]).expect("it is there");
     assert!((base..base + 8 * MIB).contains(&adopted.address(placed[0])));
+    assert_eq!(Arc::strong_count(&owner), 2);
     adopted.close().expect("nothing is under way");
-    assert!(matches!(Slab::adopt(device.clone(), base + 1, 8 * MIB), Err(Fault::Refused(_))));
-    assert!(matches!(Slab::adopt(device, base, MIB), Err(Fault::Refused(_))));
+    assert_eq!(Arc::strong_count(&owner), 1, "its owner has it back");
+    assert!(matches!(Slab::adopt(device.clone(), memory(base + 1, 4 * MIB)), Err(Fault::Refused(_))));
+    assert!(matches!(Slab::adopt(device, memory(base, MIB)), Err(Fault::Refused(_))));
 }
 
 #[test]

@@ -8,7 +8,7 @@ with stratakv.open() as caches:
 """
 
 from stratakv._native import TokenSequence, __version__
-from stratakv.cache import Match, ModelCache
+from stratakv.cache import ModelCache
 from stratakv.config import (
     Codec,
     Config,
@@ -33,6 +33,7 @@ from stratakv.errors import (
     StrataKVError,
 )
 from stratakv.manager import CacheManager, open
+from stratakv.match import Match
 from stratakv.quotas import Admission, Usage
 from stratakv.registry import Discovery, FoundModel, RefusedModel, discover, weights_version
 from stratakv.sections import DragonflyConfig, GpuConfig, ObserveConfig, PostgresConfig, QdrantConfig

@@ -6,6 +6,7 @@ from typing import Any, final
 
 __all__ = [
     "Archive",
+    "DeviceBlock",
     "EvictionPolicy",
     "Found",
     "Gpu",
@@ -104,6 +105,7 @@ class Store:
         threads: int,
         index_bytes: int | str | None,
         gpu: tuple[int | str, int, str | os.PathLike[str] | None] | None,
+        gpu_memory: object,
     ) -> Store: ...
     @property
     def no_gpu(self) -> str | None: ...
@@ -194,6 +196,24 @@ class TokenSequence:
     def __len__(self) -> int: ...
 
 @final
+class DeviceBlock:
+    """A cached block in memory of the device, read-only, `[layer, plane, head, token, dim]`."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> object: ...
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+@final
 class Lease:
     """A leased match; `stratakv.Match` wraps it."""
 
@@ -220,4 +240,5 @@ class Lease:
     ) -> tuple[int, list[str], str | None, tuple[float, float]]: ...
     def prefetch(self) -> int: ...
     def view(self, block: int) -> memoryview | None: ...
+    def device_view(self, block: int) -> DeviceBlock | None: ...
     def release(self) -> None: ...

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from stratakv import _native, log
 from stratakv.balance import Balance
-from stratakv.cache import Behind, ModelCache, Registered
+from stratakv.cache import ModelCache, Registered
 from stratakv.catalog import Catalog, Source
 from stratakv.config import Codec, Config, Dtype, Geometry, Quota
 from stratakv.errors import (
@@ -32,6 +32,7 @@ from stratakv.folders import Folders
 from stratakv.keeper import Keeper
 from stratakv.kept import Kept
 from stratakv.levels import Level
+from stratakv.match import Behind
 from stratakv.near import SemanticIndex
 from stratakv.observe import Observed
 from stratakv.observe import Source as Observable
@@ -55,15 +56,18 @@ _PAGES_S = 5.0
 class CacheManager:
     """All models' caches over the tiers of one store; `stratakv.open` makes one."""
 
-    def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: Config, *, gpu_memory: object = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Opens the tiers.
 
         Args:
             config: settings.
+            gpu_memory: as `stratakv.open` takes it.
             clock: seconds, by which the load of models is aged.
 
         Raises:
-            StoreError: the SSD directory is locked, not writable, or of another format or secret.
+            InputError, StoreError: as there.
         """
         self.config = config
         self._logs = Logs(config.observe)
@@ -76,7 +80,8 @@ class CacheManager:
             secret=config.store.secret,
             threads=config.store.threads,
             index_bytes=config.store.index_bytes,
-            gpu=(gpu.capacity_bytes, gpu.device, gpu.driver) if gpu.capacity_bytes else None,
+            gpu=(gpu.capacity_bytes, gpu.device, gpu.driver) if gpu.capacity_bytes or gpu_memory is not None else None,
+            gpu_memory=gpu_memory,
         )
         if config.ram.prefault:
             threading.Thread(target=self._store.prefault, name="stratakv-prefault", daemon=True).start()
@@ -639,22 +644,25 @@ class CacheManager:
         Raises:
             StoreError: not everything could be written; the store is closed all the same.
         """
-        if self._observed is not None and self._pid == os.getpid():
+        self._closed = True
+        if self._pid != os.getpid():
+            # Threads that a fork left behind may have any lock for ever; all of it is the parent's.
+            return
+        if self._observed is not None:
             self._observed.close()
             self._observed = None
-        self._closed = True
         self._wake.set()
-        if self._balancer is not None and self._pid == os.getpid():
+        if self._balancer is not None:
             self._balancer.join()
             self._balancer = None
         self._behind.close()
-        if self._keeper is not None and self._pid == os.getpid():
+        if self._keeper is not None:
             self._keeper.close()
             self._keeper = None
-        if self.semantic is not None and self._pid == os.getpid():
+        if self.semantic is not None:
             self.semantic.close()
             self.semantic = None
-        if self.dragonfly is not None and self._feeder is not None and self._pid == os.getpid():
+        if self.dragonfly is not None and self._feeder is not None:
             self._feeder.close()
             self.dragonfly.close()
             self._feeder = None
@@ -681,14 +689,17 @@ def _set_codecs(cache: ModelCache, ram: Codec | None, cold: Codec | None) -> Non
         cache.set_cold_codec(cold)
 
 
-def open(config: Config | str | os.PathLike[str] | None = None) -> CacheManager:
+def open(config: Config | str | os.PathLike[str] | None = None, *, gpu_memory: object = None) -> CacheManager:
     """Opens a store.
 
     Args:
         config: settings, or the path of a TOML file; the environment is applied to a file and to ``None``.
+        gpu_memory: a contiguous torch or CuPy tensor on ``gpu.device``, of any type and shape, that is the GPU tier's
+            memory in place of ``gpu.capacity_bytes``. It is the store's until that is closed, and kept as long.
 
     Raises:
         ConfigError: a setting makes no sense.
+        InputError: the tensor cannot be the GPU tier's memory.
         StoreError: the SSD directory is locked, not writable, or of another format or secret.
     """
-    return CacheManager(config if isinstance(config, Config) else Config.load(config))
+    return CacheManager(config if isinstance(config, Config) else Config.load(config), gpu_memory=gpu_memory)

@@ -15,7 +15,7 @@ use super::ffi::{self, Facts, Gpu, Image, ended};
 use super::images::IMAGES;
 use crate::codec::Layout;
 use crate::copy::Stream;
-use crate::sync::Mutex;
+use crate::sync::{Home, Mutex};
 use launch::VECTOR;
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::{CStr, CString, c_char, c_int};
@@ -109,6 +109,7 @@ pub struct Cuda {
     /// Events of work that may not be over, by ticket.
     events: Mutex<Events>,
     paths: Mutex<Paths>,
+    home: Home,
 }
 
 #[derive(Clone, Copy)]
@@ -216,7 +217,7 @@ impl Cuda {
         };
         let (events, paths) = (Mutex::default(), Mutex::default());
         match made {
-            Ok(lanes) => Ok(Self { gpu, number, facts, lanes, events, paths }),
+            Ok(lanes) => Ok(Self { gpu, number, facts, lanes, events, paths, home: Home::default() }),
             Err(fault) => {
                 // SAFETY: it was opened above, and nothing has it.
                 unsafe { ffi::kv_close(gpu.0) };
@@ -431,6 +432,10 @@ impl Device for Cuda {
         text(&self.facts.name)
     }
 
+    fn number(&self) -> u32 {
+        self.number as u32
+    }
+
     fn reserve(&self, bytes: u64) -> Result<u64, Fault> {
         let mut address = 0;
         // SAFETY: the device was opened.
@@ -523,6 +528,9 @@ impl Device for Cuda {
 
 impl Drop for Cuda {
     fn drop(&mut self) {
+        if !self.home.is_here() {
+            return;
+        }
         let Events { pending, spare, .. } = std::mem::take(&mut *self.events.lock());
         // SAFETY: nobody has the device any more. What is under way is waited for; of a lost one all of it fails.
         unsafe {

@@ -138,6 +138,9 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// Its name, for people.
     fn name(&self) -> String;
 
+    /// Its number, as the driver counts; 0 where there is none.
+    fn number(&self) -> u32;
+
     /// Memory of the device, zero or not; its address.
     ///
     /// # Errors

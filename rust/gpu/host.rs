@@ -252,6 +252,10 @@ impl Device for Host {
         "host memory".into()
     }
 
+    fn number(&self) -> u32 {
+        0
+    }
+
     fn reserve(&self, bytes: u64) -> Result<u64, Fault> {
         let mut state = self.state.lock();
         state.serves()?;

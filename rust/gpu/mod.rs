@@ -31,4 +31,4 @@ pub use crate::copy::Stream;
 pub use cuda::{Absent, Cuda, Path, Paths};
 pub use device::{Coded, Device, Fault, Lane, Piece, Rows, Status, Submission, Ticket, Work};
 pub use host::{Host, Schedule};
-pub use slab::{Placed, Slab};
+pub use slab::{Adopted, Placed, Slab};

@@ -9,9 +9,11 @@ use super::device::{Device, Fault, Lane, Ticket};
 use crate::evict::{Kind, Order};
 use crate::pool::{Class, Holding, Pool, SMALLEST_SLOT, Slot};
 use crate::stats::SlabCounts;
-use crate::sync::Arc;
+use crate::sync::{Arc, Home};
 use crate::trie::NodeId;
+use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
 
 /// The least that a slab may have.
 const LEAST_BYTES: u64 = 4 << 20;
@@ -29,9 +31,37 @@ struct Block {
     wrote: Option<Ticket>,
     /// The last work of each lane that touches it.
     touched: [Ticket; Lane::ALL.len()],
+    /// What others put into streams of their own that reads it.
+    elsewhere: Vec<Ticket>,
     holds: u32,
     /// It was told to leave, and goes when nobody holds it any more.
     leaves: bool,
+}
+
+/// What left, and may be read still.
+#[derive(Debug)]
+struct Left {
+    slot: Slot,
+    touched: [Ticket; Lane::ALL.len()],
+    elsewhere: Vec<Ticket>,
+}
+
+/// Memory of the device that belongs to somebody else.
+#[derive(Clone)]
+pub struct Adopted {
+    /// Its first byte, as the device has it.
+    pub address: u64,
+    /// How many there are.
+    pub bytes: u64,
+    /// Whoever gives the memory back when this goes.
+    pub owner: Arc<dyn Any + Send + Sync>,
+}
+
+impl fmt::Debug for Adopted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { address, bytes, .. } = self;
+        f.debug_struct("Adopted").field("address", address).field("bytes", bytes).finish_non_exhaustive()
+    }
 }
 
 /// A slab, and what is where in it.
@@ -40,18 +70,20 @@ pub struct Slab {
     device: Arc<dyn Device>,
     base: u64,
     bytes: u64,
-    adopted: bool,
+    /// Of memory that is not the slab's own.
+    adopted: Option<Adopted>,
     pool: Pool,
     blocks: Vec<Option<Block>>,
     vacant: Vec<u32>,
     orders: BTreeMap<u32, Order>,
     /// In the order in which they left; each is asked for when all before it are done with.
-    leaving: VecDeque<(Slot, [Ticket; Lane::ALL.len()])>,
+    leaving: VecDeque<Left>,
     /// The last work of each lane that is known to be over, and so all before it.
     over: [Ticket; Lane::ALL.len()],
     /// Which slots had a block once, by number.
     used: Vec<u64>,
     counts: SlabCounts,
+    home: Home,
 }
 
 impl Slab {
@@ -65,7 +97,7 @@ impl Slab {
             reservations += 1;
             match device.reserve(bytes) {
                 Ok(base) => {
-                    let mut slab = Self::of(device, base, bytes, false);
+                    let mut slab = Self::of(device, base, bytes, None);
                     slab.counts.reservations = reservations;
                     return Ok(slab);
                 }
@@ -75,20 +107,23 @@ impl Slab {
         }
     }
 
-    /// A slab in memory of the device that belongs to somebody else, who keeps it as long as this lives.
+    /// A slab in memory of the device that belongs to somebody else: all of it from the first multiple of 4 KiB on.
     ///
     /// # Errors
-    /// It is too small, or begins at no multiple of 4 KiB.
-    pub fn adopt(device: Arc<dyn Device>, base: u64, bytes: u64) -> Result<Self, Fault> {
-        if bytes < LEAST_BYTES || !base.is_multiple_of(SMALLEST_SLOT as u64) {
+    /// It is too small.
+    pub fn adopt(device: Arc<dyn Device>, memory: Adopted) -> Result<Self, Fault> {
+        let base = memory.address.next_multiple_of(SMALLEST_SLOT as u64);
+        let bytes = memory.bytes.saturating_sub(base - memory.address);
+        if bytes < LEAST_BYTES {
             return Err(Fault::Refused(format!(
-                "{bytes} bytes at {base:#x}, expected at least {LEAST_BYTES} at a multiple of {SMALLEST_SLOT}"
+                "{} bytes at {:#x}, expected at least {LEAST_BYTES} from a multiple of {SMALLEST_SLOT} on",
+                memory.bytes, memory.address
             )));
         }
-        Ok(Self::of(device, base, bytes, true))
+        Ok(Self::of(device, base, bytes, Some(memory)))
     }
 
-    fn of(device: Arc<dyn Device>, base: u64, bytes: u64, adopted: bool) -> Self {
+    fn of(device: Arc<dyn Device>, base: u64, bytes: u64, adopted: Option<Adopted>) -> Self {
         let slots = bytes as usize / SMALLEST_SLOT;
         Self {
             device,
@@ -103,6 +138,7 @@ impl Slab {
             over: [Ticket::NONE; Lane::ALL.len()],
             used: vec![0; slots.div_ceil(64)],
             counts: SlabCounts::default(),
+            home: Home::default(),
         }
     }
 
@@ -156,7 +192,7 @@ impl Slab {
         self.counts.fresh += u64::from(self.used[word] & bit == 0);
         self.used[word] |= bit;
         let touched = [Ticket::NONE; Lane::ALL.len()];
-        let block = Block { slot, model, node, wrote: None, touched, holds: 0, leaves: false };
+        let block = Block { slot, model, node, wrote: None, touched, elsewhere: Vec::new(), holds: 0, leaves: false };
         let place = self.vacant.pop().unwrap_or_else(|| {
             self.blocks.push(None);
             self.blocks.len() as u32 - 1
@@ -228,9 +264,21 @@ impl Slab {
         }
     }
 
-    /// Gives up a hold; the last is a use.
-    pub fn let_go(&mut self, placed: Placed) {
+    /// How many hold it.
+    pub fn holds(&self, placed: Placed) -> u32 {
+        self.block(placed).holds
+    }
+
+    /// Gives up a hold; the last is a use. What reads it, in a stream of somebody else's, is over with that ticket: the place
+    /// is nobody else's before.
+    pub fn let_go(&mut self, placed: Placed, after: Ticket) {
+        let device = self.device.clone();
         let block = self.block_mut(placed);
+        if after != Ticket::NONE {
+            // Those of a device that is lost never end.
+            block.elsewhere.retain(|&ticket| device.is_over(ticket) != Ok(true));
+            block.elsewhere.push(after);
+        }
         block.holds = block.holds.checked_sub(1).expect("it is held");
         let (last, leaves) = (block.holds == 0, block.leaves);
         if last {
@@ -271,7 +319,8 @@ impl Slab {
     fn part(&mut self, placed: Placed) {
         if let Some(block) = self.blocks[placed.0 as usize].take() {
             self.vacant.push(placed.0);
-            self.leaving.push_back((block.slot, block.touched));
+            let Block { slot, touched, elsewhere, .. } = block;
+            self.leaving.push_back(Left { slot, touched, elsewhere });
         }
     }
 
@@ -281,8 +330,8 @@ impl Slab {
     /// The device is lost.
     pub fn reclaim(&mut self) -> Result<usize, Fault> {
         let before = self.leaving.len();
-        while let Some(&(slot, touched)) = self.leaving.front() {
-            for (over, ticket) in self.over.iter_mut().zip(touched) {
+        while let Some(Left { slot, touched, elsewhere }) = self.leaving.front() {
+            for (over, &ticket) in self.over.iter_mut().zip(touched) {
                 if ticket > *over {
                     if !self.device.is_over(ticket)? {
                         return Ok(before - self.leaving.len());
@@ -290,9 +339,14 @@ impl Slab {
                     *over = ticket;
                 }
             }
-            self.leaving.pop_front();
+            for &ticket in elsewhere {
+                if !self.device.is_over(ticket)? {
+                    return Ok(before - self.leaving.len());
+                }
+            }
+            self.pool.free(*slot);
             self.counts.in_use -= 1;
-            self.pool.free(slot);
+            self.leaving.pop_front();
         }
         Ok(before)
     }
@@ -302,8 +356,8 @@ impl Slab {
     /// # Errors
     /// The device is lost.
     pub fn wait_for_room(&mut self) -> Result<bool, Fault> {
-        let Some((_, touched)) = self.leaving.front().copied() else { return Ok(false) };
-        touched.into_iter().try_for_each(|ticket| self.device.wait(ticket))?;
+        let Some(Left { touched, elsewhere, .. }) = self.leaving.front() else { return Ok(false) };
+        touched.iter().chain(elsewhere).try_for_each(|&ticket| self.device.wait(ticket))?;
         Ok(self.reclaim()? > 0)
     }
 
@@ -320,10 +374,12 @@ impl Slab {
         if self.counts.held > 0 {
             return Err(Fault::Refused(format!("{} blocks are held", self.counts.held)));
         }
-        let last = self.blocks.iter().flatten().flat_map(|block| block.touched);
-        let last: Vec<Ticket> = last.chain(self.leaving.iter().flat_map(|(_, touched)| *touched)).collect();
+        let tickets = |touched: &[Ticket], elsewhere: &[Ticket]| [touched, elsewhere].concat();
+        let blocks = self.blocks.iter().flatten().flat_map(|block| tickets(&block.touched, &block.elsewhere));
+        let left = self.leaving.iter().flat_map(|left| tickets(&left.touched, &left.elsewhere));
+        let last: Vec<Ticket> = blocks.chain(left).collect();
         last.into_iter().try_for_each(|ticket| self.device.wait(ticket))?;
-        if self.bytes > 0 && !self.adopted {
+        if self.bytes > 0 && self.adopted.take().is_none() {
             self.device.release(self.base)?;
         }
         self.bytes = 0;
@@ -333,7 +389,9 @@ impl Slab {
 
 impl Drop for Slab {
     fn drop(&mut self) {
-        // Where blocks are held, whoever holds them needs the memory more than anybody else does.
-        drop(self.close());
+        if self.home.is_here() {
+            // Where blocks are held, whoever holds them needs the memory more than anybody else does.
+            drop(self.close());
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! A block's memory for Python, through the buffer protocol: read-only, `[layer, plane, head, token, dim]`.
 
 use crate::BlockView;
-use crate::block::Dtype;
+use crate::block::{Dtype, Geometry};
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -16,6 +16,11 @@ pub(super) struct BlockBuffer {
     format: &'static CStr,
 }
 
+/// The axes of a block.
+pub(super) fn shape_of(g: &Geometry) -> [usize; 5] {
+    [g.layers, g.planes, g.kv_heads, g.block_tokens, g.head_dim].map(|n| n as usize)
+}
+
 impl BlockBuffer {
     pub(super) fn new(view: BlockView) -> Self {
         let g = view.geometry();
@@ -26,7 +31,7 @@ impl BlockBuffer {
             Dtype::Bf16 => (c"H", 2),
             Dtype::Uint8 => (c"B", 1),
         };
-        let shape = [g.layers, g.planes, g.kv_heads, g.block_tokens, g.head_dim].map(|n| n as isize);
+        let shape = shape_of(g).map(|n| n as isize);
         let mut strides = [item; 5];
         for axis in (0..4).rev() {
             strides[axis] = strides[axis + 1] * shape[axis + 1];

@@ -1,12 +1,11 @@
 //! GPUs for Python: what there is to use, and why not.
 
-#[cfg(feature = "cuda")]
 use super::OrRaise;
-#[cfg(feature = "cuda")]
+use super::tensor::{Exchange, Tensor};
 use crate::error::input;
-use crate::gpu::Device;
 #[cfg(feature = "cuda")]
 use crate::gpu::check;
+use crate::gpu::{Adopted, Device, Stream};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::path::PathBuf;
@@ -22,6 +21,33 @@ pub(super) fn device(number: u32, driver: Option<PathBuf>) -> Result<Arc<dyn Dev
 #[cfg(not(feature = "cuda"))]
 pub(super) fn device(_: u32, _: Option<PathBuf>) -> Result<Arc<dyn Device>, String> {
     Err("this build has no GPU tier".into())
+}
+
+/// A tensor of somebody else's on the device, to be a tier's memory. It is the tier's alone, and kept as long as that is there.
+pub(super) fn adopted(tensor: &Bound<'_, PyAny>, device: &Arc<dyn Device>) -> PyResult<Adopted> {
+    let py = tensor.py();
+    let read = Tensor::read(tensor, &"gpu_memory", &mut Exchange::default())?;
+    let refuse = |what: String| Err(input(format!("gpu_memory: {what}"))).or_raise(py);
+    let Some(stream) = read.device else {
+        return refuse("in the process's memory, expected a tensor on the device".into());
+    };
+    let bytes = read.shape.iter().product::<i64>().max(0) as u64 * read.kind.bytes() as u64;
+    if read.read_only || !read.is_dense() {
+        return refuse("read-only or not contiguous, expected memory to write from its first byte to its last".into());
+    }
+    let address = read.base as u64;
+    let owned = py.detach(|| {
+        // What its owner put into its stream is done with it then.
+        device.mark(Stream(stream)).and_then(|ticket| device.wait(ticket))?;
+        device.owns(address)
+    });
+    match owned {
+        Ok(true) => Ok(Adopted { address, bytes, owner: Arc::new(tensor.clone().unbind()) }),
+        Ok(false) => {
+            refuse(format!("not on the tier's device, {}; set gpu.device to that of the tensor", device.name()))
+        }
+        Err(fault) => refuse(fault.to_string()),
+    }
 }
 
 /// A device to be checked; `stratakv gpu check` does.

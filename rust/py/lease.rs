@@ -1,6 +1,7 @@
 //! `Lease` for Python.
 
 use super::block::BlockBuffer;
+use super::device_block::DeviceBlock;
 use super::model::{Asked, Model};
 use super::tensor::keep_alive;
 use super::view::{Placement, view};
@@ -130,6 +131,11 @@ impl Lease {
     fn view<'py>(&self, py: Python<'py>, block: usize) -> PyResult<Option<Bound<'py, PyMemoryView>>> {
         let Some(view) = self.lease.view(block) else { return Ok(None) };
         PyMemoryView::from(Bound::new(py, BlockBuffer::new(view))?.as_any()).map(Some)
+    }
+
+    /// One block where it lies on the device, or `None`.
+    fn device_view(&self, block: usize) -> Option<DeviceBlock> {
+        self.lease.device_view(block).map(DeviceBlock::new)
     }
 
     /// Gives the blocks free.

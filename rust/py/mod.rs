@@ -5,6 +5,7 @@
 
 mod archive;
 mod block;
+mod device_block;
 mod eviction;
 mod gpu;
 mod index;
@@ -64,5 +65,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<store::Store>()?;
     module.add_class::<model::Model>()?;
     module.add_class::<lease::Lease>()?;
+    module.add_class::<device_block::DeviceBlock>()?;
     module.add_class::<model::TokenSequence>()
 }

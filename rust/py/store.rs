@@ -6,7 +6,7 @@ use crate::block::{Dtype, Geometry};
 use crate::error::input;
 use crate::evict::Kind;
 use crate::stats::{Counts, GpuStatus, Histogram, Lifter, Miss, Tier, Usage};
-use crate::{Engine, GpuOptions, ModelSpec, Options, SsdOptions, WritePolicy};
+use crate::{Engine, GpuOptions, ModelSpec, Options, SlabOptions, SsdOptions, WritePolicy};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyList, PyTuple};
@@ -23,9 +23,9 @@ pub(super) struct Store {
 #[pymethods]
 impl Store {
     /// Opens a store. `ssd` is `(path, capacity_bytes, segment_bytes, policy, engine)` or `None`; `gpu` is `(capacity_bytes,
-    /// device, driver)` or `None`.
+    /// device, driver)` or `None`; `gpu_memory`, if it is given, a tensor there that becomes the tier's memory.
     #[new]
-    #[pyo3(signature = (*, ram_capacity_bytes, eviction, ssd, secret, threads, index_bytes, gpu))]
+    #[pyo3(signature = (*, ram_capacity_bytes, eviction, ssd, secret, threads, index_bytes, gpu, gpu_memory))]
     #[expect(clippy::too_many_arguments, reason = "they are named")]
     fn new(
         py: Python<'_>,
@@ -36,6 +36,7 @@ impl Store {
         threads: usize,
         index_bytes: Option<u64>,
         gpu: Option<(u64, u32, Option<std::path::PathBuf>)>,
+        gpu_memory: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let eviction = Kind::parse(eviction).or_raise(py)?;
         let mut policy = WritePolicy::default();
@@ -46,10 +47,19 @@ impl Store {
                 Some(SsdOptions { path, capacity_bytes, segment_bytes, engine: Engine::parse(&engine).or_raise(py)? });
         }
         let mut no_gpu = None;
-        let gpu = gpu.and_then(|(capacity_bytes, number, driver)| {
-            let device = py.detach(|| super::gpu::device(number, driver));
-            device.map_err(|reason| no_gpu = Some(reason)).ok().map(|device| GpuOptions { device, capacity_bytes })
-        });
+        let mut tier_on_gpu = None;
+        if let Some((capacity_bytes, number, driver)) = gpu {
+            match py.detach(|| super::gpu::device(number, driver)) {
+                Ok(device) => {
+                    let slab = match gpu_memory {
+                        Some(tensor) => SlabOptions::Adopted(super::gpu::adopted(tensor, &device)?),
+                        None => SlabOptions::Reserved(capacity_bytes),
+                    };
+                    tier_on_gpu = Some(GpuOptions { device, slab });
+                }
+                Err(reason) => no_gpu = Some(reason),
+            }
+        }
         let options = Options {
             ram_capacity_bytes,
             eviction,
@@ -58,11 +68,15 @@ impl Store {
             secret,
             threads,
             index_bytes,
-            gpu,
+            gpu: tier_on_gpu,
             stepped: false,
         };
         let store = py.detach(|| crate::Store::open(options)).or_raise(py)?;
         let no_gpu = no_gpu.or_else(|| store.no_gpu().map(str::to_owned));
+        if let Some(why) = no_gpu.as_ref().filter(|_| gpu_memory.is_some()) {
+            py.detach(|| store.close()).or_raise(py)?;
+            return Err(input(format!("gpu_memory: {why}"))).or_raise(py);
+        }
         Ok(Self { store: Arc::new(store), no_gpu })
     }
 

@@ -84,29 +84,39 @@ impl Kind {
 }
 
 #[repr(C)]
-struct DlTensor {
-    data: *mut c_void,
-    device_type: i32,
-    device_id: i32,
-    ndim: i32,
-    code: u8,
-    bits: u8,
-    lanes: u16,
-    shape: *const i64,
-    strides: *const i64,
-    byte_offset: u64,
+pub(super) struct DlTensor {
+    pub(super) data: *mut c_void,
+    pub(super) device_type: i32,
+    pub(super) device_id: i32,
+    pub(super) ndim: i32,
+    pub(super) code: u8,
+    pub(super) bits: u8,
+    pub(super) lanes: u16,
+    pub(super) shape: *const i64,
+    pub(super) strides: *const i64,
+    pub(super) byte_offset: u64,
 }
 
 #[repr(C)]
-struct DlManagedVersioned {
-    major: u32,
-    minor: u32,
-    context: *mut c_void,
+pub(super) struct DlManagedVersioned {
+    pub(super) major: u32,
+    pub(super) minor: u32,
+    pub(super) context: *mut c_void,
     /// # Safety
     /// Called once, with the struct itself, while attached to the interpreter.
-    deleter: Option<unsafe extern "C" fn(*mut DlManagedVersioned)>,
-    flags: u64,
-    tensor: DlTensor,
+    pub(super) deleter: Option<unsafe extern "C" fn(*mut DlManagedVersioned)>,
+    pub(super) flags: u64,
+    pub(super) tensor: DlTensor,
+}
+
+/// As it was before version 1.
+#[repr(C)]
+pub(super) struct DlManaged {
+    pub(super) tensor: DlTensor,
+    pub(super) context: *mut c_void,
+    /// # Safety
+    /// As of [`DlManagedVersioned`].
+    pub(super) deleter: Option<unsafe extern "C" fn(*mut DlManaged)>,
 }
 
 /// The producer's table of C functions, as far as it is used: no Python call and no capsule per tensor.
@@ -128,15 +138,15 @@ struct DlExchange {
 
 const EXCHANGE: &CStr = c"dlpack_exchange_api";
 
-const LEGACY: &CStr = c"dltensor";
-const VERSIONED: &CStr = c"dltensor_versioned";
-const READ_ONLY: u64 = 1;
+pub(super) const LEGACY: &CStr = c"dltensor";
+pub(super) const VERSIONED: &CStr = c"dltensor_versioned";
+pub(super) const READ_ONLY: u64 = 1;
 const CPU: i32 = 1;
-const CUDA: i32 = 2;
+pub(super) const CUDA: i32 = 2;
 /// Memory of the process that a device reaches, too.
 const CUDA_HOST: i32 = 3;
 /// The stream that waits for all others and they for it: where nobody says which one is used.
-const DEFAULT_STREAM: u64 = 1;
+pub(super) const DEFAULT_STREAM: u64 = 1;
 
 /// The C functions of the last producer's type: the tensors of a call mostly have one type.
 #[derive(Default)]
@@ -469,6 +479,12 @@ pub(super) fn integers(object: &Bound<'_, PyAny>, what: &str) -> PyResult<Vec<u3
 }
 
 impl Tensor<'_> {
+    /// Whether its items lie side by side, in order.
+    pub(super) fn is_dense(&self) -> bool {
+        let dense = dense_strides(&self.shape, self.kind.bytes());
+        self.shape.iter().zip(self.strides.iter().zip(dense)).all(|(&n, (&stride, dense))| n <= 1 || stride == dense)
+    }
+
     // The items of a 1-d tensor of `T`, each widened; or the place and the value of one that is no `u32`.
     fn narrow<T: Copy>(&self, widen: impl Fn(T) -> u64) -> std::result::Result<Vec<u32>, (usize, u64)> {
         let (length, stride) = (self.shape[0].max(0) as usize, self.strides[0]);

@@ -18,10 +18,10 @@ use crate::block::Geometry;
 use crate::codec::Layout;
 use crate::copy::KvView;
 use crate::error::{Error, ErrorKind, Result, input};
-use crate::gpu::{Coded, Device, Fault, Lane, Piece, Placed, Rows, Slab, Status, Submission, Ticket, Work};
+use crate::gpu::{Adopted, Coded, Device, Fault, Lane, Piece, Placed, Rows, Slab, Status, Submission, Ticket, Work};
 use crate::pool::{Class, Holding, Slot};
 use crate::stats::{GpuStatus, SlabCounts, TierCounts};
-use crate::sync::Arc;
+use crate::sync::{Arc, Home};
 use std::collections::{BTreeMap, HashMap};
 
 /// Matches of a block after which it is copied to the device.
@@ -36,17 +36,27 @@ const ALIGN: usize = 4096;
 pub struct GpuOptions {
     /// What it is on.
     pub device: Arc<dyn Device>,
-    /// Bytes of its slab; of half as many, and so on, where the device has no room.
-    pub capacity_bytes: u64,
+    /// What its slab is.
+    pub slab: SlabOptions,
+}
+
+/// Memory of a device for blocks.
+#[derive(Debug, Clone)]
+pub enum SlabOptions {
+    /// So many bytes; half as many, and so on, where the device has no room.
+    Reserved(u64),
+    /// Memory of somebody else's.
+    Adopted(Adopted),
 }
 
 /// How the store reaches its device: what is the same for good.
 #[derive(Debug)]
 pub(super) struct Link {
-    device: Arc<dyn Device>,
+    pub(super) device: Arc<dyn Device>,
     /// RAM's arena, as the process has it and as the device does.
     memory: *mut u8,
     address: u64,
+    home: Home,
 }
 
 // SAFETY: it only carries the address; what is done there is decided by the store.
@@ -56,8 +66,10 @@ unsafe impl Sync for Link {}
 
 impl Drop for Link {
     fn drop(&mut self) {
-        // It may be lost.
-        drop(self.device.forget(self.memory));
+        if self.home.is_here() {
+            // It may be lost.
+            drop(self.device.forget(self.memory));
+        }
     }
 }
 
@@ -79,8 +91,9 @@ pub(crate) struct Gpu {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct OnGpu {
     placed: Placed,
-    address: u64,
-    ready: Ticket,
+    pub(super) address: u64,
+    /// What writes it is over then.
+    pub(super) ready: Ticket,
 }
 
 /// Opens the tier over RAM's arena.
@@ -88,11 +101,14 @@ pub(super) struct OnGpu {
 /// # Errors
 /// Neither the slab nor the arena can be had there.
 pub(super) fn open(options: &GpuOptions, memory: *mut u8, bytes: usize) -> std::result::Result<(Link, Gpu), Fault> {
-    let GpuOptions { device, capacity_bytes } = options;
+    let GpuOptions { device, slab } = options;
     // SAFETY: the arena outlives the link, which forgets it.
     let address = unsafe { device.register(memory, bytes) }?;
-    let link = Link { device: device.clone(), memory, address };
-    let slab = Slab::reserve(device.clone(), *capacity_bytes, 0)?;
+    let link = Link { device: device.clone(), memory, address, home: Home::default() };
+    let slab = match slab {
+        SlabOptions::Reserved(bytes) => Slab::reserve(device.clone(), *bytes, 0),
+        SlabOptions::Adopted(memory) => Slab::adopt(device.clone(), memory.clone()),
+    }?;
     let gpu = Gpu {
         capacity_bytes: slab.bytes(),
         slab: Some(slab),
@@ -175,11 +191,27 @@ impl State {
         Some(OnGpu { placed, address: slab.address(placed), ready })
     }
 
-    /// Gives that up.
-    pub(super) fn let_go_on_gpu(&mut self, held: &OnGpu) {
+    /// Gives that up. What reads it in a stream of somebody else's is over with that ticket.
+    pub(super) fn let_go_on_gpu(&mut self, held: &OnGpu, after: Ticket) {
         if let Some(slab) = self.slab() {
-            slab.let_go(held.placed);
+            slab.let_go(held.placed, after);
         }
+    }
+
+    /// Holds it once more. `alone`: nobody else may hold it, and nobody finds it from now on.
+    pub(super) fn hold_again(&mut self, id: NodeId, held: &OnGpu, alone: bool) -> std::result::Result<(), Fault> {
+        let lost = || Fault::Lost("its blocks are gone".into());
+        if alone {
+            if self.slab().ok_or_else(lost)?.holds(held.placed) > 1 {
+                return Err(Fault::Refused("others read the block".into()));
+            }
+            // It may have left, and another copy of the block have come.
+            if self.nodes.is_linked(id) && self.nodes[id].gpu == Some(held.placed) {
+                self.leave_gpu(id, false);
+            }
+        }
+        self.slab().ok_or_else(lost)?.hold(held.placed);
+        Ok(())
     }
 
     // Places on the device for blocks of a model that have none there: others of it leave, or of those who have more than
@@ -559,7 +591,7 @@ impl Lease {
                         payloads[*at].2 = Payload::Gpu(held);
                     }
                     Err(_) => {
-                        state.let_go_on_gpu(&placed[n]);
+                        state.let_go_on_gpu(&placed[n], Ticket::NONE);
                         // It may have been dropped meanwhile, and its copy with it.
                         if state.nodes.is_linked(*id) && state.nodes[*id].gpu == Some(placed[n].placed) {
                             state.leave_gpu(*id, false);

@@ -13,6 +13,7 @@ use crate::codec::Layout;
 use crate::copy::{BlockCopy, Direction, KvView, copy_planes};
 use crate::error::{Error, ErrorKind, Result, input};
 use crate::fused::{decode_blocks, decode_planes};
+use crate::gpu::Ticket;
 use crate::pool::Slot;
 use crate::ssd::record::{read_record, tokens_of};
 use crate::ssd::{ModelFile, Place};
@@ -340,7 +341,7 @@ impl Lease {
             state.end_load(owner);
         }
         let before = sources.iter().filter_map(|source| if let Source::Gpu(held) = source { Some(held) } else { None });
-        before.chain(on_gpu).for_each(|held| state.let_go_on_gpu(held));
+        before.chain(on_gpu).for_each(|held| state.let_go_on_gpu(held, Ticket::NONE));
         for (n, (source, result)) in sources.iter().zip(results).enumerate() {
             // It may have been unlinked meanwhile.
             let linked = held.get(n).copied().filter(|&id| state.nodes.is_linked(id));

@@ -42,7 +42,7 @@ mod write;
 pub use behind::{Kind as WorkKind, Work};
 pub use divide::{Divisible, Share};
 pub use events::{Event, Events};
-pub use gpu::GpuOptions;
+pub use gpu::{GpuOptions, SlabOptions};
 pub use lease::Lease;
 pub use listing::Prefix;
 pub use load::LoadOutcome;
@@ -51,7 +51,7 @@ pub use put::PutOutcome;
 pub use quota::{Quota, TierQuota};
 pub use sequence::Sequence;
 pub use share::Admitted;
-pub use view::BlockView;
+pub use view::{BlockView, DeviceView, HandedOut};
 
 use crate::arena::{Arena, HUGE_PAGE, Pages};
 use crate::block::{Geometry, Secret};
@@ -64,7 +64,7 @@ use crate::ssd::io::{Engine, FileIo, Io};
 use crate::ssd::record::MAX_NAME_BYTES;
 use crate::ssd::{Ssd, SsdOptions, Stale};
 use crate::stats::{Counts, Snapshot, Tier};
-use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
+use crate::sync::{Arc, AtomicBool, Condvar, Home, Mutex, Ordering};
 use crate::trie::Trie;
 use crate::workers::Workers;
 use demote::Pace;
@@ -161,7 +161,7 @@ struct Shared {
     ssd: Option<Ssd>,
     secret: Secret,
     workers: Workers,
-    pid: u32,
+    home: Home,
 }
 
 /// A multi-tier KV cache of one process.
@@ -243,7 +243,7 @@ impl Store {
             ssd,
             secret,
             workers,
-            pid: std::process::id(),
+            home: Home::default(),
         });
         let thread = std::thread::Builder::new().name("stratakv-demote".into());
         let begin = || {
@@ -479,7 +479,7 @@ impl Store {
     /// # Errors
     /// Not everything could be written; the store is closed all the same.
     pub fn close(&self) -> Result<()> {
-        if self.shared.state.lock().closed || self.shared.pid != std::process::id() {
+        if !self.shared.home.is_here() || self.shared.state.lock().closed {
             return Ok(());
         }
         let flushed = self.flush();
@@ -576,7 +576,7 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        if self.shared.pid == std::process::id() {
+        if self.shared.home.is_here() {
             self.stop();
             // Leases may keep the rest alive; the directory is free.
             if let Some(ssd) = &self.shared.ssd {
@@ -589,7 +589,7 @@ impl Drop for Store {
 impl Shared {
     fn check_open(&self) -> Result<()> {
         // Threads do not survive a fork, and a lock may be held by one of them for ever.
-        if self.pid != std::process::id() {
+        if !self.home.is_here() {
             return Err(Error::new(ErrorKind::Closed, "the store was opened before a fork; open one in this process"));
         }
         if self.closed.load(Ordering::Acquire) {

@@ -471,7 +471,7 @@ impl Shared {
     /// The owner of a model's blocks of a tenant.
     pub(super) fn owner(&self, model: &Model, tenant: &str) -> (OwnerId, crate::sync::Arc<super::model::Matches>) {
         let tag = self.secret.tenant_tag(tenant);
-        if self.pid != std::process::id() {
+        if !self.home.is_here() {
             // A thread that a fork left behind may have the lock for ever. Who asks on is told so.
             return (OwnerId::MAX, crate::sync::Arc::default());
         }

@@ -201,6 +201,8 @@ def test_a_process_that_was_forked_while_the_tiers_are_divided_does_not_hang() -
         for _ in range(20):
             child = os.fork()
             if child == 0:
+                # It ends though a lock is waited for.
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(10)
                 for call in (caches.rebalance, caches.status, lambda: caches["a"], lambda: list(caches)):
                     try:
@@ -211,6 +213,33 @@ def test_a_process_that_was_forked_while_the_tiers_are_divided_does_not_hang() -
                 caches.close()
                 os._exit(7)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_store_is_closed_in_a_fork_though_threads_that_are_left_behind_have_its_locks() -> None:
+    with open_by(Clock(), interval_s=1e-6) as caches:
+        caches.register("a", SHAPE)
+        done = threading.Event()
+
+        def busy() -> None:
+            while not done.is_set():
+                caches.stats()
+
+        threads = [threading.Thread(target=busy) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(40):
+                child = os.fork()
+                if child == 0:
+                    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                    signal.alarm(10)
+                    caches.close()
+                    os._exit(7)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
 
 
 def test_more_models_than_the_tier_has_room_for_take_turns() -> None:

@@ -7,6 +7,7 @@ import gc
 import json
 import shutil
 import subprocess
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +66,12 @@ class Driver:
         self.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
         return address.value
 
+    def drain(self) -> None:
+        self.call("cuCtxPushCurrent_v2", self.context)
+        for stream in (1, 2):
+            self.call("cuStreamSynchronize", ctypes.c_void_p(stream))
+        self.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
     def report(self) -> str:
         text = ctypes.create_string_buffer(4096)
         self.library.standin_report.restype = ctypes.c_size_t
@@ -90,6 +97,9 @@ class Array:
         self.size = content.nbytes
         self.address = driver.allocate(self.size)
         self.stream = stream
+        self.strides: tuple[int, ...] | None = None
+        self.read_only = False
+        self.code = 2
         self.write(content)
 
     def write(self, content: np.ndarray) -> None:
@@ -113,8 +123,11 @@ class Array:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, object]:
-        kind = {"version": 3, "shape": self.shape, "typestr": self.dtype.str, "data": (self.address, False)}
-        return {**kind, "strides": None, "stream": self.stream}
+        kind = {"version": 3, "shape": self.shape, "typestr": self.dtype.str, "data": (self.address, self.read_only)}
+        return {**kind, "strides": self.strides, "stream": self.stream}
+
+
+Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class DlTensor(ctypes.Structure):
@@ -126,8 +139,24 @@ class DlTensor(ctypes.Structure):
         ("shape", ctypes.c_void_p),
         ("strides", ctypes.c_void_p),
         ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class Legacy(ctypes.Structure):
+    """What a capsule of before DLPack 1 holds."""
+
+    _fields_ = (("tensor", DlTensor), ("context", ctypes.c_void_p), ("deleter", Deleter))
+
+
+class Managed(ctypes.Structure):
+    """And one of DLPack 1."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint32 * 2),
         ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
+        ("deleter", Deleter),
+        ("flags", ctypes.c_uint64),
+        ("tensor", DlTensor),
     )
 
 
@@ -144,22 +173,55 @@ class Exported(Array):
     def __dlpack__(self, *, stream: int, max_version: object = None) -> object:
         assert stream == 1
         self.dims = (ctypes.c_int64 * len(self.shape))(*self.shape)
-        self.tensor = DlTensor(
+        tensor = DlTensor(
             data=self.address,
             device=(ctypes.c_int * 2)(2, 0),
             ndim=len(self.shape),
-            dtype=(ctypes.c_uint8 * 4)(2, 8 * self.dtype.itemsize, 1, 0),
+            dtype=(ctypes.c_uint8 * 4)(self.code, 8 * self.dtype.itemsize, 1, 0),
             shape=ctypes.addressof(self.dims),
         )
+        self.tensor = Legacy(tensor=tensor)
         make = ctypes.pythonapi.PyCapsule_New
         make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
         return make(ctypes.addressof(self.tensor), b"dltensor", None)
 
 
-def opened(driver: Driver, path: Path | None = None, **changes: object) -> stratakv.CacheManager:
+class Imported:
+    """What a consumer makes of a capsule: it renames it, and calls the deleter when it is done."""
+
+    def __init__(self, driver: Driver, block: object, stream: int | None, version: tuple[int, int] | None) -> None:
+        name = b"dltensor_versioned" if version else b"dltensor"
+        capsule = block.__dlpack__(stream=stream, max_version=version)  # type: ignore[attr-defined]
+        get, rename = ctypes.pythonapi.PyCapsule_GetPointer, ctypes.pythonapi.PyCapsule_SetName
+        get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        rename.argtypes = (ctypes.py_object, ctypes.c_char_p)
+        self.driver, self.address = driver, get(capsule, name)
+        assert rename(capsule, b"used_" + name) == 0
+        self.managed = (Managed if version else Legacy).from_address(self.address)
+        self.tensor = self.managed.tensor
+
+    def read(self) -> np.ndarray:
+        """Its bytes as 16-bit integers, in its shape."""
+        shape = tuple((ctypes.c_int64 * self.tensor.ndim).from_address(self.tensor.shape))
+        strides = tuple((ctypes.c_int64 * self.tensor.ndim).from_address(self.tensor.strides))
+        assert strides == tuple(int(np.prod(shape[n + 1 :])) for n in range(len(shape)))
+        out = np.empty(shape, np.uint16)
+        to = out.ctypes.data_as(ctypes.c_void_p)
+        self.driver.call("standin_read", ctypes.c_uint64(self.tensor.data), to, ctypes.c_size_t(out.nbytes))
+        return out
+
+    def close(self) -> None:
+        self.managed.deleter(self.address)
+
+
+def opened(
+    driver: Driver, path: Path | None = None, *, gpu_memory: object = None, **changes: object
+) -> stratakv.CacheManager:
     plain = config(path)
     tier = stratakv.GpuConfig(**{"capacity_bytes": "8MiB", "driver": driver.path} | changes)
-    return stratakv.open(stratakv.Config(ram=plain.ram, ssd=plain.ssd, store=plain.store, gpu=tier))
+    return stratakv.open(
+        stratakv.Config(ram=plain.ram, ssd=plain.ssd, store=plain.store, gpu=tier), gpu_memory=gpu_memory
+    )
 
 
 @pytest.mark.parametrize("kind", [Array, Exported])
@@ -383,3 +445,149 @@ def test_settings_that_make_no_sense(changes: dict[str, object], said: str) -> N
     with pytest.raises(stratakv.ConfigError) as caught:
         stratakv.GpuConfig(**changes)  # type: ignore[arg-type]
     assert said in str(caught.value)
+
+
+def hot(cache: stratakv.ModelCache, driver: Driver, tokens: np.ndarray, kv: np.ndarray) -> None:
+    """Has blocks in the GPU tier."""
+    cache.put(tokens, kv, layout="LKHND")
+    for _ in range(3):
+        with cache.match(tokens) as hit:
+            hit.load(Array(driver, np.zeros_like(kv)), layout="LKHND")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_blocks_are_handed_out_where_they_are(driver: Driver, dtype: stratakv.Dtype) -> None:
+    shape = geometry(dtype=dtype, head_dim=8)
+    tokens = tokens_of(7, 32)
+    kv = kv_of(tokens, SHAPE)
+    bits = kv.view(np.uint16)
+    if dtype == "bf16":
+        kv = bits
+    with opened(driver) as caches:
+        cache = caches.register("model", shape)
+        array = Exported(driver, kv)
+        if dtype == "bf16":
+            array.code = 4
+        cache.put(tokens, array, layout="LKHND")
+        with cache.match(tokens) as hit:
+            assert hit.device_view(0) is None, "it is in RAM alone"
+        for _ in range(3):
+            with cache.match(tokens) as hit:
+                assert hit.load(array, layout="LKHND") == 32
+        with cache.match(tokens) as hit:
+            with pytest.raises(stratakv.InputError, match="block is 8, expected an integer from 0, below 8"):
+                hit.device_view(8)
+            blocks = [hit.device_view(n) for n in range(8)]
+        size = shape.block_tokens
+        for n, block in enumerate(blocks):
+            assert block is not None
+            right = bits[..., n * size : (n + 1) * size, :]
+            assert (block.__dlpack_device__(), block.shape) == ((2, 0), right.shape)
+            for stream in (None, 1, 2, -1):
+                tensor = Imported(driver, block, stream, (1, 0))
+                assert (list(tensor.managed.version), tensor.managed.flags) == ([1, 0], 1), "it is read-only"
+                assert list(tensor.tensor.device) == [2, 0]
+                assert list(tensor.tensor.dtype) == [4 if dtype == "bf16" else 2, 16, 1, 0]
+                # Whoever reads it waits for the stream; here for all.
+                driver.drain()
+                assert np.array_equal(tensor.read(), right)
+                tensor.close()
+            interface = block.__cuda_array_interface__
+            assert (interface["shape"], interface["strides"], interface["stream"]) == (right.shape, None, None)
+            assert (interface["typestr"], interface["version"]) == ("<u2" if dtype == "bf16" else "<f2", 3)
+            address, read_only = interface["data"]
+            assert read_only
+            out = np.empty(right.shape, np.uint16)
+            to = out.ctypes.data_as(ctypes.c_void_p)
+            driver.call("standin_read", ctypes.c_uint64(address), to, ctypes.c_size_t(out.nbytes))
+            assert np.array_equal(out, right), "its bytes are there without a wait"
+        # A capsule that nobody takes lets go by itself; and one that is taken is its consumer's to end.
+        capsule = blocks[0].__dlpack__(max_version=(1, 0))  # type: ignore[union-attr]
+        held = Imported(driver, blocks[1], 1, (1, 0))
+        del capsule, block, blocks
+        status = caches.status()
+        assert status.gpu is not None
+        assert status.gpu.held_blocks == 1
+        held.close()
+        status = caches.status()
+        assert status.gpu is not None
+        assert status.gpu.held_blocks == 0
+        assert_sums(caches.stats())
+
+
+def test_a_consumer_of_before_dlpack_1_has_the_block_for_itself(driver: Driver) -> None:
+    tokens = tokens_of(8, 16)
+    kv = kv_of(tokens, SHAPE)
+    with opened(driver) as caches:
+        cache = caches.register("model", SHAPE)
+        hot(cache, driver, tokens, kv)
+        with cache.match(tokens) as hit:
+            one, other = hit.device_view(0), hit.device_view(0)
+            assert one is not None
+            with pytest.raises(BufferError, match="others read the block"):
+                one.__dlpack__(stream=1)
+            del other
+            tensor = Imported(driver, one, 1, None)
+            driver.drain()
+            assert np.array_equal(tensor.read(), kv[..., : SHAPE.block_tokens, :].view(np.uint16))
+            assert hit.device_view(0) is None
+            for call in (lambda: one.__dlpack__(max_version=(1, 0)), lambda: one.__cuda_array_interface__):
+                with pytest.raises(BufferError, match="given away to be written; ask for it anew"):
+                    call()
+            left = hit.device_view(1)
+            assert left is not None
+            for wrong, says in (
+                ({"copy": True}, "handed out where it is"),
+                ({"dl_device": (1, 0)}, "handed out where it is"),
+                ({"stream": 0}, "stream is 0, expected 1, 2 or the handle of one"),
+                ({"stream": -2}, "stream is -2"),
+            ):
+                with pytest.raises(BufferError, match=says):
+                    left.__dlpack__(max_version=(1, 0), **wrong)
+            driver.library.standin_foreign_stream.restype = ctypes.c_uint64
+            with pytest.raises(BufferError, match="another context"):
+                left.__dlpack__(max_version=(1, 0), stream=driver.library.standin_foreign_stream(0))
+            tensor.close()
+
+
+def test_a_tensor_is_the_tiers_memory_until_the_store_is_closed(driver: Driver, tmp_path: Path) -> None:
+    tokens = tokens_of(9, 32)
+    kv = kv_of(tokens, SHAPE)
+    memory = Array(driver, np.zeros((6, 1 << 20), np.uint8))
+    alive = weakref.ref(memory)
+    address = memory.address
+    with opened(driver, gpu_memory=memory, capacity_bytes=0) as caches:
+        del memory
+        status = caches.status()
+        assert status.gpu is not None
+        assert ((5 << 20) < status.gpu.capacity_bytes <= (6 << 20), status.gpu.reservations) == (True, 0)
+        cache = caches.register("model", SHAPE)
+        hot(cache, driver, tokens, kv)
+        with cache.match(tokens) as hit:
+            block = hit.device_view(3)
+        assert block is not None
+        assert address <= block.__cuda_array_interface__["data"][0] < address + (6 << 20)
+        del block, hit
+    gc.collect()
+    assert alive() is None, "its owner has it back"
+    small, flat = Array(driver, np.zeros(4096, np.uint8)), Array(driver, np.zeros((8 << 20), np.uint8))
+    strided, frozen = Array(driver, np.zeros(8 << 20, np.uint8)), Array(driver, np.zeros(8 << 20, np.uint8))
+    strided.strides, frozen.read_only = (2,), True
+    strided.shape = (4 << 20,)
+    for wrong, says in (
+        (small, "4096 bytes at .*, expected at least 4194304"),
+        (np.zeros(8 << 20, np.uint8), "in the process's memory, expected a tensor on the device"),
+        (strided, "not contiguous"),
+        (frozen, "read-only"),
+        ("memory", "gpu_memory: str is no tensor"),
+    ):
+        with pytest.raises(stratakv.InputError, match=says):
+            opened(driver, gpu_memory=wrong)
+    elsewhere = Array(driver, np.zeros(8 << 20, np.uint8))
+    elsewhere.address = kv.ctypes.data
+    with pytest.raises(
+        stratakv.InputError, match=r"gpu_memory: not on the tier's device, stand-in .*; set gpu\.device"
+    ):
+        opened(driver, gpu_memory=elsewhere)
+    with pytest.raises(stratakv.InputError, match="gpu_memory: no driver"):
+        stratakv.open(stratakv.Config(gpu=stratakv.GpuConfig(driver=tmp_path / "none.so")), gpu_memory=flat)

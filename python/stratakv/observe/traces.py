@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from stratakv.cache import Match, ModelCache
+from stratakv.cache import ModelCache
 from stratakv.errors import ConfigError, StrataKVError
+from stratakv.match import Match
 from stratakv.tracing import Work
 
 try:
