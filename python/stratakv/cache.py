@@ -370,6 +370,13 @@ class ModelCache:
         """
         self._model.set_codec("ssd", Codec.of(codec).terms())
 
+    def set_codecs(self, ram: Codec | None, cold: Codec | None) -> None:
+        """Sets those that are given, as `set_ram_codec` and `set_cold_codec` do."""
+        if ram is not None:
+            self.set_ram_codec(ram)
+        if cold is not None:
+            self.set_cold_codec(cold)
+
     def calibrate(
         self,
         kv: object,

@@ -241,7 +241,7 @@ class CacheManager:
             if name in self._models:
                 known = self._models[name]
                 if (known.geometry, (known.weights_version, known.priority, known.weights_bytes)) == (geometry, terms):
-                    _set_codecs(known.cache, *codecs)
+                    known.cache.set_codecs(*codecs)
                     return known.cache
                 was = f"{known.geometry}, weights_version={known.weights_version!r}, priority={known.priority}"
                 raise ModelExistsError(f"model {name!r} is registered already as {was}; unregister it first")
@@ -263,7 +263,7 @@ class CacheManager:
             if len(self._models) == 2 and self._balancer is None:
                 self._balancer = threading.Thread(target=self._keep_balance, name="stratakv-balance", daemon=True)
                 self._balancer.start()
-            _set_codecs(cache, ram, cold)
+            cache.set_codecs(ram, cold)
             if model.fingerprint in self._kept.retired and self._postgres is not None:
                 cache.retired = True
                 model.retire(True)
@@ -680,13 +680,6 @@ class CacheManager:
     ) -> None:
         """Closes the store."""
         self.close()
-
-
-def _set_codecs(cache: ModelCache, ram: Codec | None, cold: Codec | None) -> None:
-    if ram is not None:
-        cache.set_ram_codec(ram)
-    if cold is not None:
-        cache.set_cold_codec(cold)
 
 
 def open(config: Config | str | os.PathLike[str] | None = None, *, gpu_memory: object = None) -> CacheManager:

@@ -8,28 +8,20 @@ use super::cuda::{Cuda, Path, Paths};
 use super::device::{Coded, Device, Fault, Lane, Piece, Rows, Status, Submission, Ticket, Work};
 use crate::block::{Dtype, Geometry};
 use crate::codec::{Codec, Granularity, Layout, Scheme};
+use crate::pool::Holding;
 use crate::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
-/// Bytes of a copy that is timed, and of the one that is the limit.
-const COPIED: usize = 64 << 20;
-const LARGE: usize = 256 << 20;
+/// Bytes of what is timed, and of copies when a tier is opened.
+pub const COPIED: usize = 256 << 20;
+const CALIBRATING: usize = 16 << 20;
 const STANDING_IN: usize = 256 << 10;
 const ALIGN: usize = 4096;
 
-/// Copies of one kind, timed.
-#[derive(Debug, Clone)]
-pub struct Timed {
-    /// To the device, or from it.
-    pub up: bool,
-    /// How.
-    pub path: Path,
-    /// Bytes of a piece.
-    pub piece_bytes: usize,
-    /// Bytes a second, of each repetition.
-    pub bytes_per_s: Vec<f64>,
-}
-
 /// Pinned memory of the process.
+#[derive(Debug)]
 struct Pinned {
     device: Arc<Cuda>,
     memory: Vec<u8>,
@@ -59,6 +51,7 @@ impl Drop for Pinned {
 }
 
 /// Memory of the device.
+#[derive(Debug)]
 struct Reserved {
     device: Arc<Cuda>,
     address: u64,
@@ -82,35 +75,53 @@ fn run(device: &Cuda, lane: Lane, work: Work) -> Result<(), Fault> {
     device.wait(ticket)
 }
 
-/// Times copies of pieces of one size, in an order in which few are neighbours.
-///
-/// # Errors
-/// There is no memory for it, or the device is lost.
-pub fn copies(device: &Arc<Cuda>, up: bool, path: Path, piece_bytes: usize, repeats: usize) -> Result<Timed, Fault> {
-    // What stands in for a device is not timed: there less will do to see that it is copied.
-    let bytes = match (device.is_real(), piece_bytes) {
-        (false, _) => STANDING_IN.max(piece_bytes),
-        (true, LARGE..) => LARGE,
-        (true, _) => COPIED,
-    };
-    let (here, there) = (Pinned::new(device, bytes)?, Reserved::new(device, bytes)?);
-    let count = bytes / piece_bytes;
-    let pieces: Vec<Piece> = (0..count)
-        .map(|n| {
-            let at = (n * 7919 % count * piece_bytes) as u64;
-            let (from, to) = if up { (here.address, there.address) } else { (there.address, here.address) };
-            Piece { from: from + at, to: to + at, bytes: piece_bytes as u64 }
-        })
-        .collect();
-    let mut bytes_per_s = Vec::with_capacity(repeats);
-    // The first is a warm-up.
-    for repeat in 0..=repeats {
-        let seconds = device.timed(if up { Lane::Up } else { Lane::Down }, path, &pieces)?;
-        if repeat > 0 {
-            bytes_per_s.push(bytes as f64 / seconds);
-        }
+/// Memory of both kinds to copy between.
+#[derive(Debug)]
+pub struct Copies {
+    device: Arc<Cuda>,
+    here: Pinned,
+    there: Reserved,
+    bytes: usize,
+}
+
+impl Copies {
+    /// Of so many bytes; of what stands in for a device, less: it is not timed.
+    ///
+    /// # Errors
+    /// There is no memory for it, or the device is lost.
+    pub fn new(device: &Arc<Cuda>, bytes: usize) -> Result<Self, Fault> {
+        let bytes = if device.is_real() { bytes } else { STANDING_IN };
+        let (here, there) = (Pinned::new(device, bytes)?, Reserved::new(device, bytes)?);
+        Ok(Self { device: device.clone(), here, there, bytes })
     }
-    Ok(Timed { up, path, piece_bytes, bytes_per_s })
+
+    /// Times copies of all of it, in pieces of one size and in an order in which few are neighbours: bytes a second, of each
+    /// repetition.
+    ///
+    /// # Errors
+    /// The device refuses that path, or is lost.
+    pub fn time(&self, up: bool, path: Path, piece_bytes: usize, repeats: usize) -> Result<Vec<f64>, Fault> {
+        let piece_bytes = piece_bytes.min(self.bytes);
+        let count = self.bytes / piece_bytes;
+        let pieces: Vec<Piece> = (0..count)
+            .map(|n| {
+                let at = (n * 7919 % count * piece_bytes) as u64;
+                let (here, there) = (self.here.address + at, self.there.address + at);
+                let (from, to) = if up { (here, there) } else { (there, here) };
+                Piece { from, to, bytes: piece_bytes as u64 }
+            })
+            .collect();
+        let lane = if up { Lane::Up } else { Lane::Down };
+        let mut bytes_per_s = Vec::with_capacity(repeats);
+        // The first is a warm-up.
+        for repeat in 0..=repeats {
+            let seconds = self.device.timed(lane, path, &pieces)?;
+            if repeat > 0 {
+                bytes_per_s.push((count * piece_bytes) as f64 / seconds);
+            }
+        }
+        Ok(bytes_per_s)
+    }
 }
 
 /// From how many bytes of a piece on engines are faster than a kernel on this device, measured; and has copies go by that.
@@ -120,8 +131,9 @@ pub fn copies(device: &Arc<Cuda>, up: bool, path: Path, piece_bytes: usize, repe
 pub fn calibrate(device: &Arc<Cuda>) -> Result<Paths, Fault> {
     let mut paths = Paths::default();
     let engine = if device.has_batch() { Path::Batch } else { Path::Engine };
+    let copies = Copies::new(device, CALIBRATING)?;
     for (up, from) in [true, false].into_iter().zip(&mut paths.engines_from) {
-        let fast = |path, size| copies(device, up, path, size, 3).map(|timed| median(timed.bytes_per_s));
+        let fast = |path, size| copies.time(up, path, size, 3).map(median);
         *from = u64::MAX;
         for size in [4 << 10, 8 << 10, 16 << 10, 28 << 10, 64 << 10, 128 << 10, 256 << 10] {
             if fast(engine, size)? >= fast(Path::Kernel, size)? {
@@ -132,6 +144,92 @@ pub fn calibrate(device: &Arc<Cuda>) -> Result<Paths, Fault> {
     }
     device.set_paths(paths);
     Ok(paths)
+}
+
+/// The same, once in a process for a device of a driver; later ones of it go by what was measured then.
+///
+/// # Errors
+/// As there.
+pub fn calibrate_once(device: &Arc<Cuda>) -> Result<Paths, Fault> {
+    static KNOWN: Mutex<BTreeMap<(String, u32), Paths>> = Mutex::new(BTreeMap::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let of = (device.pci(), device.driver());
+    if let Some(&paths) = known.get(&of) {
+        device.set_paths(paths);
+        return Ok(paths);
+    }
+    let paths = calibrate(device)?;
+    known.insert(of, paths);
+    Ok(paths)
+}
+
+/// Bytes a second of tensors, as they are plain, that are encoded into pinned memory or decoded from it, of each repetition;
+/// and how many of them cross the link for each. `staged`: by way of memory of the device.
+///
+/// # Errors
+/// There is no memory for it, or the device is lost.
+pub fn coding(device: &Arc<Cuda>, encode: bool, staged: bool, repeats: usize) -> Result<(Vec<f64>, f64), Fault> {
+    // As a model of 8 billion parameters has them: 2 MiB each.
+    let geometry = Geometry { layers: 32, planes: 2, kv_heads: 8, head_dim: 128, dtype: Dtype::Fp16, block_tokens: 16 };
+    let layout = Layout::new(Scheme::new(Codec::Int8Sym, &geometry), &geometry);
+    let layout = Arc::new(layout.map_err(|error| Fault::Refused(error.to_string()))?);
+    let blocks = if device.is_real() { COPIED / geometry.block_bytes() } else { 1 };
+    let plain = geometry.block_bytes();
+    let (mut memory, tensor) = (Pinned::new(device, blocks * plain)?, Reserved::new(device, blocks * plain)?);
+    memory.bytes().copy_from_slice(&content(blocks * plain, 1));
+    let whole = Piece { from: memory.address, to: tensor.address, bytes: (blocks * plain) as u64 };
+    run(device, Lane::Up, Work::Copy(vec![whole]))?;
+    let coded = coded(&geometry, &layout, tensor.address, memory.address, blocks);
+    let before = device.set_paths(Paths { engines_from: [if staged { 0 } else { u64::MAX }; 2], ..Paths::default() });
+    let run_once = || {
+        let (lane, work) = match encode {
+            true => (Lane::Down, Work::Encode(coded.clone(), Status::new(blocks))),
+            false => (Lane::Up, Work::Decode(coded.clone())),
+        };
+        let begun = Instant::now();
+        run(device, lane, work)?;
+        Ok((blocks * plain) as f64 / begun.elapsed().as_secs_f64())
+    };
+    // The first is a warm-up.
+    let timed: Result<Vec<f64>, Fault> = (0..=repeats).map(|_| run_once()).collect();
+    device.set_paths(before);
+    Ok((timed?.split_off(1), layout.bytes() as f64 / plain as f64))
+}
+
+/// Nanoseconds of each place and of each eviction in a full slab, while its blocks are written by the device.
+///
+/// # Errors
+/// There is no memory for it, or the device is lost.
+pub fn latencies(device: &Arc<Cuda>, count: usize) -> Result<[Vec<u64>; 2], Fault> {
+    const BLOCK: usize = 64 << 10;
+    let source = Pinned::new(device, BLOCK)?;
+    let device_of: Arc<dyn Device> = device.clone();
+    let mut slab = Slab::reserve(device_of, if device.is_real() { COPIED as u64 } else { 0 }, 0)?;
+    let class = slab.class(&Holding::new(0), BLOCK);
+    let ([mut places, mut evictions], mut node) = ([Vec::with_capacity(count), Vec::with_capacity(count)], 0);
+    while places.len() < count {
+        let begun = Instant::now();
+        let placed = slab.place(&class, 0, &[node])?;
+        let took = begun.elapsed().as_nanos() as u64;
+        node += 1;
+        let Some(&placed) = placed.first() else {
+            let begun = Instant::now();
+            if let Some(coldest) = slab.coldest(0, |_| true) {
+                slab.leave(coldest, true);
+                evictions.push(begun.elapsed().as_nanos() as u64);
+            }
+            slab.wait_for_room()?;
+            continue;
+        };
+        places.push(took);
+        let piece = Piece { from: source.address, to: slab.address(placed), bytes: BLOCK as u64 };
+        let submission = Submission { lane: Lane::Up, after: Vec::new(), work: vec![Work::Copy(vec![piece])] };
+        // SAFETY: the source stays until the slab is closed, which waits; the place is this block's alone.
+        let ticket = unsafe { device.submit(submission) }?;
+        slab.wrote(&[placed], Lane::Up, ticket);
+    }
+    slab.close()?;
+    Ok([places, evictions])
 }
 
 /// The one in the middle.
@@ -186,6 +284,29 @@ pub fn kernels(device: &Arc<Cuda>, rounds: u64) -> Result<usize, String> {
     Ok(compared)
 }
 
+// Blocks that lie as plain payloads do, one behind the other, and their payloads.
+fn coded(geometry: &Geometry, layout: &Arc<Layout>, tensor: u64, payloads: u64, blocks: usize) -> Coded {
+    let row = geometry.row_bytes() as u64;
+    let head = row * u64::from(geometry.block_tokens);
+    let plane = head * u64::from(geometry.kv_heads);
+    let rows = (0..geometry.plane_count() as u64).map(|n| Rows {
+        base: tensor + n * plane,
+        head_stride: head,
+        token_stride: row,
+    });
+    let (plain, encoded) = (geometry.block_bytes() as u64, layout.bytes().next_multiple_of(64) as u64);
+    Coded {
+        layout: Some(layout.clone()),
+        heads: geometry.kv_heads,
+        block_tokens: geometry.block_tokens,
+        row_bytes: geometry.row_bytes(),
+        planes: rows.collect(),
+        run_tokens: geometry.block_tokens,
+        offsets: (0..blocks as u64).map(|n| n * plain).collect(),
+        payloads: (0..blocks as u64).map(|n| payloads + n * encoded).collect(),
+    }
+}
+
 fn one(device: &Arc<Cuda>, geometry: &Geometry, layout: &Arc<Layout>, round: u64) -> Result<usize, String> {
     const BLOCKS: usize = 3;
     let said = |fault: Fault| fault.to_string();
@@ -197,24 +318,7 @@ fn one(device: &Arc<Cuda>, geometry: &Geometry, layout: &Arc<Layout>, round: u64
     let whole = |from, to| Work::Copy(vec![Piece { from, to, bytes: (BLOCKS * plain) as u64 }]);
     run(device, Lane::Up, whole(memory.address, tensor.address)).map_err(said)?;
     memory.bytes().fill(0xa5);
-    let row = geometry.row_bytes() as u64;
-    let head = row * u64::from(geometry.block_tokens);
-    let plane = head * u64::from(geometry.kv_heads);
-    let rows = (0..geometry.plane_count() as u64).map(|n| Rows {
-        base: tensor.address + n * plane,
-        head_stride: head,
-        token_stride: row,
-    });
-    let coded = Coded {
-        layout: Some(layout.clone()),
-        heads: geometry.kv_heads,
-        block_tokens: geometry.block_tokens,
-        row_bytes: geometry.row_bytes(),
-        planes: rows.collect(),
-        run_tokens: geometry.block_tokens,
-        offsets: (0..BLOCKS as u64).map(|n| n * plain as u64).collect(),
-        payloads: (0..BLOCKS as u64).map(|n| memory.address + n * encoded as u64).collect(),
-    };
+    let coded = coded(geometry, layout, tensor.address, memory.address, BLOCKS);
     let status = Status::new(BLOCKS);
     run(device, Lane::Down, Work::Encode(coded.clone(), status.clone())).map_err(said)?;
     let mut right = Vec::new();

@@ -293,9 +293,9 @@ impl Cuda {
         self.events.lock().pending.len()
     }
 
-    /// Has copies take other paths from now on.
-    pub fn set_paths(&self, paths: Paths) {
-        *self.paths.lock() = paths;
+    /// Has copies take other paths from now on; those up to now.
+    pub fn set_paths(&self, paths: Paths) -> Paths {
+        std::mem::replace(&mut *self.paths.lock(), paths)
     }
 
     // An event that nobody waits for.

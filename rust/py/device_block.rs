@@ -107,13 +107,12 @@ unsafe extern "C" fn end<const IS_VERSIONED: bool>(capsule: *mut ffi::PyObject) 
     }
 }
 
+/// # Safety
+/// By the interpreter, of a capsule to which nobody refers any more.
+type End = unsafe extern "C" fn(*mut ffi::PyObject);
+
 // A capsule of that name, which owns what is there.
-fn capsule<'py>(
-    py: Python<'py>,
-    managed: *mut c_void,
-    name: &'static CStr,
-    end: unsafe extern "C" fn(*mut ffi::PyObject),
-) -> PyResult<Bound<'py, PyAny>> {
+fn capsule<'py>(py: Python<'py>, managed: *mut c_void, name: &'static CStr, end: End) -> PyResult<Bound<'py, PyAny>> {
     // SAFETY: attached; the name is static, and `end` frees what is there, which was allocated for it.
     unsafe { Bound::from_owned_ptr_or_err(py, ffi::PyCapsule_New(managed, name.as_ptr(), Some(end))) }
 }

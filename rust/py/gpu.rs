@@ -4,7 +4,9 @@ use super::OrRaise;
 use super::tensor::{Exchange, Tensor};
 use crate::error::input;
 #[cfg(feature = "cuda")]
-use crate::gpu::check;
+use crate::gpu::Path;
+#[cfg(feature = "cuda")]
+use crate::gpu::check::{self, Copies};
 use crate::gpu::{Adopted, Device, Stream};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -15,7 +17,12 @@ use std::sync::Arc;
 #[cfg(feature = "cuda")]
 pub(super) fn device(number: u32, driver: Option<PathBuf>) -> Result<Arc<dyn Device>, String> {
     let device = crate::gpu::Cuda::open(number, driver.as_deref()).map_err(|absent| absent.to_string())?;
-    Ok(Arc::new(device))
+    let device = Arc::new(device);
+    if device.is_real() {
+        // Where there is no room for that, copies go by what is usual; and the tier will hardly have any either.
+        drop(check::calibrate_once(&device));
+    }
+    Ok(device)
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -90,11 +97,23 @@ impl Gpu {
 
     /// Bytes a second of copies of pieces of one size, of each repetition.
     fn copies(&self, py: Python<'_>, up: bool, path: &str, piece_bytes: usize, repeats: usize) -> PyResult<Vec<f64>> {
-        let known = crate::gpu::Path::ALL.into_iter().find(|known| known.name() == path);
+        let known = Path::ALL.into_iter().find(|known| known.name() == path);
         let path = known.ok_or_else(|| input(format!("path is {path:?}, expected engine, batch or kernel")));
         let path = path.or_raise(py)?;
-        let timed = py.detach(|| check::copies(&self.device, up, path, piece_bytes, repeats));
-        Ok(timed.map_err(|fault| input(fault.to_string())).or_raise(py)?.bytes_per_s)
+        let timed = py.detach(|| Copies::new(&self.device, check::COPIED)?.time(up, path, piece_bytes, repeats));
+        timed.map_err(|fault| input(fault.to_string())).or_raise(py)
+    }
+
+    /// Bytes a second of plain tensors that are encoded, or decoded, of each repetition; and the share of them that crosses
+    /// the link.
+    fn coding(&self, py: Python<'_>, encode: bool, staged: bool, repeats: usize) -> PyResult<(Vec<f64>, f64)> {
+        let timed = py.detach(|| check::coding(&self.device, encode, staged, repeats));
+        timed.map_err(|fault| input(fault.to_string())).or_raise(py)
+    }
+
+    /// Nanoseconds of each place and of each eviction while the device works.
+    fn latencies(&self, py: Python<'_>, count: usize) -> PyResult<[Vec<u64>; 2]> {
+        py.detach(|| check::latencies(&self.device, count)).map_err(|fault| input(fault.to_string())).or_raise(py)
     }
 
     /// Bytes of a piece from which on engines are faster than a kernel, to the device and from it.

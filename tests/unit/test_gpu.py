@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -403,20 +404,25 @@ def test_the_check_compares_bytes_and_times_no_stand_in(
 
 
 @pytest.mark.parametrize("driver", [2], indirect=True, ids=["random"])
-def test_every_copy_that_would_be_timed_is_made(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_that_would_be_timed_is_done(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_PIECES", (4 << 10, 64 << 10))
     monkeypatch.setattr(gpu, "_LARGE", 1 << 20)
     monkeypatch.setattr(gpu, "_REPEATS", 2)
+    monkeypatch.setattr(gpu, "_LATENCIES", 500)
     said: list[str] = []
     device = _native.Gpu(0, driver.path)
     with pytest.raises(stratakv.InputError, match='path is "dma", expected engine, batch or kernel'):
         device.copies(True, "dma", 4096, 1)
-    report = gpu._speed(device, said.append)
-    assert len(report["copies"]) == 2 * 2 * 3
-    assert all(row["bytes_per_s"] > 0 for row in report["copies"])
-    assert set(report["ceiling"]) == {"up", "down"}
-    assert len(report["engines_from"]) == 2
-    assert len(said) == 14
+    speed = gpu._speed(device, said.append)
+    assert len(speed["copies"]) == 2 * 2 * 3
+    assert all(row["bytes_per_s"] > 0 for row in speed["copies"])
+    assert set(speed["ceiling"]) == {"up", "down"}
+    coded = [(row["way"], row["staged"]) for row in speed["coded"]]
+    assert coded == [("down", False), ("down", True), ("up", False), ("up", True)]
+    assert all(row["bytes_per_s"] > row["link_bytes_per_s"] > 0 for row in speed["coded"])
+    assert set(speed["latency_ns"]) == {"place", "evict"}
+    assert len(speed["engines_from"]) == 2
+    assert len(said) == 19
 
 
 def test_the_document_says_what_the_report_says(tmp_path: Path) -> None:
@@ -427,9 +433,20 @@ def test_the_document_says_what_the_report_says(tmp_path: Path) -> None:
         {"way": "up", "piece_bytes": 65536, "path": path, "bytes_per_s": speed * 1e9}
         for path, speed in (("engine", 40.0), ("batch", 48.0), ("kernel", 30.0))
     ]
-    report = {"device": {"device": "A", "driver": 12090}, "ceiling": {"up": 50e9, "down": 50e9}, "copies": copies}
+    coded = [{"way": "down", "staged": True, "bytes_per_s": 90e9, "link_bytes_per_s": 45e9}]
+    report = {
+        "device": {"device": "A", "driver": 12090},
+        "ceiling": {"up": 50e9, "down": 50e9},
+        "copies": copies,
+        "coded": coded,
+        "latency_ns": {"place": (90.4, 180.6)},
+    }
     (tmp_path / "report.json").write_text(json.dumps(report))
-    assert "| up | 64 KiB | batch | 48.0 | 0.96 | 0.9 |" in gpu.table(tmp_path / "report.json")
+    table = gpu.table(tmp_path / "report.json")
+    assert "| up | 64 KiB | batch | 48.0 | 0.96 | 0.9 |" in table
+    assert "| encoded, staged | 90.0 | 0.90 |" in table
+    assert "| place | 90 ns | 181 ns |" in table
+    assert "unmeasured" in gpu.table(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize(
@@ -591,3 +608,55 @@ def test_a_tensor_is_the_tiers_memory_until_the_store_is_closed(driver: Driver, 
         opened(driver, gpu_memory=elsewhere)
     with pytest.raises(stratakv.InputError, match="gpu_memory: no driver"):
         stratakv.open(stratakv.Config(gpu=stratakv.GpuConfig(driver=tmp_path / "none.so")), gpu_memory=flat)
+
+
+class Standing:
+    """A library of arrays over the stand-in, as torch and CuPy are for the check."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver, self.current = driver, 0
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        handle = ctypes.c_void_p()
+        self.within("cuStreamCreateWithPriority", ctypes.byref(handle), 1, 0)
+        self.current = handle.value or 0
+        yield self.current
+        self.within("cuStreamDestroy_v2", handle)
+
+    def within(self, name: str, *arguments: object) -> None:
+        self.driver.call("cuCtxPushCurrent_v2", self.driver.context)
+        self.driver.call(name, *arguments)
+        self.driver.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def late(self, array: np.ndarray) -> Array:
+        source, out = Array(self.driver, array), Array(self.driver, np.full_like(array, 7), stream=self.current)
+        addresses = ctypes.c_uint64(out.address), ctypes.c_uint64(source.address)
+        self.within("cuMemcpyAsync", *addresses, ctypes.c_size_t(array.nbytes), ctypes.c_void_p(self.current))
+        return out
+
+    def memory(self, size: int) -> Array:
+        return Array(self.driver, np.zeros(size, np.uint8))
+
+    def imported(self, block: _native.DeviceBlock) -> Imported:
+        return Imported(self.driver, block, self.current, (1, 0))
+
+    def host(self, array: Array | Imported) -> np.ndarray:
+        self.within("cuStreamSynchronize", ctypes.c_void_p(self.current))
+        content = array.read()
+        if isinstance(array, Imported):
+            array.close()
+        return content.view(np.float16)
+
+
+def test_the_check_hands_blocks_to_a_library_and_takes_its_tensors(driver: Driver) -> None:
+    assert gpu.hand_over(Standing(driver), 0, driver.path) is None
+
+    class Wrong(Standing):
+        def host(self, array: Array | Imported) -> np.ndarray:
+            content = super().host(array)
+            if isinstance(array, Imported):
+                content[0, 0, 0, 0, 0] += 1
+            return content
+
+    assert gpu.hand_over(Wrong(driver), 0, driver.path) == "block 0 was handed out with other bytes than were put"

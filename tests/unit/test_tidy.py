@@ -61,6 +61,7 @@ UNSAFE_ALLOWED = {
     "store/share.rs",  # The same, for records that nodes share.
     "store/view.rs",  # The same, for a view.
     "py/block.rs",  # Filling a buffer of the interpreter.
+    "py/device_block.rs",  # DLPack capsules, and what they own.
     "py/tensor.rs",  # Buffers and DLPack capsules.
     "py/view.rs",  # What they promise of their memory.
 }
