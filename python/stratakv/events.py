@@ -37,7 +37,7 @@ _MEDIA: dict[str | None, Place] = {
     "DISK": "ssd",
     "EXTERNAL": "remote",
 }
-_TIER_MEDIA = {"ram": "CPU", "ssd": "STORAGE"}
+_TIER_MEDIA = {"gpu": "GPU", "ram": "CPU", "ssd": "STORAGE"}
 _STORED = (
     *("block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium", "lora_name"),
     *("extra_keys", "group_idx", "kv_cache_spec_kind", "kv_cache_spec_sliding_window"),

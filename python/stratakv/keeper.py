@@ -141,6 +141,8 @@ class Keeper:
 
     def _take(self) -> list[_Batch]:
         anew, rows, self._since = self._store.events(self._since)
+        # A copy in the GPU tier is of a block in one of the others, and no other node can have it.
+        rows = [row for row in rows if row[3] != "gpu"]
         prefixes = self._store.used(_PREFIXES)
         usage = self._store.usage() if self._is_due("usage", _USAGE_S) else []
         if not (anew or rows or prefixes or usage):

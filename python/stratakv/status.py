@@ -196,7 +196,9 @@ def run(args: argparse.Namespace) -> int:
     except ConfigError as error:
         print(f"stratakv status: {error}", file=sys.stderr)
         return 2
-    tiers: dict[str, dict[str, Any]] = {"ram": {"state": "ok", "capacity_bytes": config.ram.capacity_bytes}}
+    tiers: dict[str, dict[str, Any]] = {}
+    tiers["gpu"], gpu_serves = _gpu(config)
+    tiers["ram"] = {"state": "ok", "capacity_bytes": config.ram.capacity_bytes}
     tiers["ssd"], serves = _ssd(config)
     stats: dict[str, Any] = {}
     missing: list[str] = []
@@ -212,7 +214,8 @@ def run(args: argparse.Namespace) -> int:
             tiers[name] = {"state": "fails", "why": refused} if refused else {"state": "ok"}
             continue
         tiers[name], stats[name] = _asked(kind, replace(settings, required=False))
-    modes = sorted({*missing, *degraded(stats.get("dragonfly"), None, stats.get("qdrant"), ssd_serves=serves)})
+    found = degraded(stats.get("dragonfly"), None, stats.get("qdrant"), ssd_serves=serves, gpu_serves=gpu_serves)
+    modes = sorted({*missing, *found})
     if args.json:
         print(json.dumps({"tiers": tiers, "degraded": modes}))
     else:
@@ -221,6 +224,15 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name:<10} {tier['state']}" + (f": {more}" if more else ""))
         print("degraded   " + (", ".join(modes) or "no"))
     return 1 if modes else 0
+
+
+def _gpu(config: Config) -> tuple[dict[str, Any], bool | None]:
+    if not config.gpu.capacity_bytes:
+        return {"state": "off"}, None
+    found = _native.gpu_status(config.gpu.device, config.gpu.driver)
+    if found["reason"] is not None:
+        return {"state": "fails", "why": found["reason"]}, False
+    return {"state": "ok", "device": found["device"], "free_bytes": found["free_bytes"]}, True
 
 
 def _ssd(config: Config) -> tuple[dict[str, Any], bool | None]:

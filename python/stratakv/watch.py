@@ -179,7 +179,8 @@ def _lines(status: Mapping[str, Any], before: Mapping[str, Any] | None, width: i
         if tier["state"] == "off":
             continue
         name = f"{tier['name']:<10}"
-        if capacity := tier.get("capacity_bytes"):
+        if "breaker" not in tier:
+            capacity = tier["capacity_bytes"]
             bar = _bar(tier["used_bytes"], capacity, max(min(width - 70, 40), 10))
             yield (
                 f"{name}{bar} {_bytes(tier['used_bytes']):>9} of {_bytes(capacity):<9}"

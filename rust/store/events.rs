@@ -125,7 +125,9 @@ impl Store {
             Some(since) => state.log.events.iter().skip((since - first) as usize).copied().collect(),
             None => {
                 let there = |tier| state.owners.blocks(tier).map(move |id| (id, tier));
-                Tier::ALL.into_iter().flat_map(there).map(|(id, tier)| state.logged(id, tier, true)).collect()
+                let on_gpu = state.on_gpu().into_iter().map(|id| (id, Tier::Gpu));
+                let all = Tier::ALL.into_iter().flat_map(there).chain(on_gpu);
+                all.map(|(id, tier)| state.logged(id, tier, true)).collect()
             }
         };
         let names = state.log.names.clone();

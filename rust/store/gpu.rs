@@ -20,7 +20,7 @@ use crate::copy::KvView;
 use crate::error::{Error, ErrorKind, Result, input};
 use crate::gpu::{Adopted, Coded, Device, Fault, Lane, Piece, Placed, Rows, Slab, Status, Submission, Ticket, Work};
 use crate::pool::{Class, Holding, Slot};
-use crate::stats::{GpuStatus, SlabCounts, TierCounts};
+use crate::stats::{GpuStatus, SlabCounts, Tier, TierCounts};
 use crate::sync::{Arc, Home};
 use std::collections::{BTreeMap, HashMap};
 
@@ -143,8 +143,15 @@ impl State {
         self.gpu.as_mut()?.slab.as_mut()
     }
 
-    // Takes a block's copy out of the sums, or puts it in.
+    /// Blocks that have a copy on the device.
+    pub(super) fn on_gpu(&self) -> Vec<NodeId> {
+        let there = self.gpu.as_ref().and_then(|gpu| gpu.slab.as_ref()).map(|slab| slab.nodes().collect::<Vec<_>>());
+        there.unwrap_or_default().into_iter().filter(|&id| self.nodes.is_linked(id)).collect()
+    }
+
+    // Takes a block's copy out of the sums, or puts it in; and notes that it goes, or comes.
     fn book_on_gpu(&mut self, id: NodeId, comes: bool) {
+        self.log(id, Tier::Gpu, comes);
         let model = self.nodes.model(id);
         let bytes = self.models.get(&model).map_or(0, |m| m.geometry.block_bytes() as u64);
         let TierCounts { blocks, used_bytes, plain_bytes, in_bytes, out_bytes, .. } = &mut self.counts_of(id).gpu;
@@ -284,8 +291,7 @@ impl State {
         let slab = gpu.slab.take()?;
         gpu.last = slab.counts();
         gpu.tokens.clear();
-        let ids: Vec<NodeId> = slab.nodes().collect();
-        for id in ids {
+        for id in slab.nodes().collect::<Vec<_>>() {
             if self.nodes.is_linked(id) && self.nodes[id].gpu.take().is_some() {
                 self.book_on_gpu(id, false);
             }

@@ -50,7 +50,8 @@ impl State {
     // A bit for each tier that has a block.
     fn place(&self, id: NodeId) -> u8 {
         let held = self.held(id);
-        Tier::ALL.iter().map(|&tier| u8::from(held[tier as usize].is_some()) << tier as u8).sum()
+        let alone: u8 = Tier::ALL.iter().map(|&tier| u8::from(held[tier as usize].is_some()) << tier as u8).sum();
+        alone | u8::from(self.nodes[id].gpu.is_some()) << Tier::Gpu as u8
     }
 
     fn listed(&self, id: NodeId) -> Listed {

@@ -38,7 +38,7 @@ import stratakv  # noqa: E402
 from stores import config  # noqa: E402
 from stratakv.integrations.vllm import model, ranks  # noqa: E402
 from stratakv.integrations.vllm.messages import COUNTERS, Address, Counted, Load  # noqa: E402
-from stratakv.integrations.vllm.pages import DeviceMover, HostMover, Pages  # noqa: E402
+from stratakv.integrations.vllm.pages import DeviceMover, HostMover, Pages, TierMover  # noqa: E402
 from stratakv.integrations.vllm.worker import Worker  # noqa: E402
 
 pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("default")]
@@ -83,7 +83,7 @@ KINDS = [(layout, kind) for layout in KVCacheLayout for kind in ("dense", "laten
 KINDS += [(layout, "kernel_blocks") for layout in (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC)]
 
 
-@pytest.mark.parametrize("mover", [HostMover, DeviceMover])
+@pytest.mark.parametrize("mover", [HostMover, DeviceMover, TierMover])
 @pytest.mark.parametrize(("layout", "kind"), KINDS)
 def test_every_layout_of_the_engine_is_read_from_its_strides(
     tmp_path: Path, layout: KVCacheLayout, kind: str, mover: type
@@ -124,6 +124,19 @@ def test_every_layout_of_the_engine_is_read_from_its_strides(
                 loaded = source[name][source_pages[n] * ratio + part]
                 got, wanted = target[name][page], loaded if 1 <= n < 4 else before[name][page]
                 assert torch.equal(got.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8)), (name, n)
+
+
+def test_the_gpu_tier_writes_to_tensors_of_one_form_on_a_gpu() -> None:
+    """Without a GPU: on tensors that only say that they are there."""
+    caches = engine_caches(full(), KVCacheLayout.LBHNC)
+    pages = pages_of(caches, full(), packed=False)
+    assert not TierMover.serves(pages)
+    pages.device = torch.device("cuda", 1)
+    assert TierMover.serves(pages)
+    # The last layer as another lays it out.
+    other = pages_of(engine_caches(full(), KVCacheLayout.LBNHC), full(), packed=False)
+    pages.layers[-1] = other.layers[-1]
+    assert not TierMover.serves(pages)
 
 
 def test_what_the_cpu_packs_is_moved_as_bytes_and_told_apart() -> None:

@@ -212,7 +212,7 @@ def test_health(tmp_path: Path) -> None:
     assert ask(address, "/metrics", method="POST")[0] == 405
     assert ask(address, "/metrics", method="HEAD") == (200, "")
     status = json.loads(ask(address, "/status")[1])
-    assert [tier["name"] for tier in status["tiers"]] == ["ram", "ssd", "dragonfly", "postgres", "qdrant"]
+    assert [tier["name"] for tier in status["tiers"]] == ["gpu", "ram", "ssd", "dragonfly", "postgres", "qdrant"]
     caches.close()
     with pytest.raises(ConnectionRefusedError):
         ask(address, "/livez")

@@ -23,10 +23,10 @@ class Stretch:
     Attributes:
         first: number of the first block, from 0.
         blocks: how many.
-        places: the tiers that have each of them: ``ram``, ``ssd``, ``dragonfly``.
+        places: the tiers that have each of them: ``gpu``, ``ram``, ``ssd``, ``dragonfly``.
         reason: why no tier has them, as of a match; ``None``: one has.
         load_s: seconds that loading them from the tier that would be asked takes, as measured of late; ``None``: not
-            known, or from RAM, which is always worth it.
+            known, or from RAM, which is always worth it. The GPU tier is asked for tensors on the device alone.
         compute_s: seconds that computing them takes; ``None``: the model's rate is not known.
         decision: what a load would do: ``load``, also over what is slow where what follows makes up for it; ``compute``
             since that is quicker; or ``miss``: what is not there, or comes behind what is not.
@@ -120,7 +120,7 @@ def explain(
     reads, loaded = model.weigh(names[:here], 0 if slow else there)
 
     def row(n: int) -> tuple[tuple[str, ...], str | None, str]:
-        local = [tier for bit, tier in ((1, "ram"), (2, "ssd")) if places[n] & bit]
+        local = [tier for bit, tier in ((4, "gpu"), (1, "ram"), (2, "ssd")) if places[n] & bit]
         where = tuple(local or (["dragonfly"] if n < here + there else []))
         decision = "load" if n < loaded else "compute" if n < here + there else "miss"
         return where, None if where else reasons[n], decision
@@ -130,7 +130,7 @@ def explain(
     for (where, reason, decision), group in itertools.groupby(map(row, range(len(names)))):
         blocks = len(list(group))
         load_s = fetched_s(blocks) if where == ("dragonfly",) else None
-        if where == ("ssd",) and read_s is not None and first + blocks <= len(reads):
+        if "ssd" in where and "ram" not in where and read_s is not None and first + blocks <= len(reads):
             load_s = read_s * sum(reads[first : first + blocks])
         out.append(
             Stretch(

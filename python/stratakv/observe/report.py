@@ -106,7 +106,9 @@ def _counts(stats: Stats) -> dict[str, Any]:
 def _tiers(view: View) -> list[dict[str, Any]]:
     status, total = view.status, view.snapshot.total
     out: list[dict[str, Any]] = []
-    for name, capacity in (("ram", status.ram_capacity_bytes), ("ssd", status.ssd_capacity_bytes)):
+    gpu = status.gpu
+    capacities = (gpu.capacity_bytes if gpu is not None else 0, status.ram_capacity_bytes, status.ssd_capacity_bytes)
+    for name, capacity in zip(("gpu", "ram", "ssd"), capacities, strict=True):
         counts = total.tiers[name]
         row: dict[str, Any] = {
             "name": name,
@@ -119,14 +121,18 @@ def _tiers(view: View) -> list[dict[str, Any]]:
             "evicted_blocks": counts.evicted_blocks,
             "codec_ratio": counts.ratio,
         }
-        if name == "ram":
+        why = None
+        if name == "gpu":
+            row["device"], row["held_blocks"] = (gpu.device, gpu.held_blocks) if gpu is not None else (None, 0)
+            why = status.gpu_absent if gpu is None else gpu.failed
+        elif name == "ram":
             row["free_bytes"], row["largest_free_bytes"] = status.ram_free_bytes, status.ram_largest_free_bytes
             row["pages"] = status.ram_pages
         else:
             row["file_bytes"], row["io"], row["engine"] = status.ssd_file_bytes, status.ssd_io, status.ssd_engine
-            row["write_amplification"] = counts.write_amplification
-            if status.ssd_read_only is not None:
-                row["state"], row["why"] = "fails", status.ssd_read_only
+            row["write_amplification"], why = counts.write_amplification, status.ssd_read_only
+        if why is not None:
+            row["state"], row["why"] = "fails", why
         out.append(row)
     for name in ("dragonfly", "postgres", "qdrant"):
         stats = getattr(status, name)

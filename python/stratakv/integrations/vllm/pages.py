@@ -7,7 +7,7 @@ scales — a whole block is one run of bytes, moved as it is; what packed it is 
 machines may pack otherwise.
 
 On the CPU our blocks are copied straight from and to the engine's memory. On a device they pass pinned host memory, on
-streams of their own.
+streams of their own; where there is a GPU tier, what is loaded comes straight from that.
 """
 
 from __future__ import annotations
@@ -231,6 +231,29 @@ class DeviceMover:
         before = start // self._pages.block_tokens * self._pages.ratio
         order = _order(len(pages) * self._pages.ratio - before, before)
         return cache.put(sequence, kv, layout=LAYOUT, pages=order, start=start)
+
+
+class TierMover(DeviceMover):
+    """As `DeviceMover`, but the store writes what is loaded to the engine's blocks itself: from its GPU tier, or RAM."""
+
+    def __init__(self, pages: Pages) -> None:
+        """Keeps the tensors."""
+        super().__init__(pages)
+        self._stream = torch.cuda.Stream(pages.device) if self._on_device else None
+
+    @staticmethod
+    def serves(pages: Pages) -> bool:
+        """Whether the tier reaches these tensors: on a GPU, of one form."""
+        return pages.device.type == "cuda" and len({plane.stride() for layer in pages.layers for plane in layer}) == 1
+
+    def load(self, match: Match, load: Load, after: Any) -> int:  # noqa: ANN401 - an event of torch
+        """Loads some tokens of a match; returns how many leading ones are valid."""
+        stream = None
+        if self._stream is not None:
+            self._stream.wait_event(after)
+            stream = self._stream.cuda_stream
+        kv, table = self._pages.layers, self._pages.table(load.pages)
+        return match.load(kv, layout=LAYOUT, pages=table, start=load.start, stop=load.stop, stream=stream)
 
 
 @dataclass

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -23,9 +23,10 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from stratakv import CacheManager, Match, ModelCache, StrataKVError, TokenSequence, log
-from stratakv.integrations.engine import open_caches
+from stratakv import open as open_store
+from stratakv.integrations.engine import settings
 from stratakv.integrations.vllm.messages import Counted, Ids, Load, Save, Saved, Step
-from stratakv.integrations.vllm.pages import DeviceMover, Gathered, HostMover, Pages
+from stratakv.integrations.vllm.pages import DeviceMover, Gathered, HostMover, Pages, TierMover
 from stratakv.integrations.vllm.ranks import Answers, Found
 
 _log = log.of(__name__)
@@ -99,7 +100,7 @@ class Worker:
             caches: each layer's tensor, ``[B, H, N, C]``.
             blocks: of the scheduler.
             block_tokens: tokens of one of them.
-            options: as of `open_caches`, and ``staging``: pass memory of the host in between, as devices need.
+            options: as of `settings`, and ``staging``: pass memory of the host in between, as devices need.
 
         Raises:
             InputError: the tensors are not what can be cached.
@@ -109,7 +110,6 @@ class Worker:
         staging = given.pop("staging", False)
         on_device = any(cache.device.type != "cpu" for cache in caches.values())
         pages = Pages(specs, caches, blocks, block_tokens, packed=not on_device)
-        self._mover: HostMover | DeviceMover = DeviceMover(pages) if on_device or staging else HostMover(pages)
         self._block, self._geometry = block_tokens, pages.geometry
         self.layers = pages.names
         # Which layers a rank has is part of it: how they are divided can be set.
@@ -117,8 +117,15 @@ class Worker:
         self._name, self._version = name, f"{version} {pages.packing} rank {rank} layers {layers}"
         # Steps before that one computed with other weights; and whether this one could not be brought to the host.
         self._saves_from, self._broken = 0, False
-        self._caches: CacheManager = open_caches(given, f"rank-{rank}")
+        config = settings(given, f"rank-{rank}")
+        if pages.device.type == "cuda":
+            # That of the engine's own memory, which ranks have one each of.
+            config = replace(config, gpu=replace(config.gpu, device=pages.device.index or 0))
+        self._caches: CacheManager = open_store(config)
         try:
+            tier = self._caches.status().gpu is not None and TierMover.serves(pages)
+            mover = TierMover if tier else DeviceMover if on_device or staging else HostMover
+            self._mover: HostMover | DeviceMover = mover(pages)
             self._cache: ModelCache = self._caches.register(name, pages.geometry, weights_version=self._version)
         except BaseException:
             self._caches.close()
@@ -142,7 +149,7 @@ class Worker:
         self._answers = Answers(self)
         self.address = self._answers.address
         where = self._caches.config.ssd.path if self._caches.config.ssd.enabled else "RAM alone"
-        moved = "through host memory" if isinstance(self._mover, DeviceMover) else "in place"
+        moved = "by the GPU tier" if tier else "through host memory" if on_device or staging else "in place"
         self.summary = f"{self._geometry} of {name}, {pages.packing}, moved {moved}, in {where}"
 
     # What the scheduler asks.
