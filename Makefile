@@ -45,7 +45,7 @@ test: $(NATIVE) wheel ## Run every test: Rust, Python, and last those in engines
 	@echo 'make: Rust tests'
 	cargo test --locked --features cuda
 	@echo 'make: Python tests that need no engine'
-	$(BIN)/python -m pytest --ignore=tests/engines
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/engines
 	@$(MAKE) --no-print-directory test-engines
 
 test-engines: $(SERVING) ## Run the tests in transformers (two versions), vLLM, SGLang and LMCache, and the tiny demo.
