@@ -21,7 +21,7 @@ BOUNDS = {
     "place in a slab that is 85 % full, p99": "value < 200",
     "hit: look up 64 blocks, lease, hold, touch, p99": "value < 500",
     "replay: places that had a block before": "value >= 0.95",
-    "replay: driver calls for memory after the slab": "value < 1",
+    "replay: calls of the device for memory after the slab's": "value < 1",
 }
 ON_A_DEVICE = (
     "copies up and down of blocks from 64 KiB, of a large pinned copy (must 0.9)",

@@ -44,6 +44,8 @@ struct State {
     known: BTreeMap<u64, u64>,
     lost: Option<String>,
     seed: u64,
+    /// How often it was asked for memory.
+    asked: u64,
 }
 
 enum Do {
@@ -81,6 +83,11 @@ impl Host {
     /// Bytes that are reserved.
     pub fn reserved_bytes(&self) -> u64 {
         self.state.lock().reserved.values().sum()
+    }
+
+    /// How often it was asked for memory, or to know some.
+    pub fn memory_calls(&self) -> u64 {
+        self.state.lock().asked
     }
 
     /// Puts something into a caller's stream, as its own kernels would be.
@@ -259,6 +266,7 @@ impl Device for Host {
     fn reserve(&self, bytes: u64) -> Result<u64, Fault> {
         let mut state = self.state.lock();
         state.serves()?;
+        state.asked += 1;
         let used: u64 = state.reserved.values().sum();
         let memory = Memory::from_size_align(bytes as usize, ALIGN).ok().filter(|memory| memory.size() > 0);
         let memory = memory.filter(|_| used + bytes <= self.capacity_bytes).ok_or(Fault::NoRoom(bytes))?;
@@ -293,6 +301,7 @@ impl Device for Host {
     unsafe fn register(&self, memory: *mut u8, bytes: usize) -> Result<u64, Fault> {
         let mut state = self.state.lock();
         state.serves()?;
+        state.asked += 1;
         state.known.insert(memory as u64, bytes as u64);
         Ok(memory as u64)
     }

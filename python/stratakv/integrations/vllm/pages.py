@@ -234,7 +234,7 @@ class DeviceMover:
 
 
 class TierMover(DeviceMover):
-    """As `DeviceMover`, but the store itself writes what is loaded to the engine's blocks: from its GPU tier, or RAM."""
+    """As `DeviceMover`, but the store itself writes what is loaded to the engine's blocks: from its GPU tier or RAM."""
 
     def __init__(self, pages: Pages) -> None:
         """Keeps the tensors."""
