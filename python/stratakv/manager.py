@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from stratakv import _native, log
 from stratakv.balance import Balance
@@ -27,7 +27,6 @@ from stratakv.errors import (
     ModelExistsError,
     ModelNotFoundError,
 )
-from stratakv.events import Row
 from stratakv.folders import Folders
 from stratakv.keeper import Keeper
 from stratakv.kept import Kept
@@ -46,6 +45,9 @@ from stratakv.tiers.dragonfly import Dragonfly, Feeder
 from stratakv.tiers.postgres import Postgres
 from stratakv.tiers.qdrant import Qdrant
 from stratakv.tracing import Traces, Work
+
+if TYPE_CHECKING:
+    from stratakv.events import Row
 
 _log = log.of(__name__)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +78,9 @@ def begins_with(scheme: str) -> str:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a file; raises ConfigError, if there are none."""
+    # Most stores have no file.
+    import tomllib
+
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stratakv.config import Config
-from stratakv.events import Row
 from stratakv.observe.explain import Explained
 from stratakv.status import View
 from stratakv.tracing import Traces, Work
 
 if TYPE_CHECKING:
+    from stratakv.events import Row
     from stratakv.observe.server import Server
 
 __all__ = ["Observed", "Source"]
