@@ -180,6 +180,13 @@ class Exported(Array):
         return make(ctypes.addressof(self.tensor), b"dltensor", None)
 
 
+class Older(Exported):
+    """As torch's before it knew versions."""
+
+    def __dlpack__(self, *, stream: int) -> object:  # type: ignore[override]
+        return super().__dlpack__(stream=stream)
+
+
 class Imported:
     """What a consumer makes of a capsule: it renames it, and calls the deleter when it is done."""
 

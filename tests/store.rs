@@ -15,6 +15,8 @@ mod drop;
 mod engines;
 #[path = "store/gpu.rs"]
 mod gpu;
+#[path = "store/handed.rs"]
+mod handed;
 #[path = "store/kv.rs"]
 mod kv;
 #[path = "store/listing.rs"]

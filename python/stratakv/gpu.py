@@ -29,7 +29,7 @@ from stratakv.sections import GpuConfig
 
 __all__ = ["Device", "status"]
 
-# Rounds of vectors through each kernel, each of 144 payloads.
+# Rounds of vectors through each kernel, each of 288 payloads.
 _ROUNDS = 20
 # What is left of the device's memory while it is full.
 _LEFT = 200 << 20
@@ -122,15 +122,8 @@ def _check(args: argparse.Namespace) -> int:
     report["room"] = device.room(_LEFT if device.is_real else 4 << 20)
     tell(f"memory: {report['room'] or 'runs out, and comes back, as it should'}")
     right = differs is None and report["room"] is None
-    report["hand_over"] = {}
-    for name in _LIBRARIES if device.is_real else ():
-        if importlib.util.find_spec(name) is None:
-            tell(f"{name}: not installed, no blocks were handed to it")
-            continue
-        wrong = hand_over(_LIBRARIES[name](args.device), args.device, args.driver)
-        report["hand_over"][name] = wrong
-        right = right and wrong is None
-        tell(f"{name}: {wrong or 'tensors and blocks went there and back, in streams of its own'}")
+    report["hand_over"] = _handed(args.device, args.driver, tell) if device.is_real else {}
+    right = right and not any(report["hand_over"].values())
     if not device.is_real:
         tell("speed: unmeasured, this is not a GPU")
     elif right:
@@ -141,6 +134,26 @@ def _check(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report))
     return 0 if right else 1
+
+
+def _handed(device: int, driver: str | os.PathLike[str] | None, tell: Callable[[str], None]) -> dict[str, str | None]:
+    """What was not as it should be with each library that is here and of use."""
+    found: dict[str, str | None] = {}
+    for name, make in _LIBRARIES.items():
+        if importlib.util.find_spec(name) is None:
+            tell(f"{name}: not installed, no blocks were handed to it")
+            continue
+        try:
+            library = make(device)
+        except Exception as error:  # whatever it finds amiss
+            tell(f"{name}: of no use with this driver, no blocks were handed to it: {error}")
+            continue
+        try:
+            found[name] = hand_over(library, device, driver)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        tell(f"{name}: {found[name] or 'tensors and blocks went there and back, in streams of its own'}")
+    return found
 
 
 def _speed(device: _native.Gpu, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -212,6 +225,7 @@ class _Torch:
         import torch
 
         self.torch, self.device = torch, torch.device("cuda", device)
+        torch.cuda.init()
 
     @contextmanager
     def stream(self) -> Iterator[int]:

@@ -275,8 +275,16 @@ pub fn kernels(device: &Arc<Cuda>, rounds: u64) -> Result<usize, String> {
                 for (keys, values) in by {
                     let scheme = Scheme { codec, keys, values, ..plain };
                     let layout = Layout::new(scheme, &geometry).map_err(|error| error.to_string())?;
-                    compared += one(device, &geometry, &Arc::new(layout), round)
-                        .map_err(|what| format!("{dtype:?} {codec:?} {keys:?} {values:?}, dim {head_dim}: {what}"))?;
+                    let layout = Arc::new(layout);
+                    // In place, and by way of memory of the device.
+                    for engines_from in [u64::MAX, 0] {
+                        let before = device.set_paths(Paths { engines_from: [engines_from; 2], ..Paths::default() });
+                        let found = one(device, &geometry, &layout, round);
+                        device.set_paths(before);
+                        compared += found.map_err(|what| {
+                            format!("{dtype:?} {codec:?} {keys:?} {values:?}, dim {head_dim}, {engines_from}: {what}")
+                        })?;
+                    }
                 }
             }
         }

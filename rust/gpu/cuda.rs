@@ -15,7 +15,7 @@ use super::ffi::{self, Facts, Gpu, Image, ended};
 use super::images::IMAGES;
 use crate::codec::Layout;
 use crate::copy::Stream;
-use crate::sync::{Home, Mutex};
+use crate::sync::{AtomicU32, Home, Mutex, Ordering};
 use launch::VECTOR;
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::{CStr, CString, c_char, c_int};
@@ -26,7 +26,7 @@ const RING_BYTES: usize = 4 << 20;
 /// Tickets whose events are kept before those that are over are looked for, and how many are looked at then.
 const KEPT: usize = 64;
 const SWEPT: usize = 4;
-/// How often, and how long apart, a wait is tried that the driver refuses: for a minute.
+/// How often, if nothing else is said, and how long apart, a wait is tried that the driver refuses: for a minute.
 const WAITS: u32 = 6000;
 const PAUSE: Duration = Duration::from_millis(10);
 /// Parts of a table begin at multiples of this.
@@ -109,6 +109,7 @@ pub struct Cuda {
     /// Events of work that may not be over, by ticket.
     events: Mutex<Events>,
     paths: Mutex<Paths>,
+    waits: AtomicU32,
     home: Home,
 }
 
@@ -217,7 +218,16 @@ impl Cuda {
         };
         let (events, paths) = (Mutex::default(), Mutex::default());
         match made {
-            Ok(lanes) => Ok(Self { gpu, number, facts, lanes, events, paths, home: Home::default() }),
+            Ok(lanes) => Ok(Self {
+                gpu,
+                number,
+                facts,
+                lanes,
+                events,
+                paths,
+                waits: AtomicU32::new(WAITS),
+                home: Home::default(),
+            }),
             Err(fault) => {
                 // SAFETY: it was opened above, and nothing has it.
                 unsafe { ffi::kv_close(gpu.0) };
@@ -296,6 +306,23 @@ impl Cuda {
     /// Has copies take other paths from now on; those up to now.
     pub fn set_paths(&self, paths: Paths) -> Paths {
         std::mem::replace(&mut *self.paths.lock(), paths)
+    }
+
+    /// How often a wait is tried that the driver refuses, 10 ms apart; then nobody knows what is over.
+    pub fn set_patience(&self, waits: u32) {
+        // Relaxed: it orders nothing.
+        self.waits.store(waits, Ordering::Relaxed);
+    }
+
+    // Waits, and tries again where a wait is refused: that may be over soon, and nobody may go on as if the work were over.
+    fn patiently(&self, wait: impl Fn() -> c_int) -> Result<(), Fault> {
+        for _ in 0..self.waits.load(Ordering::Relaxed) {
+            match ended(wait(), 0) {
+                Err(Fault::Refused(_) | Fault::NoRoom(_)) => std::thread::sleep(PAUSE),
+                end => return end,
+            }
+        }
+        Err(Fault::Unknown(ffi::why()))
     }
 
     // An event that nobody waits for.
@@ -380,15 +407,8 @@ impl Cuda {
     // Waits without a lock; whoever else does so, too, may see it over first.
     fn await_event(&self, ticket: Ticket) -> Result<(), Fault> {
         let Some(event) = self.events.lock().pending.get(&ticket.0).copied() else { return Ok(()) };
-        for _ in 0..WAITS {
-            // SAFETY: the device was opened. The event may be recorded anew meanwhile; then it is waited for longer.
-            match ended(unsafe { ffi::kv_wait(self.gpu.0, event) }, 0) {
-                // It may be over soon that a wait is refused; and nobody may go on as if the work were over.
-                Err(Fault::Refused(_) | Fault::NoRoom(_)) => std::thread::sleep(PAUSE),
-                end => return end,
-            }
-        }
-        Err(Fault::Lost(format!("no wait is allowed: {}", ffi::why())))
+        // SAFETY: the device was opened. The event may be recorded anew meanwhile; then it is waited for longer.
+        self.patiently(|| unsafe { ffi::kv_wait(self.gpu.0, event) })
     }
 
     fn poll(&self, ticket: Ticket) -> Result<bool, Fault> {
@@ -485,17 +505,17 @@ impl Device for Cuda {
         })?;
         let lane = &mut *self.lanes[which as usize].lock();
         if lane.lost {
-            return Err(Fault::Lost("what is under way is not known".into()));
+            return Err(Fault::Unknown("an earlier wait was refused".into()));
         }
         self.settle(lane)?;
         self.enqueue(lane, which, &after, &work).map_err(|fault| {
             // A part of it may be under way: nobody may take the places meanwhile.
             // SAFETY: the device was opened, and the lane's stream is its own.
-            match ended(unsafe { ffi::kv_drain(self.gpu.0, lane.stream) }, 0) {
+            match self.patiently(|| unsafe { ffi::kv_drain(self.gpu.0, lane.stream) }) {
                 Ok(()) => fault,
                 Err(unknown) => {
                     lane.lost = true;
-                    Fault::Lost(unknown.to_string())
+                    unknown
                 }
             }
         })

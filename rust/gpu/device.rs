@@ -39,6 +39,9 @@ pub enum Fault {
     /// The device, or its context, is of no use any more: nothing of it can be read.
     #[error("the device is lost: {0}")]
     Lost(String),
+    /// Whether what was submitted is over cannot be known: what it touches may change at any time. Else as lost.
+    #[error("the device does not say what is over: {0}")]
+    Unknown(String),
     /// What it was asked for makes no sense, or it cannot do that.
     #[error("{0}")]
     Refused(String),

@@ -3,7 +3,8 @@
 //! Places are cut by the same pool as those of RAM: neighbours for blocks of one sequence, so that they are copied as one
 //! piece. A block that is used is the last of its model to leave; one that is held does not stand in that order at all.
 //! What left waits in a queue, with the tickets of the last work that touches it, until that is over: nobody waits for it
-//! but who finds no other place, and who does not wait at all has its block somewhere else.
+//! but who finds no other place, and who does not wait at all has its block somewhere else. What others read in streams of
+//! their own waits beside that queue, so that nothing waits for them.
 
 use super::device::{Device, Fault, Lane, Ticket};
 use crate::evict::{Kind, Order};
@@ -78,6 +79,8 @@ pub struct Slab {
     orders: BTreeMap<u32, Order>,
     /// In the order in which they left; each is asked for when all before it are done with.
     leaving: VecDeque<Left>,
+    /// Those that others read, in no order.
+    lent: Vec<Left>,
     /// The last work of each lane that is known to be over, and so all before it.
     over: [Ticket; Lane::ALL.len()],
     /// Which slots had a block once, by number.
@@ -135,6 +138,7 @@ impl Slab {
             vacant: Vec::new(),
             orders: BTreeMap::new(),
             leaving: VecDeque::new(),
+            lent: Vec::new(),
             over: [Ticket::NONE; Lane::ALL.len()],
             used: vec![0; slots.div_ceil(64)],
             counts: SlabCounts::default(),
@@ -264,9 +268,20 @@ impl Slab {
         }
     }
 
-    /// How many hold it.
-    pub fn holds(&self, placed: Placed) -> u32 {
-        self.block(placed).holds
+    /// What others put into streams of their own that reads it, if it is held once alone.
+    pub fn alone(&self, placed: Placed) -> Option<Vec<Ticket>> {
+        let block = self.block(placed);
+        (block.holds == 1).then(|| block.elsewhere.clone())
+    }
+
+    /// Places that blocks have left, and that are not free yet.
+    pub fn waiting(&self) -> usize {
+        self.leaving.len() + self.lent.len()
+    }
+
+    /// The device that it is on.
+    pub(crate) fn device(&self) -> &Arc<dyn Device> {
+        &self.device
     }
 
     /// Gives up a hold; the last is a use. What reads it, in a stream of somebody else's, is over with that ticket: the place
@@ -320,7 +335,8 @@ impl Slab {
         if let Some(block) = self.blocks[placed.0 as usize].take() {
             self.vacant.push(placed.0);
             let Block { slot, touched, elsewhere, .. } = block;
-            self.leaving.push_back(Left { slot, touched, elsewhere });
+            let left = Left { slot, touched, elsewhere };
+            if left.elsewhere.is_empty() { self.leaving.push_back(left) } else { self.lent.push(left) }
         }
     }
 
@@ -329,26 +345,36 @@ impl Slab {
     /// # Errors
     /// The device is lost.
     pub fn reclaim(&mut self) -> Result<usize, Fault> {
-        let before = self.leaving.len();
-        while let Some(Left { slot, touched, elsewhere }) = self.leaving.front() {
+        let before = self.counts.in_use;
+        let mut nth = 0;
+        while nth < self.lent.len() {
+            let Left { slot, touched, elsewhere } = &self.lent[nth];
+            let mut over = true;
+            for &ticket in touched.iter().chain(elsewhere) {
+                over = over && self.device.is_over(ticket)?;
+            }
+            if over {
+                self.pool.free(*slot);
+                self.counts.in_use -= 1;
+                self.lent.swap_remove(nth);
+            } else {
+                nth += 1;
+            }
+        }
+        while let Some(Left { slot, touched, .. }) = self.leaving.front() {
             for (over, &ticket) in self.over.iter_mut().zip(touched) {
                 if ticket > *over {
                     if !self.device.is_over(ticket)? {
-                        return Ok(before - self.leaving.len());
+                        return Ok((before - self.counts.in_use) as usize);
                     }
                     *over = ticket;
-                }
-            }
-            for &ticket in elsewhere {
-                if !self.device.is_over(ticket)? {
-                    return Ok(before - self.leaving.len());
                 }
             }
             self.pool.free(*slot);
             self.counts.in_use -= 1;
             self.leaving.pop_front();
         }
-        Ok(before)
+        Ok((before - self.counts.in_use) as usize)
     }
 
     /// Waits until the place of something that left is free; whether there is one.
@@ -356,7 +382,9 @@ impl Slab {
     /// # Errors
     /// The device is lost.
     pub fn wait_for_room(&mut self) -> Result<bool, Fault> {
-        let Some(Left { touched, elsewhere, .. }) = self.leaving.front() else { return Ok(false) };
+        let Some(Left { touched, elsewhere, .. }) = self.leaving.front().or(self.lent.first()) else {
+            return Ok(false);
+        };
         touched.iter().chain(elsewhere).try_for_each(|&ticket| self.device.wait(ticket))?;
         Ok(self.reclaim()? > 0)
     }
@@ -376,7 +404,7 @@ impl Slab {
         }
         let tickets = |touched: &[Ticket], elsewhere: &[Ticket]| [touched, elsewhere].concat();
         let blocks = self.blocks.iter().flatten().flat_map(|block| tickets(&block.touched, &block.elsewhere));
-        let left = self.leaving.iter().flat_map(|left| tickets(&left.touched, &left.elsewhere));
+        let left = self.leaving.iter().chain(&self.lent).flat_map(|left| tickets(&left.touched, &left.elsewhere));
         let last: Vec<Ticket> = blocks.chain(left).collect();
         last.into_iter().try_for_each(|ticket| self.device.wait(ticket))?;
         if self.bytes > 0 && self.adopted.take().is_none() {
@@ -390,8 +418,11 @@ impl Slab {
 impl Drop for Slab {
     fn drop(&mut self) {
         if self.home.is_here() {
-            // Where blocks are held, whoever holds them needs the memory more than anybody else does.
-            drop(self.close());
+            // Where blocks are held, or the device does not say what is over, whoever holds them needs the memory more than
+            // anybody else does: it is nobody's for good.
+            if self.close().is_err() {
+                let _kept = std::mem::ManuallyDrop::new(self.adopted.take());
+            }
         }
     }
 }

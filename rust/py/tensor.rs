@@ -210,8 +210,11 @@ impl<'py> Tensor<'py> {
         }
         versioned.set_item("max_version", (1, 0))?;
         let capsule = match export.call((), Some(&versioned)) {
-            // Producers of before DLPack 1.0 know no keyword.
-            Err(e) if e.is_instance_of::<PyTypeError>(py) => export.call0(),
+            // Producers of before DLPack 1.0 know no versions; the stream matters, where there is one.
+            Err(e) if e.is_instance_of::<PyTypeError>(py) => {
+                versioned.del_item("max_version")?;
+                export.call((), Some(&versioned))
+            }
             other => other,
         };
         let capsule = match capsule {

@@ -5,8 +5,9 @@
 //! form that it has, and stays in RAM. The first block that fails ends the load: everything before it is valid, nothing
 //! after it is.
 
-use super::gpu::{OnGpu, Payload, Staged};
+use super::gpu::OnGpu;
 use super::read::{Reads, runs};
+use super::transfer::{Payload, Staged};
 use super::{Lease, check_view};
 use crate::block::{BlockHash, Geometry, RECORD_HEADER_BYTES, Sealed};
 use crate::codec::Layout;
@@ -336,12 +337,14 @@ impl Lease {
         let Plan { first, held, sources, counted, to_device, on_gpu } = plan;
         let good = results.iter().take_while(|r| r.is_ok()).count();
         let (model, owner) = (self.model.id, self.namespace.owner);
+        // Dropped behind the lock.
+        let mut gone = None;
         let mut state = self.shared.state.lock();
         if *counted {
             state.end_load(owner);
         }
         let before = sources.iter().filter_map(|source| if let Source::Gpu(held) = source { Some(held) } else { None });
-        before.chain(on_gpu).for_each(|held| state.let_go_on_gpu(held, Ticket::NONE));
+        before.chain(on_gpu).for_each(|held| gone = state.let_go_on_gpu(held, Ticket::NONE).or(gone.take()));
         for (n, (source, result)) in sources.iter().zip(results).enumerate() {
             // It may have been unlinked meanwhile.
             let linked = held.get(n).copied().filter(|&id| state.nodes.is_linked(id));

@@ -35,6 +35,7 @@ mod sequence;
 mod share;
 mod slots;
 mod state;
+mod transfer;
 mod view;
 mod worth;
 mod write;

@@ -219,7 +219,7 @@ impl Shared {
                     (slot, first_token(n))
                 })
                 .collect();
-            if at.is_empty() { Some(Vec::new()) } else { self.gather_on_device(geometry, view, layout, &at) }
+            if at.is_empty() { Ok(Vec::new()) } else { self.gather_on_device(geometry, view, layout, &at) }
         };
         let started = Instant::now();
         let all: Vec<(usize, Slot)> = slots.iter().copied().enumerate().collect();
@@ -227,19 +227,23 @@ impl Shared {
         let encode_ns = if layout.is_some() { started.elapsed().as_nanos() as u64 } else { 0 };
         let mut places: Vec<(Slot, Option<Arc<Layout>>)> =
             slots.into_iter().map(|slot| (slot, layout.clone())).collect();
-        let cut = |places: &mut Vec<(Slot, Option<Arc<Layout>>)>, n: usize| {
+        // Slots that the device may touch still are nobody's for good.
+        let cut = |places: &mut Vec<(Slot, Option<Arc<Layout>>)>, n: usize, untouched: bool| {
             let mut state = self.state.lock();
-            places.drain(n..).for_each(|(slot, _)| state.free(slot));
+            places.drain(n..).filter(|_| untouched).for_each(|(slot, _)| state.free(slot));
         };
-        let Some(fit) = fit else {
-            cut(&mut places, 0);
-            return Filled { places, not_encodable: 0, encode_ns };
+        let fit = match fit {
+            Ok(fit) => fit,
+            Err(untouched) => {
+                cut(&mut places, 0, untouched);
+                return Filled { places, not_encodable: 0, encode_ns };
+            }
         };
         let unfit = (0..fit.len()).filter(|&n| !fit[n]).collect();
         let mut plain = self.plain_slots(owner, geometry, &mut places, unfit);
-        if gather(None, &plain).is_none() {
+        if let Err(untouched) = gather(None, &plain) {
             // What comes before the first of them is right.
-            cut(&mut places, plain[0].0);
+            cut(&mut places, plain[0].0, untouched);
             plain.clear();
         }
         Filled { places, not_encodable: plain.len() as u64, encode_ns }

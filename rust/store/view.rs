@@ -57,6 +57,7 @@ impl Lease {
         let hash = *self.hashes[..self.blocks()].get(n)?;
         let geometry = self.model.spec().geometry;
         let size = geometry.block_tokens as usize;
+        self.shared.check_open().ok()?;
         let mut state = self.shared.state.lock();
         if self.released.load(Ordering::Acquire) || state.closed {
             return None;
@@ -147,6 +148,7 @@ impl DeviceView {
     /// # Errors
     /// The device is lost, or the block was given away.
     pub fn read(&self) -> Result<(), Fault> {
+        self.check_home()?;
         let mut given = self.given.lock();
         if *given == Given::ToWrite {
             return Err(given_away());
@@ -163,6 +165,7 @@ impl DeviceView {
     /// # Errors
     /// The device is lost, or refuses the stream; it was given away to be written, or others read what now would be.
     pub fn hand_out(&self, stream: Option<Stream>, to_write: bool) -> Result<HandedOut, Fault> {
+        self.check_home()?;
         let mut given = self.given.lock();
         if *given == Given::ToWrite {
             return Err(given_away());
@@ -174,11 +177,26 @@ impl DeviceView {
             Some(stream) => device.join(stream, self.held.ready),
             None => device.wait(self.held.ready),
         })?;
-        self.shared.state.lock().hold_again(self.node, &self.held, to_write)?;
+        let read = self.shared.state.lock().hold_again(self.node, &self.held, to_write)?;
         if to_write {
             *given = Given::ToWrite;
         }
-        Ok(HandedOut { shared: self.shared.clone(), held: self.held, stream: stream.unwrap_or(DEFAULT_STREAM) })
+        // A thread's own default stream is another in each thread, and no later than that of all.
+        let used = stream.filter(|stream| stream.0 > 2).unwrap_or(DEFAULT_STREAM);
+        let out = HandedOut { shared: self.shared.clone(), held: self.held, stream: used };
+        // It is written when nobody reads it any more.
+        self.on_device(|device| {
+            read.into_iter().try_for_each(|ticket| match stream {
+                Some(stream) => device.join(stream, ticket),
+                None => device.wait(ticket),
+            })
+        })?;
+        Ok(out)
+    }
+
+    fn check_home(&self) -> Result<(), Fault> {
+        let elsewhere = || Fault::Refused("the store was opened before a fork".into());
+        self.shared.home.is_here().then_some(()).ok_or_else(elsewhere)
     }
 
     fn on_device<T>(&self, call: impl FnOnce(&dyn crate::gpu::Device) -> Result<T, Fault>) -> Result<T, Fault> {
@@ -197,21 +215,21 @@ impl Drop for DeviceView {
             return;
         }
         let read = *self.given.lock() == Given::ToRead;
-        let after = if read { self.on_device(|device| device.mark(DEFAULT_STREAM)) } else { Ok(Ticket::NONE) };
-        // Where nobody knows when it is read no more, it is held for good.
-        if let Ok(after) = after {
-            self.shared.state.lock().let_go_on_gpu(&self.held, after);
-        }
+        let mut state = self.shared.state.lock();
+        let gone = match read {
+            true => state.came_back(&self.held, DEFAULT_STREAM),
+            false => state.let_go_on_gpu(&self.held, Ticket::NONE),
+        };
+        drop(state);
+        drop(gone);
     }
 }
 
 impl Drop for HandedOut {
     fn drop(&mut self) {
-        let Some(link) = self.shared.gpu.as_ref().filter(|_| self.shared.home.is_here()) else { return };
-        match link.device.mark(self.stream) {
-            Ok(after) => self.shared.state.lock().let_go_on_gpu(&self.held, after),
-            // As above.
-            Err(fault) => self.shared.failed_on_device(&fault),
+        if self.shared.home.is_here() {
+            let gone = self.shared.state.lock().came_back(&self.held, self.stream);
+            drop(gone);
         }
     }
 }

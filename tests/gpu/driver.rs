@@ -160,10 +160,16 @@ fn a_lane_of_which_nothing_is_known_any_more_is_lost() {
         // SAFETY: it is there until the end of this test.
         unsafe { generic.submit(Submission { lane, after: vec![], work: vec![Work::Copy(vec![piece])] }) }
     };
+    // A wait that is refused is tried again.
+    device.set_patience(2);
     standin.fail("cuMemcpyBatchAsync", 1, 1);
     standin.fail("cuStreamSynchronize", 1, 1);
-    assert!(matches!(submit(Lane::Up), Err(Fault::Lost(_))));
-    assert!(matches!(submit(Lane::Up), Err(Fault::Lost(_))));
+    assert!(matches!(submit(Lane::Up), Err(Fault::Refused(_))));
+    generic.wait(submit(Lane::Up).expect("it is well")).expect("it is there");
+    standin.fail("cuMemcpyBatchAsync", 1, 1);
+    (1..=2).for_each(|nth| standin.fail("cuStreamSynchronize", nth, 1));
+    assert!(matches!(submit(Lane::Up), Err(Fault::Unknown(_))));
+    assert!(matches!(submit(Lane::Up), Err(Fault::Unknown(_))));
     generic.wait(submit(Lane::Across).expect("it is another lane")).expect("it is there");
     drop((memory, generic, device));
     standin.assert_given_back();

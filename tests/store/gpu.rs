@@ -10,33 +10,33 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use stratakv::codec::{Codec, Layout, Scheme};
-use stratakv::gpu::{Adopted, Device, Fault, Host, Schedule, Stream};
+use stratakv::gpu::{Device, Host, Schedule, Stream};
 use stratakv::stats::{Miss, Tier};
 use stratakv::{
     Dtype, Geometry, GpuOptions, KvView, Lease, LoadOutcome, Model, Options, PlaneView, SlabOptions, Store,
 };
 
 /// Of 16 bits, so that kernels take its codecs; records of 12 KiB.
-const HALF: Geometry = shape(2, 2, 2, 64, Dtype::Fp16, 8);
+pub(crate) const HALF: Geometry = shape(2, 2, 2, 64, Dtype::Fp16, 8);
 
-fn over(device: Arc<dyn Device>, directory: Option<&Path>, ram: u64) -> Store {
+pub(crate) fn over(device: Arc<dyn Device>, directory: Option<&Path>, ram: u64) -> Store {
     let gpu = GpuOptions { device, slab: SlabOptions::Reserved(4 * MIB) };
     Store::open(Options { gpu: Some(gpu), ..options(directory, ram, 8 * MIB) }).expect("it opens")
 }
 
 /// Keys and values of a sequence in memory of a device, as `Kv` has them.
-struct Tensor {
-    remote: Remote,
+pub(crate) struct Tensor {
+    pub(crate) remote: Remote,
     geometry: Geometry,
     tokens: usize,
 }
 
 impl Tensor {
-    fn new(device: &Arc<dyn Device>, kv: &Kv, geometry: Geometry, tokens: usize) -> Self {
+    pub(crate) fn new(device: &Arc<dyn Device>, kv: &Kv, geometry: Geometry, tokens: usize) -> Self {
         Self { remote: Remote::new(device, kv.bytes()), geometry, tokens }
     }
 
-    fn view(&self) -> KvView {
+    pub(crate) fn view(&self) -> KvView {
         let row = self.geometry.row_bytes();
         let plane_bytes = self.geometry.kv_heads as usize * self.tokens * row;
         let plane = |p: usize| PlaneView {
@@ -74,7 +74,12 @@ fn load_to_device(device: &Arc<dyn Device>, lease: &Lease, model: &Model, tokens
     outcome
 }
 
-fn fetch_to_device(device: &Arc<dyn Device>, store: &Store, model: &Arc<Model>, tokens: &[u32]) -> LoadOutcome {
+pub(crate) fn fetch_to_device(
+    device: &Arc<dyn Device>,
+    store: &Store,
+    model: &Arc<Model>,
+    tokens: &[u32],
+) -> LoadOutcome {
     load_to_device(device, &hold(store, model, tokens), model, tokens)
 }
 
@@ -450,124 +455,4 @@ fn threads_get_right_bytes_whatever_the_device_does_when() {
         drop((models, store, device));
         on.end();
     }
-}
-
-#[test]
-fn what_is_handed_out_keeps_its_place_until_its_stream_is_done_with_it() {
-    // By a tensor of its own in a stream of its own, or by the view in the default stream.
-    for (schedule, by_tensor) in schedules().into_iter().flat_map(|schedule| [(schedule, true), (schedule, false)]) {
-        let host = Arc::new(Host::new(schedule, 64 * MIB));
-        let device: Arc<dyn Device> = host.clone();
-        let store = over(device.clone(), None, 24 * MIB);
-        let model = register(&store, "m", COARSE);
-        let prompts: Vec<_> = (0..12).map(|seed| sequence(seed, 6, &COARSE)).collect();
-        prompts.iter().for_each(|tokens| assert_eq!(put(&store, &model, tokens), 6));
-        // One for all loads: where memory of a device is given back, all that is under way ends.
-        let tensor = Tensor::new(&device, &Kv::blank(COARSE, prompts[0].len()), COARSE, prompts[0].len());
-        let make_hot = |tokens: &[u32]| {
-            for _ in 0..2 {
-                let outcome = hold(&store, &model, tokens).load(&tensor.view()).expect("it is held");
-                assert_eq!(outcome.tokens, tokens.len());
-            }
-        };
-        make_hot(&prompts[0]);
-        let lease = hold(&store, &model, &prompts[0]);
-        assert!(lease.device_view(6).is_none() && hold(&store, &model, &prompts[1]).device_view(0).is_none());
-        let view = lease.device_view(2).expect("it is there");
-        let right = lease.view(2).expect("it is in RAM, too").payload().to_vec();
-        let stream = Stream(if by_tensor { 7 } else { 1 });
-        let out = by_tensor.then(|| view.hand_out(Some(stream), false).expect("it is there"));
-        if !by_tensor {
-            view.read().expect("it is there");
-        }
-        let (address, bytes) = (view.address(), COARSE.block_bytes());
-        let got: Arc<std::sync::Mutex<Vec<u8>>> = Arc::default();
-        let to = got.clone();
-        let read = host.call(stream, move || {
-            // SAFETY: the block is there until the stream is done with it: that is what is tested.
-            let block = unsafe { std::slice::from_raw_parts(address as *const u8, bytes) };
-            *to.lock().expect("nobody panics") = block.to_vec();
-        });
-        drop((view, out, lease));
-        prompts[1..].iter().for_each(|tokens| make_hot(tokens));
-        assert!(hold(&store, &model, &prompts[0]).device_view(2).is_none(), "others have come");
-        host.wait(read.expect("it is there")).expect("it is there");
-        assert!(*got.lock().expect("nobody panics") == right, "{schedule:?}, by a tensor: {by_tensor}");
-        assert_sums(&store.snapshot());
-        assert_eq!(store.snapshot().gpu.expect("there is one").counts.held, 0);
-    }
-}
-
-#[test]
-fn who_may_write_a_block_has_it_alone_and_the_tier_forgets_it() {
-    let host = Arc::new(Host::new(Schedule::AtOnce, 64 * MIB));
-    let device: Arc<dyn Device> = host.clone();
-    let store = over(device.clone(), None, 4 * MIB);
-    let model = register(&store, "m", HALF);
-    let tokens = sequence(1, 4, &HALF);
-    put(&store, &model, &tokens);
-    (0..3).for_each(|_| drop(fetch_to_device(&device, &store, &model, &tokens)));
-    let lease = hold(&store, &model, &tokens);
-    let view = |n| lease.device_view(n).expect("it is there");
-    let refused = |outcome: Result<_, Fault>| assert!(matches!(outcome, Err(Fault::Refused(_))), "{outcome:?}");
-    // Others hold it, or have it to read.
-    let (one, other) = (view(0), view(0));
-    refused(one.hand_out(None, true));
-    drop(other);
-    let reader = one.hand_out(None, false).expect("it is there");
-    refused(one.hand_out(None, true));
-    drop(reader);
-    one.read().expect("it is there");
-    refused(one.hand_out(None, true));
-    // Nobody does.
-    let alone = view(1);
-    let out = alone.hand_out(Some(Stream(3)), true).expect("it is there");
-    assert!(lease.device_view(1).is_none());
-    refused(alone.hand_out(None, false));
-    refused(alone.read().map(|()| unreachable!("it is refused")));
-    // SAFETY: it is this test's alone.
-    unsafe { (alone.address() as *mut u8).write_bytes(0xee, HALF.block_bytes()) };
-    let outcome = fetch_to_device(&device, &store, &model, &tokens);
-    assert_eq!((outcome.tokens, outcome.places[1]), (tokens.len(), Tier::Ram));
-    // A copy that came meanwhile stays, whatever becomes of the first.
-    drop((alone, out));
-    assert_eq!(fetch_to_device(&device, &store, &model, &tokens).places, [Tier::Gpu; 4]);
-    drop((one, lease));
-    assert_eq!(store.snapshot().gpu.expect("there is one").counts.held, 0);
-    // After the device is lost nothing is handed out.
-    let lease = hold(&store, &model, &tokens);
-    let view = lease.device_view(2).expect("it is there");
-    let out = view.hand_out(None, false).expect("it is there");
-    host.lose("an illegal address");
-    assert!(matches!(view.hand_out(None, false), Err(Fault::Lost(_))));
-    drop((view, out));
-    assert!(lease.device_view(2).is_none() && store.snapshot().gpu.expect("there was one").failed.is_some());
-    assert_eq!(fetch(&store, &model, &tokens), 4);
-}
-
-#[test]
-fn memory_of_somebody_elses_is_the_slab_until_the_store_is_closed() {
-    let host = Arc::new(Host::new(Schedule::AtOnce, 64 * MIB));
-    let device: Arc<dyn Device> = host.clone();
-    let memory = Remote::new(&device, &vec![0x77; 6 << 20]);
-    let owner = Arc::new(());
-    let slab = |bytes| SlabOptions::Adopted(Adopted { address: memory.address, bytes, owner: owner.clone() });
-    let open = |bytes| {
-        let gpu = GpuOptions { device: device.clone(), slab: slab(bytes) };
-        Store::open(Options { gpu: Some(gpu), ..options(None, 4 * MIB, 8 * MIB) }).expect("it opens")
-    };
-    assert!(open(MIB).no_gpu().expect("it is too small").contains("1048576 bytes"));
-    let store = open(6 * MIB);
-    let model = register(&store, "m", HALF);
-    let tokens = sequence(1, 4, &HALF);
-    put(&store, &model, &tokens);
-    (0..3).for_each(|_| drop(fetch_to_device(&device, &store, &model, &tokens)));
-    let view = hold(&store, &model, &tokens).device_view(3).expect("it is there");
-    assert!((memory.address..memory.address + 6 * MIB).contains(&view.address()));
-    let snapshot = store.snapshot().gpu.expect("there is one");
-    assert_eq!((snapshot.capacity_bytes, snapshot.counts.reservations), (6 * MIB, 0));
-    store.close().expect("nothing is under way");
-    assert_eq!(Arc::strong_count(&owner), 2, "a view is there still");
-    drop((view, model, store));
-    assert_eq!(Arc::strong_count(&owner), 1);
 }

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import stratakv
-from devices import SHAPE, Array, Driver, Exported, driver, hot, library, opened
+from devices import SHAPE, Array, Driver, Exported, Older, driver, hot, library, opened
 from stores import assert_sums, config, kv_of, loaded, tokens_of
 from stratakv.observe.report import report
 
 __all__ = ["driver", "library"]
 
 
-@pytest.mark.parametrize("kind", [Array, Exported])
+@pytest.mark.parametrize("kind", [Array, Exported, Older])
 def test_what_is_put_from_a_device_is_loaded_to_it_and_stays_there(driver: Driver, kind: type[Array]) -> None:
     tokens = tokens_of(1, 32)
     kv = kv_of(tokens, SHAPE)

@@ -42,7 +42,7 @@ def test_the_check_compares_bytes_and_times_no_stand_in(
     driver.set("seed", 3)
     assert main([*check, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["kernels"] == {"payloads": 288, "differs": None}
+    assert report["kernels"] == {"payloads": 576, "differs": None}
     assert (report["room"], report["real"], "copies" in report, out.exists()) == (None, False, False, False)
     driver.library.standin_fail(b"cuLaunchKernel", ctypes.c_uint64(9), 1)
     assert main(check) == 1
@@ -152,6 +152,29 @@ def test_the_check_hands_blocks_to_a_library_and_takes_its_tensors(driver: Drive
             return content
 
     assert gpu.hand_over(Wrong(driver), 0, driver.path) == "block 0 was handed out with other bytes than were put"
+
+
+def test_a_library_that_is_of_no_use_ends_no_check(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Standing):
+        def imported(self, block: _native.DeviceBlock) -> Imported:
+            raise BufferError("not in this world")
+
+    def refuses(device: int) -> Standing:
+        raise RuntimeError("no CUDA here")
+
+    # Names of modules that are there, but for the last.
+    libraries = {
+        "json": lambda _: Standing(driver),
+        "csv": lambda _: Broken(driver),
+        "cmd": refuses,
+        "no_such": refuses,
+    }
+    monkeypatch.setattr(gpu, "_LIBRARIES", libraries)
+    said: list[str] = []
+    assert gpu._handed(0, driver.path, said.append) == {"json": None, "csv": "BufferError: not in this world"}
+    assert [each.partition(":")[0] for each in said] == list(libraries)
+    assert "of no use with this driver" in said[2]
+    assert "not installed" in said[3]
 
 
 def test_the_status_of_a_configuration_has_the_device(

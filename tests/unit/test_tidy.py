@@ -55,7 +55,8 @@ UNSAFE_ALLOWED = {
     "store/read.rs",  # Slots and buffers that reads are under way to.
     "store/promote.rs",  # The same, for promotion.
     "store/write.rs",  # A slot's bytes while the SSD reads them.
-    "store/gpu.rs",  # A device's work on slots and the caller's tensors.
+    "store/gpu.rs",  # The address of RAM's arena, carried to other threads.
+    "store/transfer.rs",  # A device's work on slots and the caller's tensors.
     "store/load.rs",  # A slot's bytes while a copy reads or writes them.
     "store/put.rs",  # The same, for put.
     "store/share.rs",  # The same, for records that nodes share.
