@@ -206,6 +206,8 @@ impl State {
     /// The same of a block that was handed out, by what is in the stream now; or later, where that cannot be told now.
     #[must_use]
     pub(super) fn came_back(&mut self, held: &OnGpu, stream: Stream) -> Option<Slab> {
+        // Of what was on a device that is lost nobody asks.
+        self.slab()?;
         self.gpu.as_mut()?.unmarked.push((*held, stream));
         self.mark_again();
         if self.closed { self.close_gpu() } else { None }
@@ -310,8 +312,7 @@ impl State {
         slab
     }
 
-    /// The store closes: takes everything off the device, and its memory, unless a load under way holds some. That goes with
-    /// the store.
+    /// The store closes: takes everything off the device, and its memory; unless somebody holds some, who calls this again.
     pub(super) fn close_gpu(&mut self) -> Option<Slab> {
         self.mark_again();
         let held = self.slab().is_some_and(|slab| slab.counts().held > 0);
@@ -323,6 +324,7 @@ impl State {
         let slab = gpu.slab.take()?;
         gpu.last = slab.counts();
         gpu.tokens.clear();
+        gpu.unmarked.clear();
         for id in slab.nodes().collect::<Vec<_>>() {
             if self.nodes.is_linked(id) && self.nodes[id].gpu.take().is_some() {
                 self.book_on_gpu(id, false);
