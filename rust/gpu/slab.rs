@@ -417,12 +417,10 @@ impl Slab {
 
 impl Drop for Slab {
     fn drop(&mut self) {
-        if self.home.is_here() {
-            // Where blocks are held, or the device does not say what is over, whoever holds them needs the memory more than
-            // anybody else does: it is nobody's for good.
-            if self.close().is_err() {
-                let _kept = std::mem::ManuallyDrop::new(self.adopted.take());
-            }
+        // Where blocks are held, or the device does not say what is over, whoever holds them needs the memory more than
+        // anybody else does: it is nobody's for good. After a fork it is the parent's.
+        if !self.home.is_here() || self.close().is_err() {
+            let _kept = std::mem::ManuallyDrop::new(self.adopted.take());
         }
     }
 }
