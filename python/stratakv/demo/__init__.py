@@ -118,6 +118,7 @@ def _summary(report: Report) -> list[str]:
     asked = ", ".join(
         f"{name}: {each['hit_blocks']:,} of {each['asked_blocks']:,} blocks asked"
         for name, each in report.stats["tiers"].items()
+        if each["asked_blocks"]
     )
     lines += [f"second process, found in {asked}", "", report.verdict()]
     return lines
