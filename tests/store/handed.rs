@@ -108,6 +108,17 @@ fn make_hot(tensor: &Tensor, store: &Store, model: &Arc<Model>, tokens: &[u32]) 
     }
 }
 
+/// A store with four blocks of a model on the device, and a tensor to load them to.
+fn hot_store(device: &Arc<dyn Device>) -> (Store, Arc<Model>, Vec<u32>, Tensor) {
+    let store = over(device.clone(), None, 4 * MIB);
+    let model = register(&store, "m", HALF);
+    let tokens = sequence(1, 4, &HALF);
+    put(&store, &model, &tokens);
+    let tensor = Tensor::new(device, &Kv::blank(HALF, tokens.len()), HALF, tokens.len());
+    make_hot(&tensor, &store, &model, &tokens);
+    (store, model, tokens, tensor)
+}
+
 fn held(store: &Store) -> u64 {
     store.snapshot().gpu.expect("there is one").counts.held
 }
@@ -235,13 +246,7 @@ fn memory_of_somebody_elses_is_the_slab_until_the_store_is_closed() {
 #[test]
 fn who_may_write_waits_for_those_who_read_before() {
     let host = Arc::new(Host::new(Schedule::Late, 64 * MIB));
-    let device: Arc<dyn Device> = host.clone();
-    let store = over(device.clone(), None, 4 * MIB);
-    let model = register(&store, "m", HALF);
-    let tokens = sequence(1, 4, &HALF);
-    put(&store, &model, &tokens);
-    let tensor = Tensor::new(&device, &Kv::blank(HALF, tokens.len()), HALF, tokens.len());
-    make_hot(&tensor, &store, &model, &tokens);
+    let (store, model, tokens, tensor) = hot_store(&(host.clone() as Arc<dyn Device>));
     let lease = hold(&store, &model, &tokens);
     for (n, writer) in [(1, Some(Stream(8))), (2, None)] {
         let right = lease.view(n).expect("it is in RAM, too").payload().to_vec();
@@ -285,14 +290,9 @@ fn who_reads_for_long_keeps_one_place_and_nobody_elses() {
 #[test]
 fn a_stream_that_cannot_be_asked_is_asked_again() {
     let odd = Odd::new(None);
-    let device: Arc<dyn Device> = odd.clone();
-    let store = over(device.clone(), None, 4 * MIB);
-    let model = register(&store, "m", HALF);
-    let (tokens, others) = (sequence(1, 4, &HALF), sequence(2, 4, &HALF));
-    put(&store, &model, &tokens);
+    let (store, model, tokens, tensor) = hot_store(&(odd.clone() as Arc<dyn Device>));
+    let others = sequence(2, 4, &HALF);
     put(&store, &model, &others);
-    let tensor = Tensor::new(&device, &Kv::blank(HALF, tokens.len()), HALF, tokens.len());
-    make_hot(&tensor, &store, &model, &tokens);
     let hand_out = |lease: &Lease| {
         let view = lease.device_view(1).expect("it is there");
         let out = view.hand_out(Some(Stream(9)), false).expect("it is there");
@@ -313,13 +313,7 @@ fn a_stream_that_cannot_be_asked_is_asked_again() {
 #[test]
 fn what_is_held_when_the_store_is_closed_gives_the_memory_back_when_it_goes() {
     let host = Arc::new(Host::new(Schedule::AtOnce, 64 * MIB));
-    let device: Arc<dyn Device> = host.clone();
-    let store = over(device.clone(), None, 4 * MIB);
-    let model = register(&store, "m", HALF);
-    let tokens = sequence(1, 4, &HALF);
-    put(&store, &model, &tokens);
-    let tensor = Tensor::new(&device, &Kv::blank(HALF, tokens.len()), HALF, tokens.len());
-    make_hot(&tensor, &store, &model, &tokens);
+    let (store, model, tokens, tensor) = hot_store(&(host.clone() as Arc<dyn Device>));
     drop(tensor);
     let view = hold(&store, &model, &tokens).device_view(1).expect("it is there");
     let out = view.hand_out(Some(Stream(7)), false).expect("it is there");
