@@ -246,7 +246,7 @@ fn memory_of_somebody_elses_is_the_slab_until_the_store_is_closed() {
 #[test]
 fn who_may_write_waits_for_those_who_read_before() {
     let host = Arc::new(Host::new(Schedule::Late, 64 * MIB));
-    let (store, model, tokens, tensor) = hot_store(&(host.clone() as Arc<dyn Device>));
+    let (store, model, tokens, _tensor) = hot_store(&(host.clone() as Arc<dyn Device>));
     let lease = hold(&store, &model, &tokens);
     for (n, writer) in [(1, Some(Stream(8))), (2, None)] {
         let right = lease.view(n).expect("it is in RAM, too").payload().to_vec();
